@@ -1,0 +1,53 @@
+#include "aggregate.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+namespace regtopk {
+namespace {
+
+template <typename T>
+void aggregate_values(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  using Accumulate = typename Traits<T>::Accumulate;
+  const PayloadLayout& layout = arguments.layout;
+  T* const gradient = static_cast<T*>(arguments.gradient);
+  Accumulate* const feedback = static_cast<Accumulate*>(arguments.feedback);
+  const Accumulate workers = static_cast<Accumulate>(arguments.workers);
+
+  std::vector<PayloadView> payloads;
+  for (int64_t worker = 0; worker < arguments.workers; ++worker) {
+    payloads.emplace_back(arguments.payloads + worker * layout.bytes, layout);
+  }
+
+  // One range owns whole tiles: no two threads touch the same entry, and the sum needs no atomics.
+  parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
+    const auto sums = std::make_unique_for_overwrite<Accumulate[]>(std::min(kTileEntries, layout.numel));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t entries = layout.tile_entries(tile);
+      std::fill_n(sums.get(), entries, Accumulate{0});
+      for (const PayloadView& payload : payloads) {
+        const T* const values = payload.values<T>();
+        payload.for_each_entry(tile, [&](int64_t entry, int64_t offset) { sums[offset] += Traits<T>::load(values[entry]); });
+      }
+      for (int64_t row = 0; feedback != nullptr && row < arguments.feedback_workers; ++row) {
+        const PayloadView& payload = payloads[arguments.first_feedback_worker + row];
+        const T* const values = payload.values<T>();
+        Accumulate* const kept = feedback + row * layout.k;
+        payload.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+          kept[entry] = feedback_of(sums[offset], Accumulate{Traits<T>::load(values[entry])}, arguments.distortion);
+        });
+      }
+      T* const out = gradient + tile * kTileEntries;
+      for (int64_t offset = 0; offset < entries; ++offset) out[offset] = Traits<T>::store(sums[offset] / workers);
+    }
+  });
+}
+
+}  // namespace
+
+void aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  with_value_type(arguments.layout.type, [&]<typename T>(T) { aggregate_values<T>(arguments, parallel_for); });
+}
+
+}  // namespace regtopk

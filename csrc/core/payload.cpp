@@ -1,0 +1,135 @@
+#include "payload.h"
+
+#include <mutex>
+
+namespace regtopk {
+namespace {
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+std::optional<PayloadError> expect_field(const char* field, uint64_t expected, uint64_t got) {
+  if (expected == got) return std::nullopt;
+  return PayloadError{field, std::to_string(expected), std::to_string(got)};
+}
+
+// Offsets of one tile: ascending, inside the tile, as many as the tile starts say.
+std::optional<PayloadError> check_tile(const PayloadView& payload, int64_t tile) {
+  const int64_t entries = payload.layout().tile_entries(tile);
+  const int64_t end = payload.first_entry(tile + 1);
+  int64_t last_entry = payload.first_entry(tile) - 1, previous = -1;
+  std::optional<PayloadError> error;
+  payload.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+    last_entry = entry;
+    if (!error && (offset <= previous || offset >= entries)) {
+      error = PayloadError{
+          "offset of entry " + std::to_string(entry),
+          "more than " + std::to_string(previous) + " and less than " + std::to_string(entries),
+          std::to_string(offset)};
+    }
+    previous = offset;
+  });
+  if (!error && last_entry + 1 != end) {
+    const std::string where = "entries in tile " + std::to_string(tile);
+    const int64_t begin = payload.first_entry(tile);
+    return PayloadError{where, std::to_string(end - begin), std::to_string(last_entry + 1 - begin)};
+  }
+  return error;
+}
+
+// Header and tile starts: what reading the support relies on.
+std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadLayout& layout) {
+  const PayloadView payload(bytes, layout);
+  const PayloadHeader header = payload.header();
+  const PayloadHeader wanted = make_header(layout, header.step, header.plan);
+  if (auto error = expect_field("magic", wanted.magic, header.magic)) return error;
+  if (auto error = expect_field("version", wanted.version, header.version)) return error;
+  if (auto error = expect_field("value type", static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type))) return error;
+  if (auto error = expect_field("support", static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support))) return error;
+  if (auto error = expect_field("numel", wanted.numel, header.numel)) return error;
+  if (auto error = expect_field("k", wanted.k, header.k)) return error;
+  if (header.flags & ~kFlagNonFinite) return PayloadError{"flags", "0 or 1", std::to_string(header.flags)};
+  if (auto error = expect_field("reserved", 0, header.reserved)) return error;
+  if (header.repeated > header.k) return PayloadError{"repeated", "at most " + std::to_string(header.k), std::to_string(header.repeated)};
+  if (auto error = expect_field("entries before tile 0", 0, static_cast<uint64_t>(payload.first_entry(0)))) return error;
+  for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+    const int64_t begin = payload.first_entry(tile), end = payload.first_entry(tile + 1);
+    if (end < begin || end - begin > layout.tile_entries(tile)) {
+      return PayloadError{
+          "entries before tile " + std::to_string(tile + 1),
+          std::to_string(begin) + " to " + std::to_string(begin + layout.tile_entries(tile)), std::to_string(end)};
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type) : numel(numel), k(k), type(type) {
+  if (k < 1 || k > numel || k > int64_t{UINT32_MAX}) {
+    throw std::invalid_argument(
+        "payload: expected 1 <= k <= min(numel, 2^32 - 1), got k=" + std::to_string(k) + " and numel=" + std::to_string(numel));
+  }
+  support = k > numel / 16 ? Support::kBitmap : Support::kOffsets;
+  tiles = (numel + kTileEntries - 1) / kTileEntries;
+  tile_starts_at = sizeof(PayloadHeader);
+  support_at = round_up(tile_starts_at + tiles * 4, 8);
+  values_at = round_up(support_at + (support == Support::kOffsets ? k * 2 : (numel + 7) / 8), 8);
+  bytes = round_up(values_at + k * value_bytes(type), 16);
+}
+
+PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan) {
+  PayloadHeader header{};
+  header.magic = kPayloadMagic;
+  header.version = kPayloadVersion;
+  header.value_type = layout.type;
+  header.support = layout.support;
+  header.step = step;
+  header.numel = static_cast<uint64_t>(layout.numel);
+  header.k = static_cast<uint64_t>(layout.k);
+  header.plan = plan;
+  return header;
+}
+
+std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLayout& layout, const ParallelFor& parallel_for) {
+  if (auto error = check_structure(bytes, layout)) return error;
+  const PayloadView payload(bytes, layout);
+  // The error of the lowest tile is reported, whatever the cut into ranges.
+  std::mutex mutex;
+  int64_t first_bad_tile = layout.tiles;
+  std::optional<PayloadError> first_error;
+  parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (auto error = check_tile(payload, tile)) {
+        const std::lock_guard lock(mutex);
+        if (tile < first_bad_tile) first_bad_tile = tile, first_error = std::move(error);
+        return;
+      }
+    }
+  });
+  return first_error;
+}
+
+template <typename T>
+void encode(const PayloadLayout& layout, const PayloadHeader& header, const int64_t* indices, const T* values, uint8_t* bytes) {
+  PayloadWriter<T> writer(bytes, layout);
+  writer.set_header(header);
+  int64_t entry = 0;
+  for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+    writer.set_first_entry(tile, entry);
+    for (; entry < layout.k && indices[entry] / kTileEntries == tile; ++entry) {
+      writer.set_entry(tile, entry, indices[entry] % kTileEntries, values[entry]);
+    }
+  }
+}
+template void encode<double>(const PayloadLayout&, const PayloadHeader&, const int64_t*, const double*, uint8_t*);
+template void encode<float>(const PayloadLayout&, const PayloadHeader&, const int64_t*, const float*, uint8_t*);
+template void encode<BFloat16>(const PayloadLayout&, const PayloadHeader&, const int64_t*, const BFloat16*, uint8_t*);
+template void encode<Half>(const PayloadLayout&, const PayloadHeader&, const int64_t*, const Half*, uint8_t*);
+
+void decode_indices(const PayloadView& payload, int64_t* indices) {
+  for (int64_t tile = 0; tile < payload.layout().tiles; ++tile) {
+    payload.for_each_entry(tile, [&](int64_t entry, int64_t offset) { indices[entry] = tile * kTileEntries + offset; });
+  }
+}
+
+}  // namespace regtopk

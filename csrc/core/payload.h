@@ -1,0 +1,151 @@
+// The payload: what one worker sends for one bucket, as bytes.
+//
+//   header | entries before each tile (u32) | offsets (u16 per entry) or bitmap (1 bit per gradient entry) | values
+//
+// Each part starts at a multiple of 8 bytes and the whole is a multiple of 16; bytes between parts are 0. A tile is
+// 65,536 consecutive gradient entries, so that a u16 offset reaches exactly one. Entries are in ascending order.
+// The bitmap is used where it is the smaller of the two, k / J > 1/16. The size depends on (J, k, value type) alone and
+// equal input gives equal bytes. All numbers are little-endian.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+
+#include "parallel.h"
+#include "value_types.h"
+
+namespace regtopk {
+
+static_assert(std::endian::native == std::endian::little, "payloads are written in native order, which must be little");
+
+inline constexpr uint32_t kPayloadMagic = 0x6b707472;  // "rtpk"
+inline constexpr uint16_t kPayloadVersion = 1;
+inline constexpr int64_t kTileEntries = 65536;
+inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN: the step is void
+
+enum class Support : uint8_t { kOffsets = 0, kBitmap = 1 };
+
+struct PayloadHeader {
+  uint32_t magic;
+  uint16_t version;
+  ValueType value_type;
+  Support support;
+  uint64_t step;
+  uint64_t numel;      // J
+  uint64_t k;          // entries sent
+  uint64_t plan;       // hash of the bucket's layout
+  uint64_t repeated;   // entries that were sent in the last step too
+  uint64_t displaced;  // entries that the plain magnitude would have sent and the RegTop-k factor did not
+  uint32_t flags;
+  uint32_t reserved;
+};
+static_assert(sizeof(PayloadHeader) == 64);
+
+// Where the parts of a payload of (numel, k, type) lie, in bytes from its beginning.
+struct PayloadLayout {
+  // Throws std::invalid_argument unless 1 <= k <= numel and k fits the u32 counts.
+  PayloadLayout(int64_t numel, int64_t k, ValueType type);
+
+  int64_t numel, k;
+  ValueType type;
+  Support support;
+  int64_t tiles;
+  int64_t tile_starts_at, support_at, values_at, bytes;
+
+  int64_t tile_entries(int64_t tile) const {
+    return tile + 1 < tiles ? kTileEntries : numel - tile * kTileEntries;
+  }
+};
+
+// Reads a payload that check_payload found valid.
+class PayloadView {
+ public:
+  PayloadView(const uint8_t* bytes, const PayloadLayout& layout) : bytes_(bytes), layout_(layout) {}
+
+  const PayloadLayout& layout() const { return layout_; }
+  PayloadHeader header() const {
+    PayloadHeader header;
+    std::memcpy(&header, bytes_, sizeof header);
+    return header;
+  }
+  int64_t first_entry(int64_t tile) const {
+    return tile < layout_.tiles ? reinterpret_cast<const uint32_t*>(bytes_ + layout_.tile_starts_at)[tile] : layout_.k;
+  }
+  template <typename T>
+  const T* values() const {
+    return reinterpret_cast<const T*>(bytes_ + layout_.values_at);
+  }
+
+  // Calls function(entry, offset) for each entry of a tile, ascending; offset is in [0, 65536).
+  template <typename Function>
+  void for_each_entry(int64_t tile, Function&& function) const {
+    int64_t entry = first_entry(tile);
+    if (layout_.support == Support::kOffsets) {
+      const uint16_t* offsets = reinterpret_cast<const uint16_t*>(bytes_ + layout_.support_at);
+      for (const int64_t end = first_entry(tile + 1); entry < end; ++entry) function(entry, int64_t{offsets[entry]});
+      return;
+    }
+    const uint8_t* bitmap = bytes_ + layout_.support_at + tile * (kTileEntries / 8);
+    const int64_t bitmap_bytes = (layout_.tile_entries(tile) + 7) / 8;
+    for (int64_t byte = 0; byte < bitmap_bytes; ++byte) {
+      for (unsigned bits = bitmap[byte]; bits != 0; bits &= bits - 1) {
+        function(entry++, byte * 8 + std::countr_zero(bits));
+      }
+    }
+  }
+
+ private:
+  const uint8_t* bytes_;
+  PayloadLayout layout_;
+};
+
+// Fills a payload tile by tile. Tiles may be filled at the same time: they share no byte.
+template <typename T>
+class PayloadWriter {
+ public:
+  // Zeroes everything but the values.
+  PayloadWriter(uint8_t* bytes, const PayloadLayout& layout) : bytes_(bytes), layout_(layout) {
+    std::memset(bytes_, 0, layout_.values_at);
+    const int64_t values_end = layout_.values_at + layout_.k * static_cast<int64_t>(sizeof(T));
+    std::memset(bytes_ + values_end, 0, layout_.bytes - values_end);
+  }
+
+  void set_header(const PayloadHeader& header) { std::memcpy(bytes_, &header, sizeof header); }
+  void set_first_entry(int64_t tile, int64_t entry) {
+    reinterpret_cast<uint32_t*>(bytes_ + layout_.tile_starts_at)[tile] = static_cast<uint32_t>(entry);
+  }
+  void set_entry(int64_t tile, int64_t entry, int64_t offset, T value) {
+    if (layout_.support == Support::kOffsets) {
+      reinterpret_cast<uint16_t*>(bytes_ + layout_.support_at)[entry] = static_cast<uint16_t>(offset);
+    } else {
+      bytes_[layout_.support_at + tile * (kTileEntries / 8) + offset / 8] |= static_cast<uint8_t>(1u << (offset % 8));
+    }
+    reinterpret_cast<T*>(bytes_ + layout_.values_at)[entry] = value;
+  }
+
+ private:
+  uint8_t* bytes_;
+  PayloadLayout layout_;
+};
+
+// The header that compress writes, before its counts and flags are known.
+PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan);
+
+// What is wrong with received bytes: the field, the value expected and the value found.
+struct PayloadError {
+  std::string field, expected, got;
+};
+
+// Checks untrusted bytes of the size that `layout` gives: the header, the tile starts and every offset. Reading a payload
+// that passes stays in bounds.
+std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLayout& layout, const ParallelFor& parallel_for);
+
+// Packs `layout.k` entries given by ascending gradient index, and the reverse.
+template <typename T>
+void encode(const PayloadLayout& layout, const PayloadHeader& header, const int64_t* indices, const T* values, uint8_t* bytes);
+void decode_indices(const PayloadView& payload, int64_t* indices);
+
+}  // namespace regtopk
