@@ -1,0 +1,74 @@
+#include "checks.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace regtopk {
+
+ValueType value_type_of(const char* who, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return ValueType::kFloat64;
+    case at::kFloat: return ValueType::kFloat32;
+    case at::kBFloat16: return ValueType::kBFloat16;
+    case at::kHalf: return ValueType::kFloat16;
+    default: TORCH_CHECK_TYPE(false, who, ": expected gradients of dtype float64, float32, bfloat16 or float16, got ", c10::toString(dtype));
+  }
+}
+
+at::ScalarType accumulate_dtype(at::ScalarType gradient_dtype) { return gradient_dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+Distortion distortion_of(const char* who, c10::string_view name) {
+  if (name == "previous") return Distortion::kPrevious;
+  TORCH_CHECK_VALUE(name == "current", who, ": expected distortion 'previous' or 'current', got '", name, "'");
+  return Distortion::kCurrent;
+}
+
+double checked_mu(const char* who, double mu) {
+  TORCH_CHECK_VALUE(std::isfinite(mu) && mu > 0, who, ": expected a finite mu > 0, got mu=", mu);
+  return mu;
+}
+
+void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == dtype, who, ": expected ", name, " of dtype ", c10::toString(dtype), ", got ", c10::toString(tensor.scalar_type()));
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 1 && tensor.size(0) == numel && tensor.is_contiguous(), who, ": expected ", name, " contiguous with shape [",
+      numel, "], got shape ", tensor.sizes(), " and strides ", tensor.strides());
+}
+
+PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k) {
+  const ValueType type = value_type_of(who, gradient.scalar_type());
+  check_vector(who, "gradient", gradient, gradient.scalar_type(), gradient.numel());
+  TORCH_CHECK_VALUE(
+      k >= 1 && k <= gradient.numel() && k <= int64_t{UINT32_MAX}, who, ": expected 1 <= k <= min(", gradient.numel(),
+      " gradient entries, 2^32 - 1), got k=", k);
+  return PayloadLayout(gradient.numel(), k, type);
+}
+
+PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type) {
+  check_vector(who, name, payload, at::kByte, payload.numel());
+  PayloadHeader header{};
+  TORCH_CHECK_VALUE(
+      payload.numel() >= static_cast<int64_t>(sizeof header), who, ": expected ", name, " of at least ", sizeof header,
+      " bytes, got ", payload.numel());
+  std::memcpy(&header, payload.const_data_ptr<uint8_t>(), sizeof header);
+  TORCH_CHECK_VALUE(
+      header.k >= 1 && header.k <= static_cast<uint64_t>(numel) && header.k <= UINT32_MAX, who, ": expected a ", name,
+      " that holds 1 to ", numel, " entries, got ", header.k);
+  const PayloadLayout layout(numel, static_cast<int64_t>(header.k), type);
+  TORCH_CHECK_VALUE(
+      payload.numel() == layout.bytes, who, ": expected ", name, " of ", layout.bytes, " bytes for ", layout.k, " of ", numel,
+      " entries, got ", payload.numel());
+  if (const auto error = check_payload(payload.const_data_ptr<uint8_t>(), layout, torch_parallel_for())) {
+    TORCH_CHECK_VALUE(false, who, ": expected ", error->field, " ", error->expected, " in ", name, ", got ", error->got);
+  }
+  return layout;
+}
+
+ParallelFor torch_parallel_for() {
+  return [](int64_t count, const std::function<void(int64_t, int64_t)>& body) { at::parallel_for(0, count, 1, body); };
+}
+
+}  // namespace regtopk

@@ -1,0 +1,18 @@
+// Built in place of the CUDA kernels where there are none: CUDA tensors get one clear sentence.
+#include <torch/library.h>
+
+namespace {
+
+void no_cuda_kernels(const c10::OperatorHandle& operation, torch::jit::Stack*) {
+  const std::string name = operation.schema().operator_name().name;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, name.substr(name.find("::") + 2), ": expected CPU tensors, got CUDA tensors; this build of regtopk_torch has no CUDA kernels");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
+  for (const char* name : {"compress_", "aggregate_", "put_back_", "encode", "decode"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernels>());
+  }
+}
