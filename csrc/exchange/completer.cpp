@@ -1,0 +1,70 @@
+#include "completer.h"
+
+#include <stdexcept>
+
+namespace regtopk {
+
+Completer::Completer() : thread_(&Completer::run, state_) {}
+
+Completer::~Completer() { stop(); }
+
+void Completer::submit(Task task) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    if (state_->stopping) throw std::runtime_error("exchange: expected an open exchange, got one that was shut down");
+    state_->pending.push_back(std::move(task));
+  }
+  state_->changed.notify_all();
+}
+
+std::function<void()> Completer::waker() const {
+  return [state = state_] {
+    // The lock orders the change that the caller made before a waiter's next look.
+    { const std::lock_guard lock(state->mutex); }
+    state->changed.notify_all();
+  };
+}
+
+bool Completer::wait_idle(Clock::time_point deadline) const {
+  std::unique_lock lock(state_->mutex);
+  return state_->changed.wait_until(lock, deadline, [this] { return state_->pending.empty(); });
+}
+
+bool Completer::stop() {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stopping = true;
+  }
+  state_->changed.notify_all();
+  if (thread_.joinable()) {
+    // The last owner may be let go of by a task, on the thread itself.
+    if (thread_.get_id() == std::this_thread::get_id()) thread_.detach();
+    else thread_.join();
+  }
+  const std::lock_guard lock(state_->mutex);
+  return state_->outstanding_at_stop;
+}
+
+void Completer::run(const std::shared_ptr<State>& shared) {
+  const std::shared_ptr<State> state = shared;
+  std::unique_lock lock(state->mutex);
+  for (;;) {
+    state->changed.wait(lock, [&] { return state->stopping || !state->pending.empty(); });
+    if (state->pending.empty()) return;
+    Task& task = state->pending.front();  // a deque keeps the front in place while others are added
+    const bool woken = state->changed.wait_until(lock, task.deadline, [&] { return state->stopping || task.arrived(); });
+    Outcome outcome = woken ? Outcome::kArrived : Outcome::kTimedOut;
+    if (state->stopping && !task.arrived()) {
+      outcome = Outcome::kStopped;
+      state->outstanding_at_stop = true;
+    }
+    lock.unlock();
+    task.complete(outcome);
+    task = Task{};  // lets go of what it holds before anyone is told that it is done
+    lock.lock();
+    state->pending.pop_front();
+    state->changed.notify_all();
+  }
+}
+
+}  // namespace regtopk

@@ -1,0 +1,53 @@
+// A thread that ends exchanges in the order in which they were begun. It knows no torch: a task is a predicate that says
+// whether the payloads have arrived, a deadline, and what to do then.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace regtopk {
+
+class Completer {
+ public:
+  using Clock = std::chrono::steady_clock;
+  enum class Outcome { kArrived, kTimedOut, kStopped };
+  struct Task {
+    std::function<bool()> arrived;          // cheap; must not block
+    Clock::time_point deadline;
+    std::function<void(Outcome)> complete;  // called once, never throws
+  };
+
+  Completer();
+  // Stops. Must not be called by a thread that holds a lock which a task needs (in Python: the GIL).
+  ~Completer();
+
+  // Throws std::runtime_error after stop().
+  void submit(Task task);
+  // Wakes the thread to ask `arrived` again. The returned function may outlive the completer.
+  std::function<void()> waker() const;
+  // Waits until nothing is pending; false if that has not happened by the deadline.
+  bool wait_idle(Clock::time_point deadline) const;
+  // Completes everything pending with kStopped and ends the thread. Returns whether an arrival was still outstanding.
+  bool stop();
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Task> pending;  // the front one stays while it is being completed
+    bool stopping = false;
+    bool outstanding_at_stop = false;
+  };
+  static void run(const std::shared_ptr<State>& state);
+
+  std::shared_ptr<State> state_ = std::make_shared<State>();
+  std::thread thread_;
+};
+
+}  // namespace regtopk

@@ -1,0 +1,76 @@
+#include "local_exchange.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+#include <c10/util/Exception.h>
+
+namespace regtopk {
+
+LocalExchange::LocalExchange(Options options, int64_t workers) {
+  TORCH_CHECK_VALUE(workers >= 1, "LocalExchange: expected at least 1 worker, got ", workers);
+  for (int64_t rank = 0; rank < workers; ++rank) workers_.push_back(std::make_unique<Worker>(options, rank, workers));
+}
+
+Worker& LocalExchange::worker(int64_t rank) {
+  TORCH_CHECK_INDEX(
+      rank >= 0 && rank < workers(), "LocalExchange: expected a rank below ", workers(), ", got ", rank);
+  return *workers_[rank];
+}
+
+std::vector<at::Tensor> LocalExchange::step(
+    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets) {
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(gradients.size()) == workers(), "LocalExchange: expected the gradients of ", workers(), " workers, got ",
+      gradients.size());
+  const std::vector<at::Tensor>& first = gradients.front();
+  for (const auto& of_worker : gradients) {
+    TORCH_CHECK_VALUE(
+        of_worker.size() == first.size(), "LocalExchange: expected ", first.size(), " gradients of every worker, got ", of_worker.size());
+    for (size_t i = 0; i < first.size(); ++i) {
+      TORCH_CHECK_VALUE(
+          of_worker[i].sizes() == first[i].sizes() && of_worker[i].scalar_type() == first[i].scalar_type(),
+          "LocalExchange: expected gradient ", i, " of shape ", first[i].sizes(), " and dtype ", first[i].scalar_type(),
+          " of every worker, got ", of_worker[i].sizes(), " and ", of_worker[i].scalar_type());
+    }
+  }
+
+  std::vector<at::Tensor> averages(first.size());
+  for (const auto& bucket : buckets) {
+    TORCH_CHECK_VALUE(!bucket.empty(), "LocalExchange: expected buckets of at least one parameter, got an empty one");
+    for (const int64_t parameter : bucket) {
+      TORCH_CHECK_INDEX(
+          parameter >= 0 && parameter < static_cast<int64_t>(first.size()), "LocalExchange: expected parameters below ", first.size(),
+          " in the buckets, got ", parameter);
+    }
+    Layout layout{{}, first[bucket.front()].scalar_type()};
+    for (const int64_t parameter : bucket) layout.parameters.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel(), {}});
+    const auto flat = [&bucket](const std::vector<at::Tensor>& of_worker) {
+      if (bucket.size() == 1) return of_worker[bucket.front()].contiguous().view({-1});
+      std::vector<at::Tensor> parts;
+      for (const int64_t parameter : bucket) parts.push_back(of_worker[parameter].reshape({-1}));
+      return at::cat(parts);
+    };
+
+    std::vector<std::shared_ptr<Plan>> plans;
+    std::vector<at::Tensor> own;
+    for (int64_t rank = 0; rank < workers(); ++rank) {
+      plans.push_back(worker(rank).begin(layout));
+      own.push_back(worker(rank).compress(*plans[rank], flat(gradients[rank])));
+    }
+    const at::Tensor payloads = at::stack(own);
+    const at::Tensor average = at::empty({layout.numel()}, first[bucket.front()].options());
+    const at::Tensor feedback = worker(0).aggregate(*plans[0], own[0], payloads, average, 0, workers());
+    for (int64_t rank = 0; rank < workers(); ++rank) {
+      worker(rank).finish(*plans[rank], own[rank], feedback.defined() ? feedback[rank] : feedback, payloads);
+    }
+    int64_t offset = 0;
+    for (const int64_t parameter : bucket) {
+      averages[parameter] = average.narrow(0, offset, first[parameter].numel()).view(first[parameter].sizes());
+      offset += first[parameter].numel();
+    }
+  }
+  return averages;
+}
+
+}  // namespace regtopk

@@ -1,0 +1,28 @@
+// N workers in one process, on the same kernels and in the same order as N processes under DDP: for simulations, and as
+// the twin that a distributed run must equal bit for bit.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "worker.h"
+
+namespace regtopk {
+
+class LocalExchange {
+ public:
+  LocalExchange(Options options, int64_t workers);
+
+  // gradients[worker][parameter], of equal shapes for all workers; buckets[i] lists the parameters of bucket i in the
+  // order in which their gradients lie in it. Returns the average of every listed parameter, undefined for others.
+  std::vector<at::Tensor> step(
+      const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets);
+
+  Worker& worker(int64_t rank);
+  int64_t workers() const { return static_cast<int64_t>(workers_.size()); }
+
+ private:
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+}  // namespace regtopk
