@@ -1,0 +1,31 @@
+"""Sparsified gradient exchange for DistributedDataParallel: Top-k and RegTop-k with error feedback, in C++.
+
+    state = regtopk_torch.RegTopKState(density=0.001, mu=5.0)
+    ddp.register_comm_hook(state, regtopk_torch.sparse_hook)
+
+Source of the method: Bereyhi, Liang, Boudreau, Afana, "Novel Gradient Sparsification Algorithm via Bayesian Inference",
+arXiv 2409.14893. `regtopk_torch.reference` states all of it in plain PyTorch with equation numbers.
+"""
+
+import atexit
+
+import torch
+
+try:
+    from regtopk_torch import _C
+except ImportError as error:
+    raise ImportError(
+        f"regtopk_torch: expected its extension built for torch {torch.__version__}, got: {error}; run `make setup` "
+        "or `pip install --no-build-isolation -e .` in the project's folder"
+    ) from error
+
+from regtopk_torch import fake  # noqa: F401  (registers the fake kernels)
+from regtopk_torch.hook import attach, sparse_hook
+from regtopk_torch.local import LocalExchange
+from regtopk_torch.states import RegTopKState, TopKState
+
+__version__ = "0.1.0"
+__all__ = ["LocalExchange", "RegTopKState", "TopKState", "attach", "sparse_hook"]
+
+# Before the interpreter ends, every exchange lets go of its thread: a pending future with a Python callback would hang it.
+atexit.register(_C.shutdown_all)

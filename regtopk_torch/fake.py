@@ -1,0 +1,30 @@
+"""Fake kernels: shapes and dtypes of the operators' results, for torch.compile and FakeTensorMode."""
+
+import torch
+
+from regtopk_torch import _C
+
+
+@torch.library.register_fake("regtopk::compress_")
+def _(gradient, residual, payload, sent, feedback, *, k, mu=1.0, distortion="previous", step=0, plan=0):
+    return None
+
+
+@torch.library.register_fake("regtopk::aggregate_")
+def _(gradient, payloads, feedback, *, k, rank=0, distortion="previous", step=0, plan=0):
+    return None
+
+
+@torch.library.register_fake("regtopk::put_back_")
+def _(residual, payload, *, dtype):
+    return None
+
+
+@torch.library.register_fake("regtopk::encode")
+def _(indices, values, *, numel, step=0, plan=0):
+    return indices.new_empty(_C.payload_bytes(numel, values.shape[0], values.dtype), dtype=torch.uint8)
+
+
+@torch.library.register_fake("regtopk::decode")
+def _(payload, *, numel, k, dtype):
+    return payload.new_empty(k, dtype=torch.int64), payload.new_empty(k, dtype=dtype)

@@ -1,0 +1,67 @@
+"""The two ways from DistributedDataParallel into the C++ exchange."""
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from regtopk_torch.states import TopKState
+
+
+def _value(done):
+    # DDP's Python hook asserts that the future holds a Python object; the exchange's own future holds a C++ tensor.
+    return done.value()
+
+
+def sparse_hook(state, bucket):
+    """Exchange one gradient bucket: pass to `ddp.register_comm_hook(state, sparse_hook)`.
+
+    Args:
+        state (TopKState or RegTopKState): options, residuals and history of this worker.
+        bucket (torch.distributed.GradBucket): its buffer of shape [J] holds fp64, fp32, bf16 or fp16 gradients on the
+            CPU and is overwritten with the average over workers of what they sent, Z / N. A sparse_coo buffer goes
+            through a plain all-reduce.
+
+    Returns:
+        torch.futures.Future: of the bucket's own buffer.
+
+    One all-gather per bucket, issued before this function returns; the first use of a bucket layout also waits for an
+    all-gather in which the ranks compare their options.
+
+    Raises:
+        TypeError: `bucket` is not a GradBucket, or its dtype is not supported.
+        ValueError: options, model or step differ between ranks; the message names the ranks and both values.
+        torch.distributed.DistBackendError: a rank did not answer within the group's timeout.
+    """
+    if not isinstance(state, TopKState):
+        raise TypeError(f"sparse_hook: expected a TopKState or RegTopKState, got {type(state).__name__}")
+    if not isinstance(bucket, dist.GradBucket):
+        raise TypeError(
+            f"sparse_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
+            "compiled autograd's Python reducer is not supported, set torch._dynamo.config.optimize_ddp to another mode"
+        )
+    return state._exchange.run(bucket).then(_value)
+
+
+def attach(ddp, state):
+    """Register the exchange on `ddp` without Python in the backward pass.
+
+    Equivalent to `ddp.register_comm_hook(state, sparse_hook)`, bit for bit.
+
+    Args:
+        ddp (DistributedDataParallel): a model without a communication hook.
+        state (TopKState or RegTopKState): for the same process group.
+
+    Raises:
+        TypeError: for other types.
+        ValueError: the state's process group has other ranks than the model's.
+        RuntimeError: the model has a communication hook already (raised by PyTorch).
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"attach: expected a DistributedDataParallel, got {type(ddp).__name__}")
+    if not isinstance(state, TopKState):
+        raise TypeError(f"attach: expected a TopKState or RegTopKState, got {type(state).__name__}")
+    ranks = dist.get_process_group_ranks(ddp.process_group)
+    if ranks != state.ranks:
+        raise ValueError(f"attach: expected a state for the model's ranks {ranks}, got one for {state.ranks}")
+    state._exchange.register_on(ddp.reducer)
+    # As register_comm_hook does: DDP keeps the pair, and with it the state, alive.
+    ddp._comm_hooks.append((sparse_hook, state))

@@ -1,0 +1,106 @@
+"""N workers in one process, on the kernels and in the order of N processes under DDP."""
+
+import torch
+
+from regtopk_torch import _C, checkpoint
+from regtopk_torch.options import check_options
+
+
+class LocalExchange:
+    """Simulate the exchange of N workers: `aggregate = exchange.step([gradient_0, ..., gradient_{N-1}])`.
+
+    For simulations of many workers, and as the twin that a distributed run equals bit for bit.
+
+    Args:
+        num_workers (int): N >= 1.
+        density (float): fraction of a bucket's entries that each worker sends, 0 < density <= 1.
+        method (str): "regtopk" or "topk".
+        mu, distortion: as for RegTopKState; Top-k ignores them.
+
+    Raises:
+        TypeError, ValueError: an option out of range.
+    """
+
+    def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous"):
+        options = check_options("LocalExchange", method=method, density=density, mu=mu, distortion=distortion)
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+            raise ValueError(f"LocalExchange: expected num_workers to be an integer of at least 1, got {num_workers!r}")
+        self._header = {"method": method, "distortion": distortion, "world_size": num_workers}
+        self._num_workers = num_workers
+        self._exchange = _C.LocalExchange(options, num_workers)
+
+    @property
+    def num_workers(self):
+        """N."""
+        return self._num_workers
+
+    def step(self, gradients, buckets=None):
+        """Exchange one step and return the average of what the workers sent, Z / N.
+
+        Args:
+            gradients (list): one per worker, in rank order: a tensor of any shape, or a list of tensors, one per parameter;
+                fp64, fp32, bf16 or fp16, on the CPU, of equal shapes and dtypes for all workers. Only read.
+            buckets (list of list of int, optional): the parameters of each bucket, in the order in which DDP lays them
+                out; default, all parameters in one bucket. May change from step to step: residuals follow their parameters.
+
+        Returns:
+            A new tensor, or list of tensors, in the shape of one worker's gradients; None for parameters in no bucket.
+        """
+        single = all(isinstance(gradient, torch.Tensor) for gradient in gradients)
+        per_worker = [[gradient] for gradient in gradients] if single else [list(gradient) for gradient in gradients]
+        if buckets is None:
+            buckets = [list(range(len(per_worker[0])))] if per_worker else []
+        averages = self._exchange.step([[g.detach() for g in worker] for worker in per_worker], buckets)
+        return averages[0] if single else averages
+
+    def stats(self, rank=None):
+        """Return the sums since construction of one worker, or of all (steps and void_steps are those of one worker).
+
+        The keys are those of `TopKState.stats`. No collective.
+        """
+        if rank is not None:
+            result = self._exchange.statistics(rank)
+            result["residual_norm"] = self._exchange.residual_norm(rank)
+        else:
+            ranks = [self.stats(rank) for rank in range(self._num_workers)]
+            once = ("steps", "void_steps", "density", "workers")
+            result = {name: ranks[0][name] if name in once else sum(r[name] for r in ranks) for name in ranks[0]}
+            result["residual_norm"] = sum(r["residual_norm"] ** 2 for r in ranks) ** 0.5
+        result["density"] = result["sent_entries"] / result["entries"] if result["entries"] else 0.0
+        result["workers"] = self._num_workers
+        return result
+
+    def residuals(self, rank):
+        """Return {parameter index: residual, flat} of one worker, as copies; fp32, or fp64 for fp64 gradients."""
+        return {key: piece[0] for key, piece in self._exchange.export_pieces(rank).items()}
+
+    def state_dict(self):
+        """Return residuals, histories and steps of all workers, as a dict that `torch.load(weights_only=True)` reads."""
+        workers = []
+        for rank in range(self._num_workers):
+            pieces = self._exchange.export_pieces(rank)
+            named = [(str(key), pieces[key][0], key) for key in sorted(pieces)]
+            header = {**self._header, "rank": rank}
+            workers.append(checkpoint.to_state_dict(pieces, named, header, step=self._exchange.last_step(rank)))
+        return {"workers": workers}
+
+    def load_state_dict(self, state_dict):
+        """Replace residuals, histories and steps; raises TypeError or ValueError, and changes nothing, if they do not fit."""
+        who = "LocalExchange.load_state_dict"
+        workers = state_dict.get("workers") if isinstance(state_dict, dict) else None
+        if not isinstance(workers, list) or len(workers) != self._num_workers:
+            found = len(workers) if isinstance(workers, list) else type(state_dict).__name__
+            raise ValueError(f"{who}: expected the state of {self._num_workers} workers, got {found}")
+        loaded = []
+        for rank, worker in enumerate(workers):
+            parameters = worker.get("parameters", {}) if isinstance(worker, dict) else {}
+            named = [(name, _gradient_like(entry), int(name)) for name, entry in parameters.items()]
+            loaded.append(checkpoint.from_state_dict(who, worker, named, {**self._header, "rank": rank}))
+        for rank, (pieces, step) in enumerate(loaded):
+            self._exchange.import_pieces(rank, pieces, step)
+
+
+def _gradient_like(entry):
+    """An uninitialised tensor of the shape and gradient dtype that a saved entry has: no module says it here."""
+    value = entry.get("sent_value", entry.get("residual"))
+    return torch.empty(entry["shape"], dtype=value.dtype)

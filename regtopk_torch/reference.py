@@ -1,0 +1,235 @@
+r"""RegTop-k in plain PyTorch: the oracle of the tests, and the shortest complete statement of what the kernels compute.
+
+Equations are those of Bereyhi, Liang, Boudreau, Afana, arXiv 2409.14893; design choices beyond the paper are marked (+).
+
+    paper                    here                     meaning, for one worker and one bucket of J entries
+    g_n^t                    gradient                 local gradient
+    epsilon_n^t              residual                 what was not sent so far
+    a_n^t                    accumulated              residual + gradient                           (Algorithm 1, line 4)
+    s_n^t, its support S     index                    the k entries sent, ascending
+    \hat g_n^t = s * a       value                    a[S] as the wire carries it, v
+    g^t                      average                  Z / N with Z = v_0 + ... + v_{N-1}            (eq. 1, omega_n = 1/N)
+    Delta_n^t                -                        posterior distortion; enters only as |1 + Delta|   (eq. 13)
+    |1 + Delta_n^t|          rho                      infinite for entries not sent last step (Q infinite) (+)
+    u_mu(x) = tanh(x / mu)   regularisation           factor of the score                           (eq. 16)
+    Top_k                    select                   eq. 5, made unique: equal scores by index (+)
+
+Everything is fp32, or fp64 for fp64 gradients; only the gradient, the wire and the average have the gradient's dtype.
+Tensors are on the CPU and flat, shape [J] unless said otherwise.
+"""
+
+import math
+import struct
+from dataclasses import dataclass, field
+
+import torch
+
+TILE_ENTRIES = 65536
+_WIRE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def accumulate_dtype(dtype):
+    """Dtype of residual, score and sum for gradients of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def entries_to_send(density, numel):
+    """k = density * J, rounded, at least 1 and at most J (section 4.1 writes S = k / J)."""
+    return min(max(math.floor(density * numel + 0.5), 1), numel)
+
+
+def tanh_of_nonnegative(x):
+    """tanh(x) for fp64 x >= 0, from additions, multiplications and divisions in a fixed order (+).
+
+    The kernels compute the same bits: tanh(x) = e / (e + 2) with e = expm1(2x), 2x = n ln 2 + r and
+    expm1(n ln 2 + r) = 2^n expm1(r) + (2^n - 1), expm1(r) by its Taylor polynomial of degree 13.
+    """
+    y = 2.0 * torch.clamp(x, max=22.0)
+    n = torch.floor(y * 1.4426950408889634 + 0.5)
+    r = (y - n * float.fromhex("0x1.62e42feep-1")) - n * float.fromhex("0x1.a39ef35793c76p-33")
+    polynomial = torch.full_like(r, 1.0 / math.factorial(13))
+    for order in range(12, 1, -1):
+        polynomial = polynomial * r + 1.0 / math.factorial(order)
+    expm1_of_r = r + r * r * polynomial
+    two_to_n = ((n.to(torch.int64) + 1023) << 52).view(torch.float64)
+    expm1_of_y = two_to_n * expm1_of_r + (two_to_n - 1.0)
+    return expm1_of_y / (expm1_of_y + 2.0)
+
+
+def magnitude_ratio(numerator, denominator):
+    """|numerator| / |denominator|; infinite where the denominator is 0 or the ratio is NaN (+)."""
+    ratio = numerator.abs() / denominator.abs()
+    return torch.where((denominator == 0) | ratio.isnan(), math.inf, ratio)
+
+
+def feedback_of(total, value, distortion):
+    """What is kept of Z and v for the next step's score: rho itself, or Z - v. Shapes [k]."""
+    return magnitude_ratio(total, value) if distortion == "previous" else total - value
+
+
+def rho_of(accumulated, feedback, distortion):
+    """|1 + Delta| of entries sent last step, shape [k].
+
+    distortion "previous" divides by the value sent last step: |Z| / |v|, as the authors' scripts do;
+    "current" by the accumulated gradient of this step: |a + (Z - v)| / |a|, as Algorithm 1, line 5 is printed.
+    """
+    return feedback if distortion == "previous" else magnitude_ratio(accumulated + feedback, accumulated)
+
+
+def scores(accumulated, sent_index, feedback, *, mu, distortion):
+    """|a| for entries not sent last step, |a| tanh(rho / mu) for the others (eq. 16)."""
+    result = accumulated.abs()
+    if sent_index is not None and feedback is not None:
+        rho = rho_of(accumulated[sent_index], feedback, distortion)
+        regularisation = tanh_of_nonnegative(rho.double() / mu)
+        result[sent_index] *= regularisation.to(accumulated.dtype)
+    return result
+
+
+def order_keys(magnitudes):
+    """Integers in the order of non-negative floats: their bit patterns, with one pattern for every NaN, above infinity (+)."""
+    integers = torch.int64 if magnitudes.dtype == torch.float64 else torch.int32
+    nan = torch.tensor(math.nan, dtype=magnitudes.dtype)
+    return torch.where(magnitudes.isnan(), nan, magnitudes).abs().view(integers)
+
+
+def select(score, k):
+    """Indices of the k largest scores, ascending; among equal scores the smallest indices (eq. 5, made unique)."""
+    order = torch.sort(order_keys(score), descending=True, stable=True).indices
+    return order[:k].sort().values
+
+
+def to_wire(values, dtype):
+    """Round to the wire's dtype: nearest even, a finite value never to infinity, one NaN (+)."""
+    rounded = values.to(dtype)
+    largest = torch.finfo(dtype).max
+    overflowed = rounded.isinf() & values.isfinite()
+    rounded = torch.where(overflowed, torch.sign(values).to(dtype) * largest, rounded)
+    return torch.where(values.isnan(), torch.tensor(math.nan, dtype=dtype), rounded)
+
+
+@dataclass
+class Message:
+    """What one worker sends for one bucket in one step."""
+
+    index: torch.Tensor  # [k] int64, ascending
+    value: torch.Tensor  # [k], the gradient's dtype
+    non_finite: bool  # some accumulated entry is infinite or NaN: the step is void for everyone
+    repeated: int  # entries sent twice running
+    displaced: int  # entries that plain magnitude would have sent and the regularisation did not
+
+
+@dataclass
+class Worker:
+    """Algorithm 1 for worker n. `mu=None` is Top-k."""
+
+    density: float
+    mu: float | None = None
+    distortion: str = "previous"
+    residual: torch.Tensor | None = None
+    sent: Message | None = None
+    feedback: torch.Tensor | None = None
+    in_vain: bool = False
+
+    def compress(self, gradient):
+        """Return this step's Message and update the residual: what is sent plus what is kept is what was given."""
+        wide = accumulate_dtype(gradient.dtype)
+        if self.residual is None:
+            self.residual = torch.zeros(gradient.numel(), dtype=wide)
+        if self.in_vain:
+            self.put_back()
+        accumulated = self.residual + gradient.to(wide)  # line 4
+        sent_index = None if self.sent is None else self.sent.index
+        feedback = None if self.mu is None else self.feedback
+        score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
+        index = select(score, entries_to_send(self.density, gradient.numel()))  # line 6
+        value = to_wire(accumulated[index], gradient.dtype)  # line 7
+
+        finite = accumulated.isfinite()
+        kept = accumulated.clone()
+        kept[index] -= value.to(wide)  # line 8
+        self.residual = torch.where(finite, kept, self.residual)  # (+) an entry that is not finite keeps what it had
+
+        repeated, displaced = self._compare_with_last_step(accumulated, score, index)
+        self.sent = Message(index, value, not bool(finite.all()), repeated, displaced)
+        self.feedback = None
+        return self.sent
+
+    def receive(self, total, *, void):
+        """Take Z of this step, shape [J] in the wide dtype, and whether any worker flagged the step."""
+        self.in_vain = void
+        if self.mu is not None:
+            index = self.sent.index
+            self.feedback = feedback_of(total[index], self.sent.value.to(total.dtype), self.distortion)
+
+    def put_back(self):
+        """A void step was applied nowhere: its finite values return to the residual, its history is forgotten (+)."""
+        value = self.sent.value.to(self.residual.dtype)
+        self.residual[self.sent.index] += torch.where(value.isfinite(), value, 0.0)
+        self.sent, self.feedback, self.in_vain = None, None, False
+
+    def _compare_with_last_step(self, accumulated, score, index):
+        if self.sent is None:
+            return 0, 0
+        chosen = torch.zeros(len(score), dtype=torch.bool)
+        chosen[index] = True
+        keys = order_keys(score)
+        last_key = keys[index].min()
+        last_index = index[keys[index] == last_key].max()
+        magnitude = order_keys(accumulated.abs())
+        before_last = (magnitude > last_key) | ((magnitude == last_key) & (torch.arange(len(score)) <= last_index))
+        previous = self.sent.index
+        return int(chosen[previous].sum()), int((~chosen & before_last)[previous].sum())
+
+
+def sum_in_rank_order(messages, numel):
+    """Z = ((0 + v_0) + v_1) + ... scattered, shape [J], in the wide dtype (+): the order gives every replica the same bits."""
+    total = torch.zeros(numel, dtype=accumulate_dtype(messages[0].value.dtype))
+    for message in messages:
+        total[message.index] += message.value.to(total.dtype)
+    return total
+
+
+@dataclass
+class Exchange:
+    """N workers, one bucket: `average = exchange.step([gradient_0, ...])`, gradients of shape [J]."""
+
+    workers: list = field(default_factory=list)
+
+    def step(self, gradients):
+        """Return Z / N in the gradient's dtype (eq. 1)."""
+        messages = [worker.compress(gradient) for worker, gradient in zip(self.workers, gradients, strict=True)]
+        total = sum_in_rank_order(messages, gradients[0].numel())
+        void = any(message.non_finite for message in messages)
+        for worker in self.workers:
+            worker.receive(total, void=void)
+        # By a tensor: dividing by a number may multiply by its rounded inverse.
+        return to_wire(total / torch.tensor(float(len(messages)), dtype=total.dtype), gradients[0].dtype)
+
+
+def encode(message, numel, *, step=0, plan=0):
+    """The payload's bytes, uint8: header, entries before each tile, offsets or bitmap, values; see csrc/core/payload.h."""
+    k, dtype = len(message.index), message.value.dtype
+    bitmap = 16 * k > numel
+    flags = 1 if message.non_finite else 0
+    header = struct.pack(
+        "<IHBBQQQqQQII",
+        0x6B707472, 1, _WIRE_TYPES[dtype], int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
+    )  # fmt: skip
+    tiles = -(-numel // TILE_ENTRIES)
+    starts = torch.searchsorted(message.index, torch.arange(tiles) * TILE_ENTRIES).to(torch.int32)
+    if bitmap:
+        bits = torch.zeros(-(-numel // 8) * 8, dtype=torch.int32)
+        bits[message.index] = 1
+        support = (bits.view(-1, 8) << torch.arange(8, dtype=torch.int32)).sum(1).to(torch.uint8)
+    else:
+        support = _bytes((message.index % TILE_ENTRIES).to(torch.uint16))
+    parts = [torch.tensor(list(header), dtype=torch.uint8)]
+    for part, multiple in ((_bytes(starts), 8), (support, 8), (_bytes(message.value), 16)):
+        parts.append(part)
+        parts.append(torch.zeros(-sum(map(len, parts)) % multiple, dtype=torch.uint8))
+    return torch.cat(parts)
+
+
+def _bytes(tensor):
+    return tensor.contiguous().view(torch.uint8)
