@@ -1,0 +1,54 @@
+# make train [ARGS="--method topk --steps 500"]   set up, train ResNet-18 with two workers, print a table and a figure's path
+# make test  [ARGS="-k payload"]                  set up, run the test suite
+# make setup                                      the set-up alone: a virtual environment, dependencies, the extension
+# make clean                                      remove what make made: environments, builds, runs and the downloaded data set
+#
+# TORCH=2.13.0 uses another torch, in an environment of its own and without torchvision. PYTHON=... another interpreter.
+
+PYTHON ?= python3
+TORCH ?= 2.14.1
+ARGS ?=
+
+ifeq ($(TORCH),2.14.1)
+VENV ?= .venv
+TORCH_PACKAGES := torch==2.14.1 torchvision==0.29.1
+else
+VENV ?= .venv-torch-$(TORCH)
+TORCH_PACKAGES := torch==$(TORCH)
+endif
+
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/installed
+# The package holds one built extension: the stamp says for which torch.
+BUILT := build/built-for-torch-$(TORCH)
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+WORKERS = $(or $(shell printf '%s\n' '$(ARGS)' | sed -n 's/.*--workers[ =]\{1,\}\([0-9][0-9]*\).*/\1/p'),2)
+
+.PHONY: setup train test clean
+
+setup: $(BUILT)
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES) -r requirements.txt
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@rm -f build/built-for-torch-*
+	PATH="$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+train: setup
+	@test -x $(BIN)/torchrun || \
+	  { echo "make train: expected torchrun in $(VENV)/bin, got none; run make clean, then make train"; exit 1; }
+	$(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) experiments/cifar10_resnet18.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv .venv-torch-* build runs data/cifar-10-* regtopk_torch.egg-info .pytest_cache .hypothesis
+	rm -f regtopk_torch/_C.*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
