@@ -1,0 +1,131 @@
+"""Record a run: one folder per run, and in it a log of JSON lines that begins with how the run was made."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "numpy", "regtopk_torch")
+LOG_NAME = "log.jsonl"
+
+
+def create_run_folder(name, parent="runs"):
+    """Create and return `parent`/`name`; a name already taken gets -2, -3, ... so that no run is overwritten."""
+    if not name or name != Path(name).name:
+        raise ValueError(f"--name: expected a folder name without separators, got {name!r}")
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = Path(parent) / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def portable(argument):
+    """Return a command-line argument with an absolute path made relative to the current folder, or cut to its name."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    if os.path.isabs(value):
+        relative = os.path.relpath(value)
+        value = Path(value).name if relative.startswith("..") else relative
+    return option + equals + value
+
+
+def describe_commit():
+    """Return (commit, dirty) of this repository: the hash or None, and whether tracked or new files differ from it."""
+
+    def ask_git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    try:
+        return ask_git("rev-parse", "HEAD"), bool(ask_git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit yet
+        return None, None
+
+
+def describe_processor():
+    """Return the processor's model name and the number of logical cores this process may use."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # only Linux has this file
+    return {"model": model, "cores": count_cores()}
+
+
+def count_cores():
+    """Return the number of logical cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_versions():
+    """Return the versions of Python and of the packages a result depends on; None for one that is not installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = getattr(sys.modules.get(package), "__version__", None)
+    return versions
+
+
+class Recorder:
+    """Write a log: the header on the first line, then one JSON object per line, each flushed when written."""
+
+    def __init__(self, path, seed, **values):
+        """Create the file `path`, which must not exist, and write the header; `values` are added to it."""
+        self._file = open(path, "x", encoding="utf-8")
+        commit, dirty = describe_commit()
+        self.header = {
+            "event": "header",
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": [Path(sys.executable).name, *map(portable, sys.argv)],
+            "commit": commit,
+            "dirty": dirty,
+            "versions": describe_versions(),
+            "processor": describe_processor(),
+            "seed": seed,
+            **values,
+        }
+        self._write_line(self.header)
+
+    def write(self, event, **values):
+        """Append {"event": event, ...values}; raise ValueError for a number that is not finite."""
+        self._write_line({"event": event, **values})
+
+    def _write_line(self, line):
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def read_log(path):
+    """Return (header, records) of the log at `path`, or in the run folder `path`."""
+    path = Path(path) / LOG_NAME if Path(path).is_dir() else Path(path)
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"read_log: expected a JSON object on line {number} of {path}, got {text[:60]!r}") from error
+    if not lines or lines[0].get("event") != "header":
+        raise ValueError(f"read_log: expected a header on line 1 of {path}, got {lines[:1] or 'an empty file'}")
+    return lines[0], lines[1:]
