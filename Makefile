@@ -43,7 +43,8 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 train: setup
 	@test -x $(BIN)/torchrun || \
 	  { echo "make train: expected torchrun in $(VENV)/bin, got none; run make clean, then make train"; exit 1; }
-	$(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) experiments/cifar10_resnet18.py $(ARGS)
+	@# torchrun warns unless this is set; the script sets its own number of threads.
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) experiments/cifar10_resnet18.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -8,11 +8,12 @@ arXiv 2409.14893. `regtopk_torch.reference` states all of it in plain PyTorch wi
 """
 
 import atexit
+import importlib
 
 import torch
 
 try:
-    from regtopk_torch import _C
+    _C = importlib.import_module("regtopk_torch._C")
 except ImportError as error:
     raise ImportError(
         f"regtopk_torch: expected its extension built for torch {torch.__version__}, got: {error}; run `make setup` "

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
+#include "../ops/checks.h"
 #include "agreement.h"
 #include "all_gather.h"
 
@@ -36,7 +37,9 @@ Exchange::Exchange(
     : payload_group_(std::move(payload_group)),
       control_group_(std::move(control_group)),
       timeout_(timeout),
-      worker_(std::make_shared<Worker>(std::move(options), payload_group_->getRank(), payload_group_->getSize())) {}
+      worker_(std::make_shared<Worker>(
+          std::move(options), c10::str("rank ", payload_group_->getRank(), ": sparse_hook"), payload_group_->getRank(),
+          payload_group_->getSize())) {}
 
 Exchange::~Exchange() { shutdown(); }
 
@@ -62,7 +65,10 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
   const at::NoGradGuard no_grad;
   at::Tensor& buffer = bucket.getBufferRef();
   const Layout layout = layout_of(bucket);
-  const int64_t rank = worker_->rank();
+  for (const Parameter& parameter : layout.parameters) {
+    // DDP hands complex gradients over as twice as many real ones; only the parameter tells.
+    if (parameter.owner.is_complex()) value_type_of(worker_->who().c_str(), parameter.owner.scalar_type());
+  }
 
   if (buffer.is_sparse()) {
     worker_->begin_without_plan(layout);
@@ -71,7 +77,7 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
     return all_reduce(buffer, nullptr);
   }
   TORCH_CHECK_VALUE(
-      layout.numel() == buffer.numel(), "rank ", rank, ": sparse_hook: expected a bucket that holds its parameters' ", layout.numel(),
+      layout.numel() == buffer.numel(), worker_->who(), ": expected a bucket that holds its parameters' ", layout.numel(),
       " entries, got ", buffer.numel());
 
   const std::shared_ptr<Plan> plan = worker_->begin(layout);
@@ -126,7 +132,7 @@ Exchange::FuturePtr Exchange::submit(
                &Statistics::exchange_seconds, std::chrono::duration<double>(Completer::Clock::now() - issued).count());
            const auto lost = [&](const std::string& why) {
              C10_THROW_ERROR(
-                 DistBackendError, c10::str("rank ", worker->rank(), ": sparse_hook: expected the payloads of all ", worker->workers(),
+                 DistBackendError, c10::str(worker->who(), ": expected the payloads of all ", worker->workers(),
                                             " ranks of step ", worker->step(), " within ", timeout.count() / 1000, " s, got ", why));
            };
            if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete");
@@ -155,7 +161,7 @@ void Exchange::set_dense(bool dense) {
 Worker& Exchange::idle_worker() {
   if (!completer_.wait_idle(Completer::Clock::now() + timeout_)) {
     C10_THROW_ERROR(
-        DistBackendError, c10::str("rank ", worker_->rank(), ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
+        DistBackendError, c10::str(worker_->who(), ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
   }
   return *worker_;
 }

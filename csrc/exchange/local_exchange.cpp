@@ -9,7 +9,7 @@ namespace regtopk {
 
 LocalExchange::LocalExchange(Options options, int64_t workers) {
   TORCH_CHECK_VALUE(workers >= 1, "LocalExchange: expected at least 1 worker, got ", workers);
-  for (int64_t rank = 0; rank < workers; ++rank) workers_.push_back(std::make_unique<Worker>(options, rank, workers));
+  for (int64_t rank = 0; rank < workers; ++rank) workers_.push_back(std::make_unique<Worker>(options, "LocalExchange", rank, workers));
 }
 
 Worker& LocalExchange::worker(int64_t rank) {

@@ -7,6 +7,7 @@
 #include <ATen/ops/tensor.h>
 
 #include <limits>
+#include <string>
 #include <unordered_set>
 
 #include "../ops/checks.h"
@@ -92,7 +93,7 @@ int64_t Plan::forget() {
   return sent_k;
 }
 
-std::shared_ptr<Plan> ResidualStore::plan_for(const Layout& layout, const EntriesToSend& entries_to_send) {
+std::shared_ptr<Plan> ResidualStore::plan_for(const std::string& who, const Layout& layout, const EntriesToSend& entries_to_send) {
   for (const auto& plan : plans_) {
     if (plan->layout.same_parameters(layout)) return plan;
   }
@@ -107,7 +108,7 @@ std::shared_ptr<Plan> ResidualStore::plan_for(const Layout& layout, const Entrie
     }
     return false;
   });
-  plans_.push_back(assemble(layout, entries_to_send));
+  plans_.push_back(assemble(who, layout, entries_to_send));
   return plans_.back();
 }
 
@@ -118,7 +119,14 @@ void ResidualStore::dissolve(Plan& plan) {
   for (size_t i = 0; i < pieces.size(); ++i) waiting_[plan.layout.parameters[i].key] = pieces[i];
 }
 
-std::shared_ptr<Plan> ResidualStore::assemble(const Layout& layout, const EntriesToSend& entries_to_send) {
+std::shared_ptr<Plan> ResidualStore::assemble(const std::string& who, const Layout& layout, const EntriesToSend& entries_to_send) {
+  for (const Parameter& parameter : layout.parameters) {
+    const auto found = waiting_.find(parameter.key);
+    if (found == waiting_.end()) continue;
+    TORCH_CHECK_VALUE(
+        found->second.residual.numel() == parameter.numel, who, ": expected a parameter of ", found->second.residual.numel(),
+        " entries, as in the last step, got ", parameter.numel, "; reset the state to begin with another model");
+  }
   auto plan = std::make_shared<Plan>();
   plan->layout = layout;
   plan->numel = layout.numel();

@@ -69,8 +69,8 @@ class ResidualStore {
   // k for a bucket of numel entries.
   using EntriesToSend = std::function<int64_t(int64_t numel)>;
 
-  // The plan of a layout, built from pieces where it is new.
-  std::shared_ptr<Plan> plan_for(const Layout& layout, const EntriesToSend& entries_to_send);
+  // The plan of a layout, built from pieces where it is new. ValueError, from `who`, if a parameter has changed its size.
+  std::shared_ptr<Plan> plan_for(const std::string& who, const Layout& layout, const EntriesToSend& entries_to_send);
 
   const std::vector<std::shared_ptr<Plan>>& plans() const { return plans_; }
   int64_t rebuilds() const { return rebuilds_; }                // plans taken apart
@@ -83,7 +83,7 @@ class ResidualStore {
 
  private:
   void dissolve(Plan& plan);
-  std::shared_ptr<Plan> assemble(const Layout& layout, const EntriesToSend& entries_to_send);
+  std::shared_ptr<Plan> assemble(const std::string& who, const Layout& layout, const EntriesToSend& entries_to_send);
 
   std::vector<std::shared_ptr<Plan>> plans_;
   std::unordered_map<ParameterKey, Piece> waiting_;

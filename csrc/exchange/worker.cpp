@@ -27,13 +27,8 @@ PayloadHeader header_of(const at::Tensor& payload) {
 
 }  // namespace
 
-Worker::Worker(Options options, int64_t rank, int64_t workers) : options_(std::move(options)), rank_(rank), workers_(workers) {
-  TORCH_CHECK_VALUE(
-      options_.density > 0 && options_.density <= 1, "Worker: expected 0 < density <= 1, got density=", options_.density,
-      "; pass a fraction, 0.001 keeps one entry in 1000");
-  checked_mu("Worker", options_.mu);
-  distortion_of("Worker", options_.distortion);
-}
+Worker::Worker(Options options, std::string who, int64_t rank, int64_t workers)
+    : options_(std::move(options)), who_(std::move(who)), rank_(rank), workers_(workers) {}
 
 int64_t Worker::step() const {
   const std::lock_guard lock(mutex_);
@@ -67,9 +62,10 @@ void Worker::settle() {
 }
 
 std::shared_ptr<Plan> Worker::begin(const Layout& layout) {
+  value_type_of(who_.c_str(), layout.dtype);
   const std::lock_guard lock(mutex_);
   note_parameters(layout);
-  return store_.plan_for(layout, [this](int64_t numel) {
+  return store_.plan_for(who_, layout, [this](int64_t numel) {
     const double wanted = std::floor(options_.density * static_cast<double>(numel) + 0.5);
     return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
   });

@@ -35,9 +35,11 @@ struct Statistics {
 
 class Worker {
  public:
-  Worker(Options options, int64_t rank, int64_t workers);
+  // `who` begins the messages of errors that are not an operator's.
+  Worker(Options options, std::string who, int64_t rank, int64_t workers);
 
   const Options& options() const { return options_; }
+  const std::string& who() const { return who_; }
   int64_t rank() const { return rank_; }
   int64_t workers() const { return workers_; }
   int64_t step() const;
@@ -74,6 +76,7 @@ class Worker {
   void settle();
 
   const Options options_;
+  const std::string who_;
   const int64_t rank_, workers_;
 
   // Guards everything below. A plan's tensors need no lock: one stage at a time works on a plan.

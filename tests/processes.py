@@ -1,0 +1,85 @@
+"""Run a function in N gloo processes and return what each returned.
+
+The processes are forked from a server that has imported torch once. They meet through a file, use no port, and are killed
+at a deadline: nothing here can hang.
+"""
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT = datetime.timedelta(seconds=30)
+
+_context = multiprocessing.get_context("forkserver")
+# torch._dynamo is what the first optimizer step imports, for seconds in each process.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "regtopk_torch"])
+
+
+class WorkerFailed(AssertionError):
+    """Some process raised, died or did not end in time; the message has every process' report."""
+
+
+def run_workers(function, world_size, *arguments, seconds=100):
+    """Return [function(rank, *arguments) for each rank], each in a process of one gloo group and with one thread.
+
+    `function` must be importable. Raises WorkerFailed unless all of them return within `seconds`.
+    """
+    outcomes = run_workers_and_report(function, world_size, *arguments, seconds=seconds)
+    failures = [f"rank {rank}: {report}" for rank, (succeeded, report) in enumerate(outcomes) if not succeeded]
+    if failures:
+        raise WorkerFailed("\n".join(failures))
+    return [result for _, result in outcomes]
+
+
+def run_workers_and_report(function, world_size, *arguments, seconds=100):
+    """As run_workers, but return (True, result) or (False, text) for each rank instead of raising."""
+    with tempfile.TemporaryDirectory() as folder:
+        workers = []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_worker, args=(sender, os.path.join(folder, "store"), rank, world_size, pickle.dumps((function, arguments)))
+            )
+            process.start()
+            sender.close()
+            workers.append((process, receiver))
+        deadline = time.monotonic() + seconds
+        return [_outcome(process, receiver, deadline) for process, receiver in workers]
+
+
+def _outcome(process, receiver, deadline):
+    try:
+        if receiver.poll(max(0.0, deadline - time.monotonic())):
+            succeeded, result = pickle.loads(receiver.recv_bytes())
+        else:
+            succeeded, result = False, "expected a result before the deadline, got none"
+    except EOFError:
+        process.join(5)
+        succeeded, result = False, f"ended without a result, exit code {process.exitcode}"
+    process.join(max(1.0, deadline - time.monotonic()) if succeeded else 5)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        succeeded, result = False, f"{result}; killed because it did not end"
+    return succeeded, result
+
+
+def _worker(sender, store_path, rank, world_size, pickled):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    try:
+        function, arguments = pickle.loads(pickled)
+        store = dist.FileStore(store_path, world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        message = True, function(rank, *arguments)
+        dist.destroy_process_group()
+    except BaseException:
+        message = False, traceback.format_exc()
+    sender.send_bytes(pickle.dumps(message))

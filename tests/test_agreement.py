@@ -1,0 +1,116 @@
+"""Ranks that disagree get an error on every rank, which names the ranks and both values; nothing hangs or aborts."""
+
+import re
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+from processes import run_workers, run_workers_and_report
+from torch.nn.parallel import DistributedDataParallel
+from training import batch, loss_of, make_model, make_state
+
+import regtopk_torch as rt
+
+
+def disagree(rank, case, entry):
+    """Train one step with something that differs on rank 1; return the error and the seconds it took."""
+    odd = rank == 1
+    dtype = torch.float64 if odd and case == "dtype" else torch.float32
+    torch.manual_seed(0)
+    if case == "model":
+        # DDP itself compares shapes; two parameters that swap sizes only within a bucket pass unnoticed by counts.
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        if odd:
+            model[1].bias.requires_grad_(False)
+    else:
+        model = make_model(dtype)
+    started = time.monotonic()
+    try:
+        ddp = DistributedDataParallel(model)
+        method = "topk" if odd and case == "method" else "regtopk"
+        if case == "mu":
+            state = rt.RegTopKState(0.05, mu=2.0 + rank)
+        elif case == "distortion":
+            state = rt.RegTopKState(0.05, distortion="current" if odd else "previous")
+        else:
+            state = make_state(method, 0.01 if odd and case == "density" else 0.05)
+        if case == "step" and odd:
+            state._exchange.import_pieces({}, 7)
+        if case == "pause" and odd:
+            state.pause()
+        if entry == "attach":
+            rt.attach(ddp, state)
+        else:
+            ddp.register_comm_hook(state, rt.sparse_hook)
+        loss = ddp(torch.ones(2, 6)).sum() if case == "model" else loss_of(ddp, batch(rank, 0, dtype))
+        loss.backward()
+    except (ValueError, RuntimeError) as error:
+        return str(error), time.monotonic() - started
+    return "no error", time.monotonic() - started
+
+
+@pytest.mark.parametrize("entry", ["register_comm_hook", "attach"])
+@pytest.mark.parametrize(
+    "case, field, on_0, on_1",
+    [
+        ("density", "density", "0.05", "0.01"),
+        ("method", "method", "RegTop-k", "Top-k"),
+        ("mu", "mu", "2", "3"),
+        ("distortion", "distortion", "previous", "current"),
+        ("dtype", "gradient dtype", "Float", "Double"),
+        ("step", "step", "0", "8"),
+        ("pause", "mode", "sparse", r"dense \(paused\)"),
+    ],
+)
+def test_what_differs_is_an_error_on_every_rank(case, field, on_0, on_1, entry):
+    for rank, (message, seconds) in enumerate(run_workers(disagree, 2, case, entry)):
+        pair = sorted([f"{on_0} on rank 0", f"{on_1} on rank 1"], key=lambda text: text.replace("\\", ""))
+        assert re.search(rf"rank {rank}: sparse_hook: expected the same {field} on every rank, got {pair[0]} and {pair[1]}; construct the state", message), message
+        assert seconds < 30
+
+
+def test_models_that_differ_are_an_error_on_every_rank():
+    # DistributedDataParallel compares the parameters itself, before the first bucket.
+    for message, seconds in run_workers(disagree, 2, "model", "attach"):
+        assert "DDP expects same model across all ranks" in message
+        assert seconds < 30
+
+
+def grow_apart(rank):
+    """Unequal layouts behind equal shapes: the bucket sizes differ between the ranks."""
+    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(6)])
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.01 if rank else 100, find_unused_parameters=True)
+    state = make_state("topk", 0.1)
+    rt.attach(ddp, state)
+    try:
+        ddp(torch.ones(2, 40)).sum().backward()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_layouts_that_differ_are_an_error_on_every_rank():
+    for rank, message in enumerate(run_workers(grow_apart, 2)):
+        assert message.startswith(f"rank {rank}: sparse_hook: expected the same bucket on every rank, got "), message
+        assert re.search(r"12 parameters with 9840 entries, the last bucket on rank 0", message), message
+
+
+def lose_a_rank(rank):
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    state = make_state("regtopk", 0.05)
+    rt.attach(ddp, state)
+    for step in range(5):
+        if rank == 1 and step == 3:
+            import os
+
+            os._exit(7)
+        loss_of(ddp, batch(rank, step)).backward()
+
+
+def test_a_worker_that_dies_is_an_error_on_the_others():
+    (ended, report), (_, lost) = run_workers_and_report(lose_a_rank, 2)
+    assert not ended
+    assert "DistBackendError: rank 0: sparse_hook: expected the payloads of all 2 ranks of step 3 within 30 s" in report
+    assert "exit code 7" in lost

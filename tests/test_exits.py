@@ -1,0 +1,29 @@
+"""Every way in which a training process ends, fifty times each: no hang, no abort."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent
+CYCLES = 50
+
+
+@pytest.mark.parametrize(
+    "way, outcome",
+    [
+        ("end_normally", "0 0"),
+        ("end_without_destroying_the_group", "0 0"),
+        ("raise_in_forward", "1 1"),  # on one rank; the other's exchange fails when the connection closes
+        ("end_with_an_exchange_pending", "0 0"),
+    ],
+)
+def test_processes_end_cleanly_fifty_times(way, outcome):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, str(TESTS / "exits.py"), way, str(CYCLES)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {outcome: CYCLES}, result.stderr[-3000:]

@@ -1,0 +1,79 @@
+"""Options out of range: what was expected, what came, what to do."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_workers
+
+import regtopk_torch as rt
+
+WRONG_OPTIONS = [
+    ({"density": 10}, ValueError, "expected 0 < density <= 1, got density=10; pass a fraction, 0.001 keeps one entry in 1000"),
+    ({"density": 0}, ValueError, "expected 0 < density <= 1, got density=0; pass a fraction"),
+    ({"density": float("nan")}, ValueError, "expected 0 < density <= 1, got density=nan"),
+    ({"density": "0.1"}, TypeError, "expected density to be a number, got '0.1'"),
+    ({"density": True}, TypeError, "expected density to be a number, got True"),
+    ({"mu": 0}, ValueError, "expected a finite mu > 0, got mu=0; TopKState is the limit mu -> 0"),
+    ({"mu": -1.0}, ValueError, "expected a finite mu > 0, got mu=-1.0"),
+    ({"mu": float("inf")}, ValueError, "expected a finite mu > 0, got mu=inf"),
+    ({"mu": float("nan")}, ValueError, "expected a finite mu > 0, got mu=nan"),
+    ({"distortion": "next"}, ValueError, "expected distortion 'previous' or 'current', got 'next'"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", WRONG_OPTIONS, ids=str)
+def test_every_option_out_of_range_is_named(options, error, message):
+    for who, construct in (("RegTopKState", rt.RegTopKState), ("LocalExchange", lambda **o: rt.LocalExchange(2, **o))):
+        with pytest.raises(error) as caught:
+            construct(**options)
+        assert str(caught.value).startswith(f"{who}: {message}")
+    if "density" in options:
+        with pytest.raises(error) as caught:
+            rt.TopKState(**options)
+        assert str(caught.value).startswith(f"TopKState: {message}")
+
+
+def test_a_state_needs_a_process_group():
+    with pytest.raises(RuntimeError) as caught:
+        rt.RegTopKState()
+    assert str(caught.value) == (
+        "RegTopKState: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
+    )
+
+
+def construct_for_a_foreign_group(rank):
+    group = dist.new_group([0])
+    if rank == 0:
+        return rt.RegTopKState(process_group=group).ranks
+    try:
+        rt.RegTopKState(process_group=group)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_group_without_this_rank_is_an_error():
+    expected = "RegTopKState: expected a process group with this rank (1) in it, got one without; construct the state on the group's ranks only"
+    assert run_workers(construct_for_a_foreign_group, 2) == [[0], expected]
+
+
+def test_local_exchange_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="LocalExchange: expected num_workers to be an integer of at least 1, got 0"):
+        rt.LocalExchange(0)
+    with pytest.raises(ValueError, match="LocalExchange: expected method 'topk' or 'regtopk', got 'dense'"):
+        rt.LocalExchange(2, method="dense")
+    exchange = rt.LocalExchange(2, 0.5)
+    with pytest.raises(ValueError, match="LocalExchange: expected the gradients of 2 workers, got 1"):
+        exchange.step([torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"LocalExchange: expected gradient 0 of shape \[3\] and dtype Float of every worker, got \[4\] and Float"):
+        exchange.step([torch.zeros(3), torch.zeros(4)])
+    with pytest.raises(ValueError, match="LocalExchange: expected 2 gradients of every worker, got 1"):
+        exchange.step([[torch.zeros(3), torch.zeros(3)], [torch.zeros(3)]])
+    with pytest.raises(IndexError, match="LocalExchange: expected parameters below 1 in the buckets, got 1"):
+        exchange.step([[torch.zeros(3)], [torch.zeros(3)]], [[1]])
+    for dtype in (torch.int32, torch.complex64):
+        with pytest.raises(TypeError, match="^LocalExchange: expected gradients of dtype float64, float32, bfloat16 or float16, got "):
+            exchange.step([torch.zeros(3, dtype=dtype)] * 2)
+    # After all that the exchange still works, with what it held.
+    assert exchange.step([torch.ones(2), torch.ones(2)]).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="LocalExchange: expected a parameter of 2 entries, as in the last step, got 3; reset the state"):
+        exchange.step([torch.zeros(3)] * 2)

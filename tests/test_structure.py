@@ -1,0 +1,81 @@
+"""The folders' rules: who may include and import whom, and what the README says about them."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Folder -> project folders whose headers it may include. Arrows point from the network to the arithmetic.
+MAY_INCLUDE = {
+    "csrc/core": {"csrc/core"},
+    "csrc/ops": {"csrc/core", "csrc/ops"},
+    "csrc/exchange": {"csrc/core", "csrc/ops", "csrc/exchange"},
+    "csrc": {"csrc/ops", "csrc/exchange"},  # module.cpp
+    "cuda": {"csrc/core", "csrc/ops", "cuda"},
+}
+FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2|pybind11|Python\.h|cuda)")
+PYTHON = re.compile(r"^(pybind11|Python\.h|torch/csrc/(utils/pybind|jit/python|autograd/python|Dtype)|torch/extension)")
+
+
+def sources():
+    return [path for folder in ("csrc", "cuda") for path in sorted((ROOT / folder).rglob("*")) if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+
+
+def includes(path):
+    return re.findall(r'^\s*#include\s+(["<])([^">]+)[">]', path.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_includes_follow_the_arrows(path):
+    folder = str(path.parent.relative_to(ROOT))
+    for quote, name in includes(path):
+        if quote == '"':
+            target = str((path.parent / name).resolve().parent.relative_to(ROOT))
+            assert target in MAY_INCLUDE[folder], f"{folder} must not include {name}"
+        elif folder == "csrc/core":
+            assert not FRAMEWORK.match(name), f"core must not include {name}"
+        if path.name != "module.cpp":
+            assert not PYTHON.match(name), f"only module.cpp sees Python, not {name}"
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: expected absolute imports"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "regtopk_torch").glob("*.py")), ids=lambda path: path.name)
+def test_the_package_needs_torch_and_the_standard_library_alone(path):
+    import sys
+
+    for module in imported_modules(path):
+        top = module.partition(".")[0]
+        assert top in {"torch", "regtopk_torch"} or top in sys.stdlib_module_names, f"{path.name} must not import {module}"
+
+
+def test_the_reference_uses_nothing_of_the_package():
+    assert not [m for m in imported_modules(ROOT / "regtopk_torch" / "reference.py") if m.startswith("regtopk_torch")]
+
+
+def test_the_hook_has_no_string_annotations():
+    # DDP reads the annotations of a hook and refuses strings.
+    assert "from __future__" not in (ROOT / "regtopk_torch" / "hook.py").read_text()
+
+
+def test_the_build_lists_every_source_once():
+    listed = re.findall(r"\b(?:csrc|cuda)/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())
+    compiled = [str(path.relative_to(ROOT)) for path in sources() if path.suffix in {".cpp", ".cu"}]
+    assert sorted(set(listed)) == sorted(compiled)
+
+
+def test_the_readme_maps_every_folder():
+    readme = (ROOT / "README.md").read_text()
+    folders = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    for folder in folders | {"regtopk_torch", "tests", "experiments"}:
+        assert f"{folder.rpartition('/')[2]}/" in readme, f"expected {folder} in the README's folder map"
