@@ -59,6 +59,31 @@ def check_against_simulation(world_size, method, density, dtype, options):
     return layouts
 
 
+def channels_last_gradients(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model)
+    rt.attach(ddp, make_state("topk", 0.01))
+    # Every gradient entry is 1 or -1: all tie, and the order in memory decides what is sent.
+    generator = torch.Generator().manual_seed(rank)
+    given = [torch.randn(p.shape, generator=generator).sign().contiguous(memory_format=memory_format_of(p)) for p in model.parameters()]
+    used = ddp(torch.ones(1, 3, 8, 8)).sum()
+    (0 * used + sum((p * g).sum() for p, g in zip(model.parameters(), given, strict=True))).backward()
+    return given, [p.grad.clone() for p in model.parameters()]
+
+
+def memory_format_of(parameter):
+    return torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+
+
+def test_a_channels_last_bucket_equals_the_simulation():
+    results = run_workers(channels_last_gradients, 2)
+    # DDP's first bucket holds the parameters in the model's order.
+    averages = rt.LocalExchange(2, 0.01, method="topk").step([given for given, _ in results])
+    assert equal(averages, results[0][1]) and equal(averages, results[1][1])
+    assert sum(int(average.count_nonzero()) for average in averages) > 0
+
+
 def train_without_hook(rank, steps):
     model = make_model()
     ddp, optimizer = DistributedDataParallel(model), make_optimizer(model)

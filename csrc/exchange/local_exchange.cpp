@@ -2,10 +2,30 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
 
 namespace regtopk {
+namespace {
+
+// The entries of a gradient in the memory order of `first`, worker 0's: a DDP bucket holds them so, and with channels_last
+// that is not the logical order.
+at::Tensor flat_as(const at::Tensor& first, const at::Tensor& gradient) {
+  if (!first.is_non_overlapping_and_dense()) return gradient.contiguous().view({-1});
+  const at::Tensor ordered = gradient.strides() == first.strides()
+                                 ? gradient
+                                 : at::empty_strided(first.sizes(), first.strides(), gradient.options()).copy_(gradient);
+  return ordered.as_strided({first.numel()}, {1});
+}
+
+// The reverse: a flat average in the shape of `first`.
+at::Tensor shaped_as(const at::Tensor& first, const at::Tensor& flat) {
+  if (!first.is_non_overlapping_and_dense()) return flat.view(first.sizes());
+  return flat.as_strided(first.sizes(), first.strides());
+}
+
+}  // namespace
 
 LocalExchange::LocalExchange(Options options, int64_t workers) {
   TORCH_CHECK_VALUE(workers >= 1, "LocalExchange: expected at least 1 worker, got ", workers);
@@ -45,11 +65,10 @@ std::vector<at::Tensor> LocalExchange::step(
     }
     Layout layout{{}, first[bucket.front()].scalar_type()};
     for (const int64_t parameter : bucket) layout.parameters.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel(), {}});
-    const auto flat = [&bucket](const std::vector<at::Tensor>& of_worker) {
-      if (bucket.size() == 1) return of_worker[bucket.front()].contiguous().view({-1});
+    const auto flat = [&](const std::vector<at::Tensor>& of_worker) {
       std::vector<at::Tensor> parts;
-      for (const int64_t parameter : bucket) parts.push_back(of_worker[parameter].reshape({-1}));
-      return at::cat(parts);
+      for (const int64_t parameter : bucket) parts.push_back(flat_as(first[parameter], of_worker[parameter]));
+      return parts.size() == 1 ? parts.front() : at::cat(parts);
     };
 
     std::vector<std::shared_ptr<Plan>> plans;
@@ -66,7 +85,7 @@ std::vector<at::Tensor> LocalExchange::step(
     }
     int64_t offset = 0;
     for (const int64_t parameter : bucket) {
-      averages[parameter] = average.narrow(0, offset, first[parameter].numel()).view(first[parameter].sizes());
+      averages[parameter] = shaped_as(first[parameter], average.narrow(0, offset, first[parameter].numel()));
       offset += first[parameter].numel();
     }
   }
