@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "core/cpu_variant.h"
 #include "exchange/exchange.h"
 #include "exchange/local_exchange.h"
 #include "ops/operators.h"
@@ -117,6 +118,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("payload_bytes", [](int64_t numel, int64_t k, const py::object& dtype) {
     return payload_bytes(numel, k, reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
   });
+  // Reads REGTOPK_CPU on the first call; ValueError where it names no instruction set of this machine.
+  module.def("cpu_variant", [] { return name_of(cpu_variant()); });
+  module.def("set_cpu_variant", &set_cpu_variant);
+  module.def("available_cpu_variants", &available_cpu_variants);
+  module.def("force_bracket", &force_bracket);
   module.def("shutdown_all", &shutdown_all, release_gil());
   // The key under which the state of a parameter is kept.
   module.def("parameter_key", [](const at::Tensor& parameter) { return reinterpret_cast<ParameterKey>(parameter.unsafeGetTensorImpl()); });

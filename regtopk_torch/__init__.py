@@ -28,5 +28,8 @@ from regtopk_torch.states import RegTopKState, TopKState
 __version__ = "0.1.0"
 __all__ = ["LocalExchange", "RegTopKState", "TopKState", "attach", "sparse_hook"]
 
+# An instruction set that REGTOPK_CPU names in vain is an error now, not in the middle of a backward pass.
+_C.cpu_variant()
+
 # Before the interpreter ends, every exchange lets go of its thread: a pending future with a Python callback would hang it.
 atexit.register(_C.shutdown_all)

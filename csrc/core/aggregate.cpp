@@ -4,6 +4,9 @@
 #include <memory>
 #include <vector>
 
+#include "aggregate_blocks.h"
+#include "kernel_choice.h"
+
 namespace regtopk {
 namespace {
 
@@ -39,7 +42,11 @@ void aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
         });
       }
       T* const out = gradient + tile * kTileEntries;
-      for (int64_t offset = 0; offset < entries; ++offset) out[offset] = Traits<T>::store(sums[offset] / workers);
+      for (int64_t offset = 0; offset < entries; ++offset) {
+        const Accumulate average = sums[offset] / workers;
+        // One NaN: the sign and payload of a computed one depend on the device.
+        out[offset] = Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
+      }
     }
   });
 }
@@ -47,6 +54,7 @@ void aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
 }  // namespace
 
 void aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  if (const Kernels* kernels = kernels_for(arguments.layout.type)) return aggregate_blocks(arguments, *kernels, parallel_for);
   with_value_type(arguments.layout.type, [&]<typename T>(T) { aggregate_values<T>(arguments, parallel_for); });
 }
 

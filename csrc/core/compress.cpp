@@ -5,6 +5,9 @@
 #include <mutex>
 #include <vector>
 
+#include "compress_bracketed.h"
+#include "kernel_choice.h"
+
 namespace regtopk {
 namespace {
 
@@ -208,6 +211,7 @@ class Compressor {
 }  // namespace
 
 void compress(const CompressArguments& arguments, const ParallelFor& parallel_for) {
+  if (const Kernels* kernels = kernels_for(arguments.layout.type)) return compress_bracketed(arguments, *kernels, parallel_for);
   with_value_type(arguments.layout.type, [&]<typename T>(T) { Compressor<T>(arguments, parallel_for).run(); });
 }
 

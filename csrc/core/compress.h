@@ -6,11 +6,21 @@
 // An entry whose a is not finite keeps the residual it had and flags the payload; a finite gradient is never lost to it.
 #pragma once
 
+#include <cstdint>
+#include <optional>
+
 #include "parallel.h"
 #include "payload.h"
 #include "score.h"
 
 namespace regtopk {
+
+// A guess at the score key of the k-th entry, used to select in one pass. A wrong one costs time, never a bit.
+struct Bracket {
+  uint32_t low = 0;             // entries with this key or a larger one are looked at
+  uint32_t high = 0x7fffffffu;  // entries with a larger key are taken to be sent
+  double expected = 1.0;        // fraction of the entries that are looked at; sizes buffers
+};
 
 struct CompressArguments {
   PayloadLayout layout;              // J, k and the value type of the bucket
@@ -24,6 +34,8 @@ struct CompressArguments {
   const void* feedback = nullptr;
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
+  // Replaces the sampled bracket, so that tests can force a wrong one. The scalar path and fp64 use none.
+  std::optional<Bracket> bracket = std::nullopt;
 };
 
 void compress(const CompressArguments& arguments, const ParallelFor& parallel_for);

@@ -78,17 +78,19 @@ class PayloadView {
   const T* values() const {
     return reinterpret_cast<const T*>(bytes_ + layout_.values_at);
   }
+  const uint16_t* offsets() const { return reinterpret_cast<const uint16_t*>(bytes_ + layout_.support_at); }
+  const uint8_t* bitmap(int64_t tile) const { return bytes_ + layout_.support_at + tile * (kTileEntries / 8); }
 
   // Calls function(entry, offset) for each entry of a tile, ascending; offset is in [0, 65536).
   template <typename Function>
   void for_each_entry(int64_t tile, Function&& function) const {
     int64_t entry = first_entry(tile);
     if (layout_.support == Support::kOffsets) {
-      const uint16_t* offsets = reinterpret_cast<const uint16_t*>(bytes_ + layout_.support_at);
+      const uint16_t* offsets = this->offsets();
       for (const int64_t end = first_entry(tile + 1); entry < end; ++entry) function(entry, int64_t{offsets[entry]});
       return;
     }
-    const uint8_t* bitmap = bytes_ + layout_.support_at + tile * (kTileEntries / 8);
+    const uint8_t* bitmap = this->bitmap(tile);
     const int64_t bitmap_bytes = (layout_.tile_entries(tile) + 7) / 8;
     for (int64_t byte = 0; byte < bitmap_bytes; ++byte) {
       for (unsigned bits = bitmap[byte]; bits != 0; bits &= bits - 1) {
@@ -113,17 +115,21 @@ class PayloadWriter {
     std::memset(bytes_ + values_end, 0, layout_.bytes - values_end);
   }
 
+  T* values() { return reinterpret_cast<T*>(bytes_ + layout_.values_at); }
+  uint16_t* offsets() { return reinterpret_cast<uint16_t*>(bytes_ + layout_.support_at); }
+  uint8_t* bitmap(int64_t tile) { return bytes_ + layout_.support_at + tile * (kTileEntries / 8); }
+
   void set_header(const PayloadHeader& header) { std::memcpy(bytes_, &header, sizeof header); }
   void set_first_entry(int64_t tile, int64_t entry) {
     reinterpret_cast<uint32_t*>(bytes_ + layout_.tile_starts_at)[tile] = static_cast<uint32_t>(entry);
   }
   void set_entry(int64_t tile, int64_t entry, int64_t offset, T value) {
     if (layout_.support == Support::kOffsets) {
-      reinterpret_cast<uint16_t*>(bytes_ + layout_.support_at)[entry] = static_cast<uint16_t>(offset);
+      offsets()[entry] = static_cast<uint16_t>(offset);
     } else {
-      bytes_[layout_.support_at + tile * (kTileEntries / 8) + offset / 8] |= static_cast<uint8_t>(1u << (offset % 8));
+      bitmap(tile)[offset / 8] |= static_cast<uint8_t>(1u << (offset % 8));
     }
-    reinterpret_cast<T*>(bytes_ + layout_.values_at)[entry] = value;
+    values()[entry] = value;
   }
 
  private:

@@ -1,11 +1,22 @@
 // regtopk::compress_ and regtopk::put_back_ on the CPU.
 #include <torch/library.h>
 
+#include <mutex>
+
 #include "../core/compress.h"
 #include "checks.h"
+#include "operators.h"
 
 namespace regtopk {
 namespace {
+
+std::mutex forced_bracket_mutex;
+std::optional<Bracket> forced_bracket;
+
+std::optional<Bracket> bracket_in_force() {
+  const std::lock_guard lock(forced_bracket_mutex);
+  return forced_bracket;
+}
 
 void compress_cpu(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
@@ -35,6 +46,7 @@ void compress_cpu(
   arguments.payload = payload.mutable_data_ptr<uint8_t>();
   arguments.step = static_cast<uint64_t>(step);
   arguments.plan = static_cast<uint64_t>(plan);
+  arguments.bracket = bracket_in_force();
   compress(arguments, torch_parallel_for());
 }
 
@@ -47,6 +59,12 @@ void put_back_cpu(const at::Tensor& residual, const at::Tensor& payload, at::Sca
 }
 
 }  // namespace
+
+void force_bracket(std::optional<std::pair<uint32_t, uint32_t>> keys) {
+  const std::lock_guard lock(forced_bracket_mutex);
+  forced_bracket.reset();
+  if (keys) forced_bracket = Bracket{.low = keys->first, .high = keys->second};
+}
 
 TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
   library.impl("compress_", &compress_cpu);

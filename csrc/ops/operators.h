@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace regtopk {
 
@@ -27,5 +28,8 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t num
 
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype);
+
+// For tests: until the next call, compress_ on the CPU takes these score keys as its bracket instead of sampling one.
+void force_bracket(std::optional<std::pair<uint32_t, uint32_t>> keys);
 
 }  // namespace regtopk

@@ -1,0 +1,82 @@
+// Aggregate in blocks that fit the first-level cache: the sums of a block never reach memory, the gradient is written once
+// (4 bytes per fp32 entry) and the payloads are read once. A range owns whole blocks and adds rank by rank, so that the
+// bits depend neither on the threads nor on the block size.
+#include "aggregate_blocks.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "block_cursor.h"
+
+namespace regtopk {
+namespace {
+
+// Buckets from this size on are written around the caches: they would not stay there until the optimizer reads them.
+constexpr int64_t kStreamingBytes = int64_t{4} << 20;
+
+// The sums of one block: all zero, untouched, between blocks.
+struct alignas(64) Sums {
+  float values[kBlockEntries] = {};
+  uint8_t touched[kBlockEntries / kAverageBlock] = {};
+};
+
+template <typename T>
+void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels, int64_t begin, int64_t end) {
+  const PayloadLayout& layout = arguments.layout;
+  T* const gradient = static_cast<T*>(arguments.gradient);
+  float* const feedback = static_cast<float*>(arguments.feedback);
+  const bool streaming = layout.numel * static_cast<int64_t>(sizeof(T)) >= kStreamingBytes;
+
+  std::vector<PayloadView> payloads;
+  payloads.reserve(arguments.workers);
+  for (int64_t worker = 0; worker < arguments.workers; ++worker) payloads.emplace_back(arguments.payloads + worker * layout.bytes, layout);
+  std::vector<BlockCursor> cursors, fed_back;
+  const Block first(begin, layout.numel);
+  for (const PayloadView& payload : payloads) cursors.emplace_back(payload, first);
+  for (int64_t row = 0; feedback != nullptr && row < arguments.feedback_workers; ++row) {
+    fed_back.emplace_back(payloads[arguments.first_feedback_worker + row], first);
+  }
+
+  const auto sums = std::make_unique<Sums>();
+  for (int64_t number = begin; number < end; ++number) {
+    const Block block(number, layout.numel);
+    for (int64_t worker = 0; worker < arguments.workers; ++worker) {
+      const T* const values = payloads[worker].values<T>();
+      cursors[worker].visit(block, [&](int64_t entry, int64_t offset) {
+        const int64_t at = offset - block.first_offset;
+        sums->values[at] += Traits<T>::load(values[entry]);
+        sums->touched[at / kAverageBlock] = 1;
+      });
+    }
+    for (size_t row = 0; row < fed_back.size(); ++row) {
+      const T* const values = payloads[arguments.first_feedback_worker + row].values<T>();
+      float* const kept = feedback + static_cast<int64_t>(row) * layout.k;
+      fed_back[row].visit(block, [&](int64_t entry, int64_t offset) {
+        kept[entry] = feedback_of(sums->values[offset - block.first_offset], Traits<T>::load(values[entry]), arguments.distortion);
+      });
+    }
+    kernels.write_average(
+        {.sums = sums->values,
+         .touched = sums->touched,
+         .gradient = gradient + block.index,
+         .entries = block.entries,
+         .workers = static_cast<float>(arguments.workers),
+         .streaming = streaming});
+    std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{0});
+  }
+}
+
+}  // namespace
+
+void aggregate_blocks(const AggregateArguments& arguments, const Kernels& kernels, const ParallelFor& parallel_for) {
+  with_value_type(arguments.layout.type, [&]<typename T>(T) {
+    if constexpr (sizeof(typename Traits<T>::Accumulate) == sizeof(float)) {
+      parallel_for(Block::count(arguments.layout.numel), [&](int64_t begin, int64_t end) {
+        aggregate_range<T>(arguments, kernels, begin, end);
+      });
+    }
+  });
+}
+
+}  // namespace regtopk

@@ -1,0 +1,343 @@
+// Compress with a sampled bracket: one pass over memory where the plain path needs four.
+//
+//   sample      a few entries -> low <= k-th score <= high, nearly always
+//   accumulate  r = a; lists the entries with score >= low, with a, key and offset; those above high are taken to be sent,
+//               r = a - v, while their cache line is at hand. Per fp32 entry 8 bytes read, 4 written, and 10 per listed one
+//   choose      the k-th score among the listed keys, and the index at which its ties end
+//   pack        payload from the lists; corrects r where the bracket's guess was wrong
+//
+// The result does not depend on the bracket: lists hold every entry at or above `low` that could be sent, so that if at
+// least k are listed the k best are among them. If fewer are, r holds a by then, and recover() finds a lower `low` from an
+// exact histogram of r. Nothing of size J is stored: a range that lists far more than k entries drops all but its k best.
+#include "compress_bracketed.h"
+
+#include <limits>
+#include <mutex>
+
+#include "listed_entries.h"
+#include "ranked_keys.h"
+#include "sample.h"
+
+namespace regtopk {
+namespace {
+
+// Below this many listed entries a second thread costs more than it saves.
+constexpr int64_t kListedWorthThreads = 1 << 15;
+
+template <typename T>
+class BracketedCompressor {
+ public:
+  BracketedCompressor(const CompressArguments& arguments, const Kernels& kernels, const ParallelFor& parallel_for)
+      : arguments_(arguments),
+        layout_(arguments.layout),
+        kernels_(kernels),
+        parallel_for_(parallel_for),
+        residual_(static_cast<float*>(arguments.residual)),
+        feedback_(static_cast<const float*>(arguments.feedback)) {}
+
+  void run() {
+    bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_, parallel_for_);
+    list_entries(kernels_.accumulate);
+    if (listed_ < layout_.k) recover();
+    choose();
+    pack();
+    for (const auto& [index, value] : held_back_) residual_[index] = value;
+  }
+
+ private:
+  using Kernel = int64_t (*)(const AccumulateArguments&);
+
+  Block block_at(int64_t block) const { return Block(block, layout_.numel); }
+
+  void list_entries(Kernel kernel) {
+    ranges_.clear();
+    std::mutex mutex;
+    parallel_for_(Block::count(layout_.numel), [&](int64_t begin, int64_t end) {
+      ListedEntries range = list_range(kernel, begin, end);
+      const std::lock_guard lock(mutex);
+      ranges_.push_back(std::move(range));
+    });
+    std::sort(ranges_.begin(), ranges_.end(), [](const auto& a, const auto& b) { return a.first_block() < b.first_block(); });
+    listed_ = 0;
+    for (const ListedEntries& range : ranges_) listed_ += range.size();
+  }
+
+  ListedEntries list_range(Kernel kernel, int64_t begin, int64_t end) const {
+    ListedEntries range(begin);
+    range.make_room(static_cast<int64_t>(bracket_.expected * static_cast<double>((end - begin) * kBlockEntries)) + kBlockEntries);
+    const int64_t most = 2 * layout_.k + kTileEntries;
+    uint32_t list_from = bracket_.low;
+    std::optional<BlockCursor> sent;
+    if (arguments_.sent != nullptr) sent.emplace(*arguments_.sent, block_at(begin));
+    for (int64_t number = begin; number < end; ++number) {
+      const Block block = block_at(number);
+      range.make_room(block.entries);
+      const int64_t before = range.size();
+      range.add_block(kernel(
+          {.gradient = static_cast<const T*>(arguments_.gradient) + block.index,
+           .residual = residual_ + block.index,
+           .entries = block.entries,
+           .first_offset = static_cast<uint32_t>(block.first_offset),
+           .list_from = list_from,
+           .sent_above = bracket_.high,
+           .out = range.from(before),
+           .non_finite = &range.non_finite}));
+      if (sent) regularise(range, number, before, list_from, *sent);
+      if (range.size() < layout_.k) continue;
+      // k entries of this range come before any later one with the key `low`: ties need no further listing.
+      list_from = std::max(list_from, bracket_.low + 1);
+      if (range.size() > most) list_from = std::max(list_from, keep_best(range) + 1);
+    }
+    return range;
+  }
+
+  // Replaces the keys of the block's listed entries that were sent in the last step, and notes both keys. Entries that
+  // are not listed matter neither way: a factor never raises a score.
+  void regularise(ListedEntries& range, int64_t number, int64_t begin, uint32_t list_from, BlockCursor& sent) const {
+    const Block block = block_at(number);
+    const ListArrays list = range.from(0);
+    const int64_t tile_index = block.tile * kTileEntries;
+    int64_t position = begin;
+    bool too_small = false;
+    sent.visit(block, [&](int64_t entry, int64_t offset) {
+      while (position < range.size() && list.offsets[position] < offset) ++position;
+      if (position == range.size() || list.offsets[position] != offset) return;
+      const float accumulated = list.values[position];
+      const uint32_t magnitude = list.keys[position];
+      uint32_t score = magnitude;
+      if (feedback_ != nullptr) {
+        score = magnitude_key(regularised_score(accumulated, feedback_[entry], arguments_.distortion, arguments_.mu));
+      }
+      range.sent_again.push_back({tile_index + offset, magnitude, score});
+      if (magnitude > bracket_.high && score <= bracket_.high) take_back(tile_index + offset, accumulated);
+      list.keys[position] = score;
+      too_small |= score < list_from;
+    });
+    if (too_small) drop(range, number, begin, [&](int64_t at) { return list.keys[at] >= list_from; });
+  }
+
+  // An entry was taken to be sent and is not. One that is not finite kept its residual anyway.
+  void take_back(int64_t index, float accumulated) const {
+    if (is_finite(accumulated)) residual_[index] = accumulated;
+  }
+
+  // Keeps the first k in the total order and returns the key of the last one.
+  uint32_t keep_best(ListedEntries& range) const {
+    const uint32_t last_key = RankedKeys(range.keys(), range.size()).at(layout_.k);
+    int64_t above, ties;
+    kernels_.count_keys(range.keys(), range.size(), last_key, &above, &ties);
+    int64_t ties_wanted = layout_.k - above;
+    const ListArrays list = range.from(0);
+    drop(range, range.first_block(), 0, [&](int64_t at) {
+      return list.keys[at] > last_key || (list.keys[at] == last_key && ties_wanted-- > 0);
+    });
+    return last_key;
+  }
+
+  // Drops the listed entries from `position`, the first of block `number`, that keep(position) refuses.
+  template <typename Keep>
+  void drop(ListedEntries& range, int64_t number, int64_t position, const Keep& keep) const {
+    const ListArrays list = range.from(0);
+    range.filter(number, position, keep, [&](int64_t block, int64_t at) {
+      if (list.keys[at] > bracket_.high) take_back(block_at(block).tile * kTileEntries + list.offsets[at], list.values[at]);
+    });
+  }
+
+  // Calls body(index in the bucket, list, position) for every listed entry.
+  template <typename Body>
+  void for_each_listed(const Body& body) {
+    for (ListedEntries& range : ranges_) {
+      const ListArrays list = range.from(0);
+      int64_t position = 0;
+      for (int64_t number = range.first_block(); number < range.first_block() + range.blocks(); ++number) {
+        const int64_t tile_index = block_at(number).tile * kTileEntries;
+        for (const int64_t end = position + range.listed_in(number); position < end; ++position) {
+          body(tile_index + list.offsets[position], list, position);
+        }
+      }
+    }
+  }
+
+  // The bracket missed. r holds a but for the listed entries: makes that good, an entry that is not finite included, whose
+  // residual is held back until the end; then takes the bracket from an exact histogram and lists again.
+  void recover() {
+    for_each_listed([&](int64_t index, const ListArrays& list, int64_t position) {
+      const float accumulated = list.values[position];
+      if (!is_finite(accumulated)) held_back_.emplace_back(index, residual_[index]);
+      else if (list.keys[position] <= bracket_.high) return;
+      residual_[index] = accumulated;
+    });
+    constexpr int kShift = 19;
+    const std::vector<int64_t> histogram = histogram_of_scores(kShift);
+    int64_t bin = static_cast<int64_t>(histogram.size()) - 1;
+    int64_t before = 0;
+    while (before + histogram[bin] < layout_.k) before += histogram[bin--];
+    bracket_.low = static_cast<uint32_t>(bin) << kShift;
+    bracket_.high = bracket_.low | ((1u << kShift) - 1);
+    bracket_.expected = std::min(1.0, 2.0 * static_cast<double>(layout_.k) / static_cast<double>(layout_.numel));
+    const bool non_finite = !held_back_.empty();
+    list_entries(kernels_.list_again);
+    for (ListedEntries& range : ranges_) range.non_finite |= non_finite;
+  }
+
+  std::vector<int64_t> histogram_of_scores(int shift) const {
+    std::vector<int64_t> total(size_t{1} << (31 - shift), 0);
+    std::mutex mutex;
+    parallel_for_(layout_.tiles, [&](int64_t begin, int64_t end) {
+      // Two tables, used in turn: equal keys in a row do not wait for each other's count.
+      std::vector<int64_t> even(total.size(), 0), odd(total.size(), 0);
+      const float* const values = residual_ + begin * kTileEntries;
+      const int64_t entries = std::min(end * kTileEntries, layout_.numel) - begin * kTileEntries;
+      for (int64_t at = 0; at + 1 < entries; at += 2) {
+        ++even[magnitude_key(values[at]) >> shift];
+        ++odd[magnitude_key(values[at + 1]) >> shift];
+      }
+      if (entries % 2 != 0) ++even[magnitude_key(values[entries - 1]) >> shift];
+      for (int64_t tile = begin; feedback_ != nullptr && tile < end; ++tile) {
+        arguments_.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+          const float value = residual_[tile * kTileEntries + offset];
+          --even[magnitude_key(value) >> shift];
+          ++even[magnitude_key(regularised_score(value, feedback_[entry], arguments_.distortion, arguments_.mu)) >> shift];
+        });
+      }
+      const std::lock_guard lock(mutex);
+      for (size_t bin = 0; bin < total.size(); ++bin) total[bin] += even[bin] + odd[bin];
+    });
+    return total;
+  }
+
+  // Finds the last entry sent in the total order, boundary_key_ and boundary_index_, and where each block's entries begin.
+  void choose() {
+    int64_t above_high = 0;
+    for (const ListedEntries& range : ranges_) {
+      int64_t above, equal;
+      kernels_.count_keys(range.keys(), range.size(), bracket_.high, &above, &equal);
+      above_high += above;
+    }
+    const bool among_high = above_high >= layout_.k;
+    const uint32_t low = among_high ? bracket_.high + 1 : 0;
+    const uint32_t high = among_high ? 0x7fffffffu : bracket_.high;
+    const auto candidates = std::make_unique_for_overwrite<uint32_t[]>((among_high ? above_high : listed_ - above_high) + kListSlack);
+    int64_t gathered = 0;
+    for (const ListedEntries& range : ranges_) {
+      gathered += kernels_.gather_keys(range.keys(), range.size(), low, high, candidates.get() + gathered);
+    }
+    boundary_key_ = RankedKeys(candidates.get(), gathered).at(layout_.k - (among_high ? 0 : above_high));
+    place_blocks();
+  }
+
+  void place_blocks() {
+    const int64_t blocks = Block::count(layout_.numel);
+    placed_.resize(blocks);
+    for (ListedEntries& range : ranges_) {
+      int64_t position = 0;
+      for (int64_t block = range.first_block(); block < range.first_block() + range.blocks(); ++block) {
+        placed_[block] = {.list = range.from(position), .listed = range.listed_in(block)};
+        position += range.listed_in(block);
+      }
+    }
+    std::vector<int64_t> above(blocks), ties(blocks);
+    for_blocks([&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        kernels_.count_keys(placed_[block].list.keys, placed_[block].listed, boundary_key_, &above[block], &ties[block]);
+      }
+    });
+    int64_t ties_wanted = layout_.k;
+    for (const int64_t count : above) ties_wanted -= count;
+    int64_t entry = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      Placed& placed = placed_[block];
+      placed.first_entry = entry;
+      const int64_t taken = std::min(ties[block], ties_wanted);
+      placed.ties_until = taken > 0 ? static_cast<uint32_t>(kTileEntries) : 0;
+      if (taken > 0 && taken == ties_wanted) {
+        const uint16_t last_offset = offset_of_tie(placed, taken);
+        placed.ties_until = last_offset + 1u;
+        boundary_index_ = block_at(block).tile * kTileEntries + last_offset;
+      }
+      ties_wanted -= taken;
+      entry += above[block] + taken;
+    }
+  }
+
+  template <typename Body>
+  void for_blocks(const Body& body) const {
+    const int64_t blocks = Block::count(layout_.numel);
+    if (listed_ < kListedWorthThreads) serial_for(blocks, body);
+    else parallel_for_(blocks, body);
+  }
+
+  struct Placed {
+    ListArrays list;
+    int64_t listed = 0;
+    int64_t first_entry = 0;  // in the payload
+    uint32_t ties_until = 0;  // ties of the boundary with a smaller offset are sent
+  };
+
+  uint16_t offset_of_tie(const Placed& placed, int64_t count) const {
+    int64_t position = 0;
+    while (!(placed.list.keys[position] == boundary_key_ && --count == 0)) ++position;
+    return placed.list.offsets[position];
+  }
+
+  void pack() {
+    PayloadWriter<T> writer(arguments_.payload, layout_);
+    const bool bitmap = layout_.support == Support::kBitmap;
+    for_blocks([&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const Placed& placed = placed_[number];
+        const int64_t tile = block_at(number).tile;
+        if (number % kTileBlocks == 0) writer.set_first_entry(tile, placed.first_entry);
+        kernels_.pack(
+            {.list = placed.list,
+             .listed = placed.listed,
+             .boundary_key = boundary_key_,
+             .ties_until = placed.ties_until,
+             .sent_above = bracket_.high,
+             .residual = residual_ + tile * kTileEntries,
+             .values = writer.values() + placed.first_entry,
+             .offsets = bitmap ? nullptr : writer.offsets() + placed.first_entry,
+             .bitmap = bitmap ? writer.bitmap(tile) : nullptr});
+      }
+    });
+    PayloadHeader header = make_header(layout_, arguments_.step, arguments_.plan);
+    for (const ListedEntries& range : ranges_) {
+      if (range.non_finite) header.flags |= kFlagNonFinite;
+      for (const SentAgain& sent : range.sent_again) {
+        if (is_chosen(sent.score, sent.index)) ++header.repeated;
+        else if (is_chosen(sent.magnitude, sent.index)) ++header.displaced;
+      }
+    }
+    writer.set_header(header);
+  }
+
+  bool is_chosen(uint32_t key, int64_t index) const {
+    return key > boundary_key_ || (key == boundary_key_ && index <= boundary_index_);
+  }
+
+  const CompressArguments& arguments_;
+  const PayloadLayout& layout_;
+  const Kernels& kernels_;
+  const ParallelFor& parallel_for_;
+  float* residual_;
+  const float* feedback_;
+  Bracket bracket_;
+  std::vector<ListedEntries> ranges_;
+  int64_t listed_ = 0;
+  std::vector<std::pair<int64_t, float>> held_back_;  // index and residual of entries that are not finite
+  uint32_t boundary_key_ = 0;
+  int64_t boundary_index_ = -1;
+  std::vector<Placed> placed_;
+};
+
+}  // namespace
+
+void compress_bracketed(const CompressArguments& arguments, const Kernels& kernels, const ParallelFor& parallel_for) {
+  with_value_type(arguments.layout.type, [&]<typename T>(T) {
+    if constexpr (sizeof(typename Traits<T>::Accumulate) == sizeof(float)) {
+      BracketedCompressor<T>(arguments, kernels, parallel_for).run();
+    }
+  });
+}
+
+}  // namespace regtopk

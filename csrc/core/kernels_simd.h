@@ -1,0 +1,267 @@
+// The kernels, written once over a vector type V: lanes of fp32 and of 32-bit keys, and the operations on them. Included
+// by one file per instruction set; everything has internal linkage, see kernels.h.
+//
+// V::Mask says yes or no per lane; V::bits makes it an integer. Keys are below 2^31, so signed comparisons order them.
+#pragma once
+
+#include "kernels.h"
+
+namespace regtopk {
+namespace {
+
+constexpr uint32_t kInfinityKey = 0x7f800000u;
+constexpr uint32_t kNanKey = 0x7fc00000u;
+
+// The value types: how lanes are read from memory, what the wire carries for a value (the nearest one, a finite value
+// never made infinite, and one NaN), and what is kept of a finite value that is sent: a - v.
+struct Float32 {
+  using Stored = float;
+  template <typename V>
+  static typename V::Floats load(const float* from) { return V::load(from); }
+  template <typename V>
+  static typename V::Floats load_first(const float* from, int64_t count) { return V::load_first(from, count); }
+  template <typename V>
+  static typename V::Floats wire_of(typename V::Floats value) {
+    return V::select(V::above(V::magnitude(value), V::keys(kInfinityKey)), V::as_floats(V::keys(kNanKey)), value);
+  }
+  template <typename V>
+  static typename V::Floats kept_of(typename V::Floats) { return V::floats(0.0f); }
+  template <typename V>
+  static void store(float* to, typename V::Floats wire) { V::store(to, wire); }
+  template <typename V>
+  static void store_first(float* to, int64_t count, typename V::Floats wire) { V::store_first(to, count, wire); }
+};
+
+template <typename T>
+struct SixteenBits {
+  using Stored = uint16_t;
+  template <typename V>
+  static typename V::Floats load(const uint16_t* from) { return T::template widen<V>(V::load_u16(from)); }
+  template <typename V>
+  static typename V::Floats load_first(const uint16_t* from, int64_t count) {
+    return T::template widen<V>(V::load_first_u16(from, count));
+  }
+  template <typename V>
+  static typename V::Keys wire_of(typename V::Floats value) {
+    const auto magnitude = V::magnitude(value);
+    const auto sign = V::template shift_left<15>(V::template shift_right<31>(V::as_keys(value)));
+    auto wire = V::smaller(T::template round<V>(magnitude), V::keys(T::kLargest));
+    wire = V::select(V::at_least(magnitude, V::keys(kInfinityKey)), V::keys(T::kInfinity), wire);
+    wire = V::either(wire, sign);
+    return V::select(V::above(magnitude, V::keys(kInfinityKey)), V::keys(T::kNan), wire);
+  }
+  template <typename V>
+  static typename V::Floats kept_of(typename V::Floats value) {
+    return V::difference(value, T::template widen<V>(wire_of<V>(value)));
+  }
+  template <typename V>
+  static void store(uint16_t* to, typename V::Keys wire) { V::store_u16(to, wire); }
+  template <typename V>
+  static void store_first(uint16_t* to, int64_t count, typename V::Keys wire) { V::store_first_u16(to, count, wire); }
+};
+
+struct BFloat16 : SixteenBits<BFloat16> {
+  static constexpr uint32_t kInfinity = 0x7f80u, kLargest = 0x7f7fu, kNan = 0x7fc0u;
+  template <typename V>
+  static typename V::Floats widen(typename V::Keys stored) { return V::as_floats(V::template shift_left<16>(stored)); }
+  // To nearest even; the sign is left out.
+  template <typename V>
+  static typename V::Keys round(typename V::Keys magnitude) {
+    const auto odd = V::both(V::template shift_right<16>(magnitude), V::keys(1));
+    return V::template shift_right<16>(V::sum(V::sum(magnitude, V::keys(0x7fffu)), odd));
+  }
+};
+
+struct Float16 : SixteenBits<Float16> {
+  static constexpr uint32_t kInfinity = 0x7c00u, kLargest = 0x7bffu, kNan = 0x7e00u;
+  template <typename V>
+  static typename V::Floats widen(typename V::Keys stored) { return V::widen_half(stored); }
+  template <typename V>
+  static typename V::Keys round(typename V::Keys magnitude) { return V::round_to_half(V::as_floats(magnitude)); }
+};
+
+// What one vector of accumulated values needs beyond being stored as the residual.
+template <typename V, typename T, bool kFirstTime>
+struct Lister {
+  const AccumulateArguments& arguments;
+  int64_t listed = 0;
+  bool non_finite = false;
+
+  void handle(typename V::Floats accumulated, typename V::Mask lanes, int64_t at) {
+    using Mask = typename V::Mask;
+    auto keys = V::magnitude(accumulated);
+    const Mask odd = V::at_least(keys, V::keys(kInfinityKey)) & lanes;
+    if (V::bits(odd) != 0) keys = V::select(V::above(keys, V::keys(kInfinityKey)), V::keys(kNanKey), keys);
+    const Mask listing = V::at_least(keys, V::keys(arguments.list_from)) & lanes;
+    const Mask sending = V::above(keys, V::keys(arguments.sent_above)) & listing;
+    Mask writing = kFirstTime ? lanes : sending;
+    if (V::bits(odd) != 0) {
+      non_finite = true;
+      writing = V::without(writing, odd);
+    }
+    const auto kept = V::bits(sending) == 0 ? accumulated : V::select(sending, T::template kept_of<V>(accumulated), accumulated);
+    if (V::bits(writing) == V::bits(V::all_lanes())) V::store(arguments.residual + at, kept);
+    else V::store_where(arguments.residual + at, writing, kept);
+    const unsigned bits = V::bits(listing);
+    if (bits == 0) return;
+    const ListArrays& out = arguments.out;
+    V::store(out.values + listed, V::compress(bits, accumulated));
+    V::store_keys(out.keys + listed, V::compress(bits, keys));
+    const auto offsets = V::sum(V::lane_numbers(), V::keys(arguments.first_offset + static_cast<uint32_t>(at)));
+    V::store_u16(out.offsets + listed, V::compress(bits, offsets));
+    listed += __builtin_popcount(bits);
+  }
+};
+
+// Four vectors share one branch: with few listed entries it is not taken, and the loop is an addition at the speed of
+// memory. Streams r and g once: 8 bytes read and 4 written per fp32 entry.
+template <typename V, typename T, bool kFirstTime>
+int64_t accumulate_tile(const AccumulateArguments& arguments) {
+  using Stored = typename T::Stored;
+  constexpr int64_t kBlock = 4 * V::kLanes;
+  const Stored* const gradient = static_cast<const Stored*>(arguments.gradient);
+  float* const residual = arguments.residual;
+  // Entries that are not finite need care even where they are too small to be listed, an infinity below a NaN.
+  const auto unusual_from = V::keys(arguments.list_from < kInfinityKey ? arguments.list_from : kInfinityKey);
+  Lister<V, T, kFirstTime> lister{arguments};
+  int64_t at = 0;
+  for (; at + kBlock <= arguments.entries; at += kBlock) {
+    typename V::Floats accumulated[4];
+    typename V::Keys largest = V::keys(0);
+    for (int part = 0; part < 4; ++part) {
+      const int64_t first = at + part * V::kLanes;
+      accumulated[part] = V::load(residual + first);
+      if constexpr (kFirstTime) accumulated[part] = V::sum(accumulated[part], T::template load<V>(gradient + first));
+      largest = V::larger(largest, V::magnitude(accumulated[part]));
+    }
+    if (V::bits(V::at_least(largest, unusual_from)) == 0) [[likely]] {
+      if constexpr (kFirstTime) {
+        for (int part = 0; part < 4; ++part) V::store(residual + at + part * V::kLanes, accumulated[part]);
+      }
+    } else {
+      for (int part = 0; part < 4; ++part) lister.handle(accumulated[part], V::all_lanes(), at + part * V::kLanes);
+    }
+  }
+  for (; at < arguments.entries; at += V::kLanes) {
+    const int64_t count = arguments.entries - at < V::kLanes ? arguments.entries - at : V::kLanes;
+    typename V::Floats accumulated = V::load_first(residual + at, count);
+    if constexpr (kFirstTime) accumulated = V::sum(accumulated, T::template load_first<V>(gradient + at, count));
+    lister.handle(accumulated, V::first_lanes(count), at);
+  }
+  if (lister.non_finite) *arguments.non_finite = true;
+  return lister.listed;
+}
+
+template <typename V>
+void count_keys(const uint32_t* keys, int64_t count, uint32_t key, int64_t* above, int64_t* equal) {
+  int64_t more = 0, same = 0;
+  for (int64_t at = 0; at < count; at += V::kLanes) {
+    const auto lanes = V::first_lanes(count - at);
+    const auto here = V::load_keys(keys + at);
+    more += __builtin_popcount(V::bits(V::above(here, V::keys(key)) & lanes));
+    same += __builtin_popcount(V::bits(V::same(here, V::keys(key)) & lanes));
+  }
+  *above = more;
+  *equal = same;
+}
+
+template <typename V>
+int64_t gather_keys(const uint32_t* keys, int64_t count, uint32_t low, uint32_t high, uint32_t* out) {
+  int64_t gathered = 0;
+  for (int64_t at = 0; at < count; at += V::kLanes) {
+    const auto here = V::load_keys(keys + at);
+    const auto in_range = V::without(V::at_least(here, V::keys(low)), V::above(here, V::keys(high)));
+    const unsigned bits = V::bits(in_range & V::first_lanes(count - at));
+    V::store_keys(out + gathered, V::compress(bits, here));
+    gathered += __builtin_popcount(bits);
+  }
+  return gathered;
+}
+
+template <typename V, typename T>
+int64_t pack_tile(const PackArguments& arguments) {
+  using Stored = typename T::Stored;
+  Stored* const out = static_cast<Stored*>(arguments.values);
+  int64_t sent = 0;
+  for (int64_t at = 0; at < arguments.listed; at += V::kLanes) {
+    const auto lanes = V::first_lanes(arguments.listed - at);
+    const auto keys = V::load_keys(arguments.list.keys + at);
+    const auto values = V::load(arguments.list.values + at);
+    const auto offsets = V::load_u16(arguments.list.offsets + at);
+    const auto tie = V::without(V::same(keys, V::keys(arguments.boundary_key)), V::at_least(offsets, V::keys(arguments.ties_until)));
+    const unsigned sending = V::bits((V::above(keys, V::keys(arguments.boundary_key)) | tie) & lanes);
+    const unsigned foreseen = V::bits(V::above(keys, V::keys(arguments.sent_above)) & lanes);
+    const unsigned finite = ~V::bits(V::at_least(V::magnitude(values), V::keys(kInfinityKey)));
+    const uint16_t* const offset = arguments.list.offsets + at;
+    if (const unsigned wrong = (sending ^ foreseen) & finite) {
+      float accumulated[V::kLanes], kept[V::kLanes];
+      V::store(accumulated, values);
+      V::store(kept, T::template kept_of<V>(values));
+      for (unsigned rest = wrong; rest != 0; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        arguments.residual[offset[lane]] = (sending >> lane & 1) != 0 ? kept[lane] : accumulated[lane];
+      }
+    }
+    if (sending == 0) continue;
+    const int64_t count = __builtin_popcount(sending);
+    T::template store_first<V>(out + sent, count, T::template wire_of<V>(V::compress(sending, values)));
+    if (arguments.offsets != nullptr) {
+      V::store_first_u16(arguments.offsets + sent, count, V::compress(sending, offsets));
+    } else {
+      for (unsigned rest = sending; rest != 0; rest &= rest - 1) {
+        const uint16_t where = offset[__builtin_ctz(rest)];
+        arguments.bitmap[where >> 3] = static_cast<uint8_t>(arguments.bitmap[where >> 3] | 1u << (where & 7));
+      }
+    }
+    sent += count;
+  }
+  return sent;
+}
+
+// Writes each gradient entry once and reads only the sums that are not zero.
+template <typename V, typename T>
+void write_average(const AverageArguments& arguments) {
+  using Stored = typename T::Stored;
+  constexpr int64_t kVectorBytes = V::kLanes * 4;
+  Stored* const out = static_cast<Stored*>(arguments.gradient);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  const auto workers = V::floats(arguments.workers);
+  const auto zero = V::floats(0.0f);
+  const bool streaming = arguments.streaming && aligned;
+  for (int64_t block = 0; block * kAverageBlock < arguments.entries; ++block) {
+    const int64_t first = block * kAverageBlock;
+    const bool touched = arguments.touched[block] != 0;
+    if (arguments.entries - first < kAverageBlock) {
+      for (int64_t at = first; at < arguments.entries; at += V::kLanes) {
+        const auto wire = T::template wire_of<V>(V::quotient(V::load(arguments.sums + at), workers));
+        const int64_t count = arguments.entries - at < V::kLanes ? arguments.entries - at : V::kLanes;
+        T::template store_first<V>(out + at, count, wire);
+        V::store(arguments.sums + at, zero);
+      }
+    } else if (touched) {
+      for (int64_t at = first; at < first + kAverageBlock; at += V::kLanes) {
+        const auto wire = T::template wire_of<V>(V::quotient(V::load(arguments.sums + at), workers));
+        if (streaming) V::stream(out + at, wire);
+        else T::template store<V>(out + at, wire);
+        V::store(arguments.sums + at, zero);
+      }
+    } else {
+      float* const bytes = reinterpret_cast<float*>(out + first);
+      constexpr int64_t kFloats = kAverageBlock * static_cast<int64_t>(sizeof(Stored)) / 4;
+      for (int64_t at = 0; at < kFloats; at += V::kLanes) {
+        if (streaming) V::stream(bytes + at, zero);
+        else V::store(bytes + at, zero);
+      }
+    }
+  }
+  if (streaming) V::finish_streaming();
+}
+
+template <typename V, typename T>
+constexpr Kernels make_kernels() {
+  return {&accumulate_tile<V, T, true>, &accumulate_tile<V, T, false>, &count_keys<V>, &gather_keys<V>, &pack_tile<V, T>,
+          &write_average<V, T>};
+}
+
+}  // namespace
+}  // namespace regtopk

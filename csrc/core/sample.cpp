@@ -1,0 +1,109 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <memory>
+
+#include "ranked_keys.h"
+
+namespace regtopk {
+namespace {
+
+constexpr int64_t kSectorEntries = 8;  // 32 bytes of fp32
+constexpr int64_t kSectorsPerTile = kTileEntries / kSectorEntries;
+constexpr uint32_t kInfinityKey = 0x7f800000u;
+constexpr double kDeviations = 5.0;
+
+// The strata of a bucket: `width` consecutive sectors each, a power of two that divides a tile.
+struct Strata {
+  explicit Strata(int64_t numel) {
+    const int64_t sectors = numel / kSectorEntries;
+    const int64_t wanted = std::clamp<int64_t>(numel / 64, 1024, 65536) / kSectorEntries;
+    const int64_t ideal_width = std::max<int64_t>(1, (sectors + wanted - 1) / wanted);
+    width = std::min<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(ideal_width))), kSectorsPerTile);
+    count = sectors / width;
+    if (sectors % width != 0 && chosen_sector(count) < sectors) ++count;
+  }
+
+  // A multiplicative hash instead of a fixed place: gradients have periods of their own, the rows of a matrix.
+  int64_t chosen_sector(int64_t stratum) const {
+    const uint64_t hash = (static_cast<uint64_t>(stratum) + 1) * 0x9e3779b97f4a7c15ull;
+    return stratum * width + static_cast<int64_t>((hash >> 32) & static_cast<uint64_t>(width - 1));
+  }
+
+  int64_t width, count;
+};
+
+template <typename T>
+std::unique_ptr<uint32_t[]> sample_keys(const CompressArguments& arguments, const Strata& strata, const ParallelFor& parallel_for) {
+  const T* const gradient = static_cast<const T*>(arguments.gradient);
+  const float* const residual = static_cast<const float*>(arguments.residual);
+  const float* const feedback = static_cast<const float*>(arguments.feedback);
+  auto keys = std::make_unique_for_overwrite<uint32_t[]>(strata.count * kSectorEntries);
+  const int64_t strata_per_tile = kSectorsPerTile / strata.width;
+  parallel_for(arguments.layout.tiles, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * strata_per_tile, strata.count);
+    for (int64_t stratum = begin * strata_per_tile; stratum < last; ++stratum) {
+      const int64_t first = strata.chosen_sector(stratum) * kSectorEntries;
+      for (int64_t at = 0; at < kSectorEntries; ++at) {
+        keys[stratum * kSectorEntries + at] = magnitude_key(residual[first + at] + Traits<T>::load(gradient[first + at]));
+      }
+    }
+    for (int64_t tile = begin; feedback != nullptr && tile < end; ++tile) {
+      arguments.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+        const int64_t index = tile * kTileEntries + offset, sector = index / kSectorEntries;
+        const int64_t stratum = sector / strata.width;
+        if (stratum >= strata.count || strata.chosen_sector(stratum) != sector) return;
+        const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
+        keys[stratum * kSectorEntries + index % kSectorEntries] =
+            magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
+      });
+    }
+  });
+  return keys;
+}
+
+// Variance of the number of sampled keys at or above `threshold`. Neighbours are alike in many gradients (rows of an
+// embedding), so sectors are counted, not entries.
+double variance_above(const uint32_t* keys, int64_t sectors, uint32_t threshold) {
+  int64_t total = 0, squares = 0;
+  for (int64_t sector = 0; sector < sectors; ++sector) {
+    int above = 0;
+    for (int64_t at = 0; at < kSectorEntries; ++at) above += keys[sector * kSectorEntries + at] >= threshold;
+    total += above;
+    squares += above * above;
+  }
+  const double mean = static_cast<double>(total) / static_cast<double>(sectors);
+  return static_cast<double>(squares) - mean * static_cast<double>(total);
+}
+
+}  // namespace
+
+template <typename T>
+Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& parallel_for) {
+  const PayloadLayout& layout = arguments.layout;
+  if (layout.numel < 4096) return {};
+  const Strata strata(layout.numel);
+  const auto keys = sample_keys<T>(arguments, strata, parallel_for);
+  const int64_t count = strata.count * kSectorEntries;
+  const RankedKeys ranked(keys.get(), count);
+
+  const double rank = static_cast<double>(layout.k) * static_cast<double>(count) / static_cast<double>(layout.numel);
+  const uint32_t middle = ranked.at(std::clamp<int64_t>(static_cast<int64_t>(rank + 0.5), 1, count));
+  // The constants carry the tail where few or no sampled keys lie above.
+  const double margin = kDeviations * std::sqrt(variance_above(keys.get(), strata.count, middle) + 1.0) + 3.0;
+  const int64_t low_rank = static_cast<int64_t>(std::ceil(rank + margin));
+  const int64_t high_rank = static_cast<int64_t>(std::floor(rank - margin));
+  Bracket bracket;
+  bracket.expected = std::min(1.0, static_cast<double>(low_rank) / static_cast<double>(count));
+  if (low_rank <= count) bracket.low = std::min(ranked.at(low_rank), kInfinityKey);
+  if (high_rank >= 1) bracket.high = ranked.at(high_rank);
+  return bracket;
+}
+
+template Bracket sample_bracket<float>(const CompressArguments&, const ParallelFor&);
+template Bracket sample_bracket<BFloat16>(const CompressArguments&, const ParallelFor&);
+template Bracket sample_bracket<Half>(const CompressArguments&, const ParallelFor&);
+
+}  // namespace regtopk
