@@ -19,7 +19,7 @@ namespace regtopk {
 struct Bracket {
   uint32_t low = 0;             // entries with this key or a larger one are looked at
   uint32_t high = 0x7fffffffu;  // entries with a larger key are taken to be sent
-  double expected = 1.0;        // fraction of the entries that are looked at; sizes buffers
+  double expected = 0.0;        // fraction of the entries that are looked at; sizes buffers
 };
 
 struct CompressArguments {

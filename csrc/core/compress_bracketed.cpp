@@ -64,24 +64,26 @@ class BracketedCompressor {
 
   ListedEntries list_range(Kernel kernel, int64_t begin, int64_t end) const {
     ListedEntries range(begin);
-    range.make_room(static_cast<int64_t>(bracket_.expected * static_cast<double>((end - begin) * kBlockEntries)) + kBlockEntries);
+    range.expect(static_cast<int64_t>(bracket_.expected * static_cast<double>((end - begin) * kBlockEntries)));
+    BlockList of_block;
+    const ListArrays list{of_block.values, of_block.keys, of_block.offsets};
     const int64_t most = 2 * layout_.k + kTileEntries;
     uint32_t list_from = bracket_.low;
     std::optional<BlockCursor> sent;
     if (arguments_.sent != nullptr) sent.emplace(*arguments_.sent, block_at(begin));
     for (int64_t number = begin; number < end; ++number) {
       const Block block = block_at(number);
-      range.make_room(block.entries);
       const int64_t before = range.size();
-      range.add_block(kernel(
+      const int64_t listed = kernel(
           {.gradient = static_cast<const T*>(arguments_.gradient) + block.index,
            .residual = residual_ + block.index,
            .entries = block.entries,
            .first_offset = static_cast<uint32_t>(block.first_offset),
            .list_from = list_from,
            .sent_above = bracket_.high,
-           .out = range.from(before),
-           .non_finite = &range.non_finite}));
+           .out = list,
+           .non_finite = &range.non_finite});
+      range.add_block(list, listed);
       if (sent) regularise(range, number, before, list_from, *sent);
       if (range.size() < layout_.k) continue;
       // k entries of this range come before any later one with the key `low`: ties need no further listing.
@@ -123,7 +125,7 @@ class BracketedCompressor {
 
   // Keeps the first k in the total order and returns the key of the last one.
   uint32_t keep_best(ListedEntries& range) const {
-    const uint32_t last_key = RankedKeys(range.keys(), range.size()).at(layout_.k);
+    const uint32_t last_key = RankedKeys(range.keys(), range.size()).exactly(layout_.k);
     int64_t above, ties;
     kernels_.count_keys(range.keys(), range.size(), last_key, &above, &ties);
     int64_t ties_wanted = layout_.k - above;
@@ -217,46 +219,52 @@ class BracketedCompressor {
     const bool among_high = above_high >= layout_.k;
     const uint32_t low = among_high ? bracket_.high + 1 : 0;
     const uint32_t high = among_high ? 0x7fffffffu : bracket_.high;
-    const auto candidates = std::make_unique_for_overwrite<uint32_t[]>((among_high ? above_high : listed_ - above_high) + kListSlack);
+    const Scratch memory(((among_high ? above_high : listed_ - above_high) + kListSlack) * static_cast<int64_t>(sizeof(uint32_t)));
+    uint32_t* const candidates = memory.array<uint32_t>();
     int64_t gathered = 0;
     for (const ListedEntries& range : ranges_) {
-      gathered += kernels_.gather_keys(range.keys(), range.size(), low, high, candidates.get() + gathered);
+      gathered += kernels_.gather_keys(range.keys(), range.size(), low, high, candidates + gathered);
     }
-    boundary_key_ = RankedKeys(candidates.get(), gathered).at(layout_.k - (among_high ? 0 : above_high));
+    boundary_key_ = RankedKeys(candidates, gathered).exactly(layout_.k - (among_high ? 0 : above_high));
     place_blocks();
   }
 
   void place_blocks() {
     const int64_t blocks = Block::count(layout_.numel);
-    placed_.resize(blocks);
-    for (ListedEntries& range : ranges_) {
+    placed_memory_ = Scratch(blocks * static_cast<int64_t>(sizeof(Placed)));
+    placed_ = placed_memory_.array<Placed>();
+    for (size_t number = 0; number < ranges_.size(); ++number) {
+      const ListedEntries& range = ranges_[number];
       int64_t position = 0;
       for (int64_t block = range.first_block(); block < range.first_block() + range.blocks(); ++block) {
-        placed_[block] = {.list = range.from(position), .listed = range.listed_in(block)};
-        position += range.listed_in(block);
+        const int64_t listed = range.listed_in(block);
+        placed_[block] = {position, static_cast<uint32_t>(number), static_cast<uint32_t>(listed), 0, 0, 0, 0};
+        position += listed;
       }
     }
-    std::vector<int64_t> above(blocks), ties(blocks);
     for_blocks([&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        kernels_.count_keys(placed_[block].list.keys, placed_[block].listed, boundary_key_, &above[block], &ties[block]);
+        int64_t above, ties;
+        kernels_.count_keys(list_of(placed_[block]).keys, placed_[block].listed, boundary_key_, &above, &ties);
+        placed_[block].above = static_cast<uint32_t>(above);
+        placed_[block].ties = static_cast<uint32_t>(ties);
       }
     });
     int64_t ties_wanted = layout_.k;
-    for (const int64_t count : above) ties_wanted -= count;
+    for (int64_t block = 0; block < blocks; ++block) ties_wanted -= placed_[block].above;
     int64_t entry = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       Placed& placed = placed_[block];
-      placed.first_entry = entry;
-      const int64_t taken = std::min(ties[block], ties_wanted);
+      placed.first_entry = static_cast<uint32_t>(entry);
+      const int64_t taken = std::min<int64_t>(placed.ties, ties_wanted);
       placed.ties_until = taken > 0 ? static_cast<uint32_t>(kTileEntries) : 0;
       if (taken > 0 && taken == ties_wanted) {
-        const uint16_t last_offset = offset_of_tie(placed, taken);
+        const uint16_t last_offset = offset_of_tie(list_of(placed), taken);
         placed.ties_until = last_offset + 1u;
         boundary_index_ = block_at(block).tile * kTileEntries + last_offset;
       }
       ties_wanted -= taken;
-      entry += above[block] + taken;
+      entry += placed.above + taken;
     }
   }
 
@@ -267,17 +275,21 @@ class BracketedCompressor {
     else parallel_for_(blocks, body);
   }
 
+  // A block: where its list is, and what of it is sent.
   struct Placed {
-    ListArrays list;
-    int64_t listed = 0;
-    int64_t first_entry = 0;  // in the payload
-    uint32_t ties_until = 0;  // ties of the boundary with a smaller offset are sent
+    int64_t position;  // of its list in the range's
+    uint32_t range, listed;
+    uint32_t above, ties;  // listed entries above the boundary's key, and equal to it
+    uint32_t first_entry;  // in the payload
+    uint32_t ties_until;   // ties with a smaller offset are sent
   };
 
-  uint16_t offset_of_tie(const Placed& placed, int64_t count) const {
+  ListArrays list_of(const Placed& placed) const { return ranges_[placed.range].from(placed.position); }
+
+  uint16_t offset_of_tie(const ListArrays& list, int64_t count) const {
     int64_t position = 0;
-    while (!(placed.list.keys[position] == boundary_key_ && --count == 0)) ++position;
-    return placed.list.offsets[position];
+    while (!(list.keys[position] == boundary_key_ && --count == 0)) ++position;
+    return list.offsets[position];
   }
 
   void pack() {
@@ -289,7 +301,7 @@ class BracketedCompressor {
         const int64_t tile = block_at(number).tile;
         if (number % kTileBlocks == 0) writer.set_first_entry(tile, placed.first_entry);
         kernels_.pack(
-            {.list = placed.list,
+            {.list = list_of(placed),
              .listed = placed.listed,
              .boundary_key = boundary_key_,
              .ties_until = placed.ties_until,
@@ -327,7 +339,8 @@ class BracketedCompressor {
   std::vector<std::pair<int64_t, float>> held_back_;  // index and residual of entries that are not finite
   uint32_t boundary_key_ = 0;
   int64_t boundary_index_ = -1;
-  std::vector<Placed> placed_;
+  Scratch placed_memory_;
+  Placed* placed_ = nullptr;  // one per block
 };
 
 }  // namespace

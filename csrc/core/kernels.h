@@ -22,7 +22,7 @@ struct ListArrays {
 struct AccumulateArguments {
   const void* gradient;   // in: [entries] of the value type; ignored by list_again
   float* residual;        // in and out: [entries]
-  int64_t entries;        // at most one tile
+  int64_t entries;        // of the block
   uint32_t first_offset;  // of entry 0 in its tile
   uint32_t list_from;     // entries with this key or a larger one are listed
   uint32_t sent_above;    // listed entries with a larger key are taken to be sent: r = a - v. They nearly always are
@@ -37,7 +37,7 @@ struct PackArguments {
   uint32_t ties_until;    // and those equal to it whose offset is below this
   uint32_t sent_above;    // as in AccumulateArguments: what r holds now
   float* residual;        // in and out: the tile
-  void* values;           // out: the tile's part of the payload
+  void* values;           // out: the block's part of the payload
   uint16_t* offsets;      // out, or null where the payload has a bitmap
   uint8_t* bitmap;        // out, zero on entry, or null where the payload has offsets
 };
@@ -61,7 +61,7 @@ struct Kernels {
   void (*count_keys)(const uint32_t* keys, int64_t count, uint32_t key, int64_t* above, int64_t* equal);
   // Copies the keys in [low, high] to `out`, which has kListSlack more room, and returns how many there are.
   int64_t (*gather_keys)(const uint32_t* keys, int64_t count, uint32_t low, uint32_t high, uint32_t* out);
-  // Writes the tile's part of the payload and corrects r where `accumulate` foresaw another outcome. Returns the entries sent.
+  // Writes the block's part of the payload and corrects r where `accumulate` foresaw another outcome. Returns the entries sent.
   int64_t (*pack)(const PackArguments&);
   void (*write_average)(const AverageArguments&);
 };

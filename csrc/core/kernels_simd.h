@@ -80,73 +80,91 @@ struct Float16 : SixteenBits<Float16> {
   static typename V::Keys round(typename V::Keys magnitude) { return V::round_to_half(V::as_floats(magnitude)); }
 };
 
-// What one vector of accumulated values needs beyond being stored as the residual.
+// Lists entries of vectors of accumulated values.
 template <typename V, typename T, bool kFirstTime>
 struct Lister {
   const AccumulateArguments& arguments;
   int64_t listed = 0;
   bool non_finite = false;
 
-  void handle(typename V::Floats accumulated, typename V::Mask lanes, int64_t at) {
+  // For finite entries that are stored as the residual already.
+  void list(int64_t at) {
+    const auto accumulated = V::load(arguments.residual + at);
+    const auto keys = V::magnitude(accumulated);
+    const auto listing = V::at_least(keys, V::keys(arguments.list_from));
+    const auto sending = V::above(keys, V::keys(arguments.sent_above)) & listing;
+    if (V::bits(sending) != 0) V::store_where(arguments.residual + at, sending, T::template kept_of<V>(accumulated));
+    append(V::bits(listing), accumulated, keys, at);
+  }
+
+  // For any entries, of which only `lanes` exist.
+  void store_and_list(typename V::Floats accumulated, typename V::Mask lanes, int64_t at) {
     using Mask = typename V::Mask;
     auto keys = V::magnitude(accumulated);
     const Mask odd = V::at_least(keys, V::keys(kInfinityKey)) & lanes;
-    if (V::bits(odd) != 0) keys = V::select(V::above(keys, V::keys(kInfinityKey)), V::keys(kNanKey), keys);
+    keys = V::select(V::above(keys, V::keys(kInfinityKey)), V::keys(kNanKey), keys);
     const Mask listing = V::at_least(keys, V::keys(arguments.list_from)) & lanes;
     const Mask sending = V::above(keys, V::keys(arguments.sent_above)) & listing;
-    Mask writing = kFirstTime ? lanes : sending;
-    if (V::bits(odd) != 0) {
-      non_finite = true;
-      writing = V::without(writing, odd);
-    }
-    const auto kept = V::bits(sending) == 0 ? accumulated : V::select(sending, T::template kept_of<V>(accumulated), accumulated);
-    if (V::bits(writing) == V::bits(V::all_lanes())) V::store(arguments.residual + at, kept);
-    else V::store_where(arguments.residual + at, writing, kept);
-    const unsigned bits = V::bits(listing);
-    if (bits == 0) return;
+    const Mask writing = V::without(kFirstTime ? lanes : sending, odd);
+    non_finite |= V::bits(odd) != 0;
+    V::store_where(arguments.residual + at, writing, V::select(sending, T::template kept_of<V>(accumulated), accumulated));
+    append(V::bits(listing), accumulated, keys, at);
+  }
+
+  void append(unsigned listing, typename V::Floats accumulated, typename V::Keys keys, int64_t at) {
     const ListArrays& out = arguments.out;
-    V::store(out.values + listed, V::compress(bits, accumulated));
-    V::store_keys(out.keys + listed, V::compress(bits, keys));
+    V::store(out.values + listed, V::compress(listing, accumulated));
+    V::store_keys(out.keys + listed, V::compress(listing, keys));
     const auto offsets = V::sum(V::lane_numbers(), V::keys(arguments.first_offset + static_cast<uint32_t>(at)));
-    V::store_u16(out.offsets + listed, V::compress(bits, offsets));
-    listed += __builtin_popcount(bits);
+    V::store_u16(out.offsets + listed, V::compress(listing, offsets));
+    listed += __builtin_popcount(listing);
   }
 };
 
 // Four vectors share one branch: with few listed entries it is not taken, and the loop is an addition at the speed of
 // memory. Streams r and g once: 8 bytes read and 4 written per fp32 entry.
 template <typename V, typename T, bool kFirstTime>
-int64_t accumulate_tile(const AccumulateArguments& arguments) {
+int64_t accumulate_block(const AccumulateArguments& arguments) {
   using Stored = typename T::Stored;
-  constexpr int64_t kBlock = 4 * V::kLanes;
+  constexpr int64_t kVectors = 4;
   const Stored* const gradient = static_cast<const Stored*>(arguments.gradient);
   float* const residual = arguments.residual;
   // Entries that are not finite need care even where they are too small to be listed, an infinity below a NaN.
   const auto unusual_from = V::keys(arguments.list_from < kInfinityKey ? arguments.list_from : kInfinityKey);
+  const auto infinity = V::keys(kInfinityKey);
   Lister<V, T, kFirstTime> lister{arguments};
   int64_t at = 0;
-  for (; at + kBlock <= arguments.entries; at += kBlock) {
-    typename V::Floats accumulated[4];
+  for (; at + kVectors * V::kLanes <= arguments.entries; at += kVectors * V::kLanes) {
+    typename V::Floats accumulated[kVectors];
     typename V::Keys largest = V::keys(0);
-    for (int part = 0; part < 4; ++part) {
-      const int64_t first = at + part * V::kLanes;
-      accumulated[part] = V::load(residual + first);
-      if constexpr (kFirstTime) accumulated[part] = V::sum(accumulated[part], T::template load<V>(gradient + first));
-      largest = V::larger(largest, V::magnitude(accumulated[part]));
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      const int64_t first = at + vector * V::kLanes;
+      accumulated[vector] = V::load(residual + first);
+      if constexpr (kFirstTime) accumulated[vector] = V::sum(accumulated[vector], T::template load<V>(gradient + first));
+      largest = V::larger(largest, V::magnitude(accumulated[vector]));
     }
-    if (V::bits(V::at_least(largest, unusual_from)) == 0) [[likely]] {
-      if constexpr (kFirstTime) {
-        for (int part = 0; part < 4; ++part) V::store(residual + at + part * V::kLanes, accumulated[part]);
+    if (V::bits(V::at_least(largest, infinity)) != 0) [[unlikely]] {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        lister.store_and_list(accumulated[vector], V::all_lanes(), at + vector * V::kLanes);
       }
-    } else {
-      for (int part = 0; part < 4; ++part) lister.handle(accumulated[part], V::all_lanes(), at + part * V::kLanes);
+      continue;
     }
+    if constexpr (kFirstTime) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) V::store(residual + at + vector * V::kLanes, accumulated[vector]);
+    }
+    if (V::bits(V::at_least(largest, unusual_from)) == 0) [[likely]] continue;
+    unsigned vectors = 0;
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      const bool any = V::bits(V::at_least(V::magnitude(accumulated[vector]), unusual_from)) != 0;
+      vectors |= static_cast<unsigned>(any) << vector;
+    }
+    for (; vectors != 0; vectors &= vectors - 1) lister.list(at + __builtin_ctz(vectors) * V::kLanes);
   }
   for (; at < arguments.entries; at += V::kLanes) {
     const int64_t count = arguments.entries - at < V::kLanes ? arguments.entries - at : V::kLanes;
     typename V::Floats accumulated = V::load_first(residual + at, count);
     if constexpr (kFirstTime) accumulated = V::sum(accumulated, T::template load_first<V>(gradient + at, count));
-    lister.handle(accumulated, V::first_lanes(count), at);
+    lister.store_and_list(accumulated, V::first_lanes(count), at);
   }
   if (lister.non_finite) *arguments.non_finite = true;
   return lister.listed;
@@ -179,7 +197,7 @@ int64_t gather_keys(const uint32_t* keys, int64_t count, uint32_t low, uint32_t 
 }
 
 template <typename V, typename T>
-int64_t pack_tile(const PackArguments& arguments) {
+int64_t pack_block(const PackArguments& arguments) {
   using Stored = typename T::Stored;
   Stored* const out = static_cast<Stored*>(arguments.values);
   int64_t sent = 0;
@@ -259,7 +277,7 @@ void write_average(const AverageArguments& arguments) {
 
 template <typename V, typename T>
 constexpr Kernels make_kernels() {
-  return {&accumulate_tile<V, T, true>, &accumulate_tile<V, T, false>, &count_keys<V>, &gather_keys<V>, &pack_tile<V, T>,
+  return {&accumulate_block<V, T, true>, &accumulate_block<V, T, false>, &count_keys<V>, &gather_keys<V>, &pack_block<V, T>,
           &write_average<V, T>};
 }
 

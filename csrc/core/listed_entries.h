@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "block_cursor.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace regtopk {
 
@@ -15,6 +15,13 @@ namespace regtopk {
 struct SentAgain {
   int64_t index;
   uint32_t magnitude, score;  // keys of |a| and of the regularised score
+};
+
+// Where a kernel lists one block, whose entries may all be listed. Only what is used of it is ever touched.
+struct BlockList {
+  float values[kBlockEntries + kListSlack];
+  uint32_t keys[kBlockEntries + kListSlack];
+  uint16_t offsets[kBlockEntries + kListSlack];
 };
 
 class ListedEntries {
@@ -25,21 +32,18 @@ class ListedEntries {
   int64_t blocks() const { return static_cast<int64_t>(per_block_.size()); }
   int64_t listed_in(int64_t block) const { return per_block_[block - first_block_]; }
   int64_t size() const { return size_; }
-  const uint32_t* keys() const { return keys_.get(); }
-  ListArrays from(int64_t position) { return {values_.get() + position, keys_.get() + position, offsets_.get() + position}; }
+  const uint32_t* keys() const { return arrays_.keys; }
+  ListArrays from(int64_t position) const { return {arrays_.values + position, arrays_.keys + position, arrays_.offsets + position}; }
 
-  // Room for `more` entries behind the last one, and kListSlack.
-  void make_room(int64_t more) {
-    const int64_t wanted = size_ + more + kListSlack;
-    if (wanted <= capacity_) return;
-    capacity_ = std::max(wanted, capacity_ + capacity_ / 2);
-    move_to_larger(values_);
-    move_to_larger(keys_);
-    move_to_larger(offsets_);
+  // Room for `expected` entries in all; more are possible.
+  void expect(int64_t expected) {
+    if (expected + kListSlack > capacity_) grow_to(expected + kListSlack);
   }
 
-  // Takes over `listed` entries written to from(size()), as the next block's.
-  void add_block(int64_t listed) {
+  // Appends the next block's entries.
+  void add_block(const ListArrays& list, int64_t listed) {
+    if (size_ + listed + kListSlack > capacity_) grow_to(std::max(size_ + listed + kListSlack, capacity_ + capacity_ / 2));
+    copy(list, listed, from(size_));
     per_block_.push_back(static_cast<uint32_t>(listed));
     size_ += listed;
   }
@@ -55,9 +59,9 @@ class ListedEntries {
           forgotten(block, position);
           continue;
         }
-        values_[kept] = values_[position];
-        keys_[kept] = keys_[position];
-        offsets_[kept++] = offsets_[position];
+        arrays_.values[kept] = arrays_.values[position];
+        arrays_.keys[kept] = arrays_.keys[position];
+        arrays_.offsets[kept++] = arrays_.offsets[position];
       }
       per_block_[block - first_block_] = static_cast<uint32_t>(kept - kept_before);
     }
@@ -68,18 +72,26 @@ class ListedEntries {
   bool non_finite = false;
 
  private:
-  template <typename Element>
-  void move_to_larger(std::unique_ptr<Element[]>& array) {
-    auto larger = std::make_unique_for_overwrite<Element[]>(capacity_);
-    std::copy_n(array.get(), size_, larger.get());
-    array = std::move(larger);
+  static void copy(const ListArrays& from, int64_t count, const ListArrays& to) {
+    std::copy_n(from.values, count, to.values);
+    std::copy_n(from.keys, count, to.keys);
+    std::copy_n(from.offsets, count, to.offsets);
+  }
+
+  void grow_to(int64_t capacity) {
+    capacity_ = capacity;
+    Scratch memory(capacity * static_cast<int64_t>(sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t)));
+    const ListArrays arrays{
+        memory.array<float>(), memory.array<uint32_t>(capacity * 4), memory.array<uint16_t>(capacity * 8)};
+    copy(arrays_, size_, arrays);
+    arrays_ = arrays;
+    memory_ = std::move(memory);
   }
 
   int64_t first_block_;
   int64_t size_ = 0, capacity_ = 0;
-  std::unique_ptr<float[]> values_;
-  std::unique_ptr<uint32_t[]> keys_;
-  std::unique_ptr<uint16_t[]> offsets_;
+  Scratch memory_;
+  ListArrays arrays_{};
   std::vector<uint32_t> per_block_;
 };
 

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <memory>
 
 #include "ranked_keys.h"
+#include "scratch.h"
 
 namespace regtopk {
 namespace {
@@ -14,12 +14,13 @@ constexpr int64_t kSectorEntries = 8;  // 32 bytes of fp32
 constexpr int64_t kSectorsPerTile = kTileEntries / kSectorEntries;
 constexpr uint32_t kInfinityKey = 0x7f800000u;
 constexpr double kDeviations = 5.0;
+constexpr int64_t kSectorsWorthThreads = 1024;
 
 // The strata of a bucket: `width` consecutive sectors each, a power of two that divides a tile.
 struct Strata {
   explicit Strata(int64_t numel) {
     const int64_t sectors = numel / kSectorEntries;
-    const int64_t wanted = std::clamp<int64_t>(numel / 64, 1024, 65536) / kSectorEntries;
+    const int64_t wanted = std::clamp<int64_t>(numel / 32, 1024, 65536) / kSectorEntries;
     const int64_t ideal_width = std::max<int64_t>(1, (sectors + wanted - 1) / wanted);
     width = std::min<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(ideal_width))), kSectorsPerTile);
     count = sectors / width;
@@ -36,13 +37,12 @@ struct Strata {
 };
 
 template <typename T>
-std::unique_ptr<uint32_t[]> sample_keys(const CompressArguments& arguments, const Strata& strata, const ParallelFor& parallel_for) {
+void sample_keys(const CompressArguments& arguments, const Strata& strata, uint32_t* keys, const ParallelFor& parallel_for) {
   const T* const gradient = static_cast<const T*>(arguments.gradient);
   const float* const residual = static_cast<const float*>(arguments.residual);
   const float* const feedback = static_cast<const float*>(arguments.feedback);
-  auto keys = std::make_unique_for_overwrite<uint32_t[]>(strata.count * kSectorEntries);
   const int64_t strata_per_tile = kSectorsPerTile / strata.width;
-  parallel_for(arguments.layout.tiles, [&](int64_t begin, int64_t end) {
+  const auto sample_tiles = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * strata_per_tile, strata.count);
     for (int64_t stratum = begin * strata_per_tile; stratum < last; ++stratum) {
       const int64_t first = strata.chosen_sector(stratum) * kSectorEntries;
@@ -60,8 +60,9 @@ std::unique_ptr<uint32_t[]> sample_keys(const CompressArguments& arguments, cons
             magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
       });
     }
-  });
-  return keys;
+  };
+  if (strata.count < kSectorsWorthThreads) serial_for(arguments.layout.tiles, sample_tiles);
+  else parallel_for(arguments.layout.tiles, sample_tiles);
 }
 
 // Variance of the number of sampled keys at or above `threshold`. Neighbours are alike in many gradients (rows of an
@@ -85,20 +86,24 @@ Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& pa
   const PayloadLayout& layout = arguments.layout;
   if (layout.numel < 4096) return {};
   const Strata strata(layout.numel);
-  const auto keys = sample_keys<T>(arguments, strata, parallel_for);
   const int64_t count = strata.count * kSectorEntries;
-  const RankedKeys ranked(keys.get(), count);
+  const Scratch memory(count * static_cast<int64_t>(sizeof(uint32_t)));
+  uint32_t* const keys = memory.array<uint32_t>();
+  sample_keys<T>(arguments, strata, keys, parallel_for);
+  const RankedKeys ranked(keys, count);
 
   const double rank = static_cast<double>(layout.k) * static_cast<double>(count) / static_cast<double>(layout.numel);
-  const uint32_t middle = ranked.at(std::clamp<int64_t>(static_cast<int64_t>(rank + 0.5), 1, count));
+  // A bin that holds few keys is as good as the key itself: the bracket becomes a little wider, and stays exact on ties.
+  const int64_t tolerance = 2 + static_cast<int64_t>(std::sqrt(rank));
+  const uint32_t middle = ranked.not_above(std::clamp<int64_t>(static_cast<int64_t>(rank + 0.5), 1, count), tolerance);
   // The constants carry the tail where few or no sampled keys lie above.
-  const double margin = kDeviations * std::sqrt(variance_above(keys.get(), strata.count, middle) + 1.0) + 3.0;
+  const double margin = kDeviations * std::sqrt(variance_above(keys, strata.count, middle) + 1.0) + 3.0;
   const int64_t low_rank = static_cast<int64_t>(std::ceil(rank + margin));
   const int64_t high_rank = static_cast<int64_t>(std::floor(rank - margin));
   Bracket bracket;
   bracket.expected = std::min(1.0, static_cast<double>(low_rank) / static_cast<double>(count));
-  if (low_rank <= count) bracket.low = std::min(ranked.at(low_rank), kInfinityKey);
-  if (high_rank >= 1) bracket.high = ranked.at(high_rank);
+  if (low_rank <= count) bracket.low = std::min(ranked.not_above(low_rank, tolerance), kInfinityKey);
+  if (high_rank >= 1) bracket.high = ranked.not_below(high_rank, tolerance);
   return bracket;
 }
 
