@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <mutex>
 
-#include "core/cpu_variant.h"
 #include "exchange/exchange.h"
 #include "exchange/local_exchange.h"
 #include "ops/operators.h"

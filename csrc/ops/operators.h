@@ -8,6 +8,8 @@
 #include <tuple>
 #include <utility>
 
+#include "../core/cpu_variant.h"
+
 namespace regtopk {
 
 struct CompressOptions {
