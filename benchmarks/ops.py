@@ -1,0 +1,186 @@
+"""Time the operators against the floor and against torch: python -m benchmarks.ops --out FILE.jsonl [--device cpu|cuda] ...
+
+A case is one bucket: size, density, dtype, input. Its candidates take turns, one after the other in every round, each from
+the same residual and gradient, restored before the clock starts; a round gives one ratio per pair of candidates.
+
+    floor              residual.add_(gradient); gradient.zero_(): 16 bytes per fp32 entry, the least that a hook moves
+    chain              what a plain hook calls: add, abs, topk, gather, index_fill, zero, index_add
+    torch.topk         torch.topk(residual.abs(), k) alone
+    topk               compress_ and aggregate_ of one payload; the last step's payload is given
+    regtopk            the same with the last step's feedback, mu = 1
+    topk, 8 payloads   as topk, and aggregate_ adds 8 payloads
+
+Every row has median, quartiles and n of the seconds, and of three ratios: to the floor, of the chain to the candidate, and to topk.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from experiments.record import Recorder
+
+from regtopk_torch import _C, reference
+
+ops = torch.ops.regtopk
+PAYLOADS = {"topk": 1, "regtopk": 1, "topk, 8 payloads": 8}
+# No score is this large: nothing lies in the bracket, and compress has to recover from it.
+MISSED_BRACKET = (0x7F800000, 0x7FFFFFFF)
+
+
+def normal(numel, generator):
+    return torch.randn(numel, generator=generator)
+
+
+INPUTS = {
+    "normal": normal,
+    "bracket missed": normal,
+    "all equal": lambda numel, generator: torch.full((numel,), 0.5),
+    "all zero": lambda numel, generator: torch.zeros(numel),
+    "repeated in 99 %": lambda numel, generator: torch.where(torch.rand(numel, generator=generator) < 0.99, 0.75, normal(numel, generator)),
+    "one binade": lambda numel, generator: 1 + torch.rand(numel, generator=generator),
+    "different scales": lambda numel, generator: normal(numel, generator) * torch.where(torch.arange(numel) < numel // 2, 1.0, 1e-6),
+    "sorted up": lambda numel, generator: torch.arange(numel) / numel,
+    "sorted down": lambda numel, generator: torch.arange(numel, 0, -1) / numel,
+}
+
+
+class Bucket:
+    """One case: the state before a step, kept aside, and the tensors that the candidates work on."""
+
+    def __init__(self, size, density, dtype, name, device):
+        generator = torch.Generator().manual_seed(0)
+        self.k = reference.entries_to_send(density, size)
+        first, self.initial_gradient = (INPUTS[name](size, generator).to(dtype).to(device) for _ in range(2))
+        self.initial_residual = torch.zeros(size, device=device)
+        self.gradient, self.residual = self.initial_gradient.clone(), self.initial_residual.clone()
+        payload_bytes = _C.payload_bytes(size, self.k, dtype)
+        self.sent = torch.zeros(1, payload_bytes, dtype=torch.uint8, device=device)
+        # The history: a first step. Its feedback is spread over what several workers would have made of it.
+        ops.compress_(first, self.initial_residual, self.sent[0], None, None, k=self.k)
+        feedback = torch.empty(1, self.k, device=device)
+        ops.aggregate_(first, self.sent, feedback, k=self.k)
+        self.feedback = feedback[0] * torch.rand(self.k, generator=generator).to(device)
+        # The payloads of the other workers are there already; rank 0's is this step's.
+        self.payloads = {1: torch.zeros_like(self.sent), 8: torch.zeros(8, payload_bytes, dtype=torch.uint8, device=device)}
+        for payload in self.payloads[8]:
+            other = INPUTS[name](size, generator).to(dtype).to(device)
+            ops.compress_(other, self.initial_residual.clone(), payload, None, None, k=self.k)
+
+    def restore(self):
+        self.gradient.copy_(self.initial_gradient)
+        self.residual.copy_(self.initial_residual)
+
+    def floor(self):
+        self.residual.add_(self.gradient)
+        self.gradient.zero_()
+
+    def chain(self):
+        self.residual.add_(self.gradient)
+        index = torch.topk(self.residual.abs(), self.k, sorted=False).indices
+        value = self.residual.gather(0, index).to(self.gradient.dtype)
+        self.residual.index_fill_(0, index, 0.0)
+        self.gradient.zero_()
+        self.gradient.index_add_(0, index, value)
+
+    def torch_topk(self):
+        torch.topk(self.residual.abs(), self.k, sorted=False)
+
+    def exchange(self, candidate):
+        payloads = self.payloads[PAYLOADS[candidate]]
+        feedback = self.feedback if candidate == "regtopk" else None
+        ops.compress_(self.gradient, self.residual, payloads[0], self.sent[0], feedback, k=self.k, mu=1.0)
+        ops.aggregate_(self.gradient, payloads, None, k=self.k)
+
+    def candidates(self):
+        exchanges = {name: lambda name=name: self.exchange(name) for name in PAYLOADS}
+        return {"floor": self.floor, "chain": self.chain, "torch.topk": self.torch_topk} | exchanges
+
+
+def seconds(function, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def time_rounds(bucket, device, seconds_per_case):
+    """Return {candidate: [seconds of each round]}: 7 to 200 rounds after one that is thrown away."""
+    candidates = bucket.candidates()
+    times = {name: [] for name in candidates}
+    started, rounds = time.perf_counter(), 0
+    while rounds < 8 or (rounds < 201 and time.perf_counter() - started < seconds_per_case):
+        for name, candidate in candidates.items():
+            bucket.restore()
+            taken = seconds(candidate, device)
+            if rounds > 0:
+                times[name].append(taken)
+        rounds += 1
+    return times
+
+
+def summarise(values):
+    """Median, quartiles and count of a list of numbers."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "quartiles": [low, high], "n": len(values)}
+
+
+def ratios(numerators, denominators):
+    return summarise([one / other for one, other in zip(numerators, denominators, strict=True)])
+
+
+def run_case(recorder, options, variant, size, density, dtype, name):
+    bucket = Bucket(size, density, getattr(torch, dtype), name, options.device)
+    _C.force_bracket(MISSED_BRACKET if name == "bracket missed" else None)
+    times = time_rounds(bucket, options.device, options.seconds_per_case)
+    _C.force_bracket(None)
+    for candidate, taken in times.items():
+        to_floor, chain_to, to_topk = ratios(taken, times["floor"]), ratios(times["chain"], taken), ratios(taken, times["topk"])
+        recorder.write(
+            "row", device=options.device, variant=variant, size=size, density=density, k=bucket.k, dtype=dtype, input=name,
+            candidate=candidate, torch=torch.__version__, seconds=summarise(taken), to_floor=to_floor, chain_to=chain_to, to_topk=to_topk,
+        )  # fmt: skip
+        print(
+            f"{variant} {size:>10} {density:g} {dtype} {name}: {candidate:<17} {1e3 * statistics.median(taken):9.3f} ms, "
+            f"{to_floor['median']:7.2f} x the floor, chain takes {chain_to['median']:6.2f} x, {to_topk['median']:5.2f} x topk, n={len(taken)}",
+            flush=True,
+        )
+
+
+def numbers(text):
+    return [float(part) for part in text.split(",")]
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="benchmarks.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", type=numbers, default=[1e5, 11.2e6, 25.6e6], help="entries of a bucket, comma-separated")
+    parser.add_argument("--densities", type=numbers, default=[1e-4, 1e-3, 1e-2, 1e-1], help="comma-separated")
+    parser.add_argument("--dtypes", default="float32", help="of float32, bfloat16, float16")
+    parser.add_argument("--inputs", default="normal", help=f"all, or of {', '.join(INPUTS).replace('%', '%%')}")
+    parser.add_argument("--variants", default=_C.cpu_variant(), help=f"CPU instruction sets, of {', '.join(_C.available_cpu_variants())}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds-per-case", type=float, default=20.0)
+    parser.add_argument("--out", required=True, help="JSON lines, a file that does not exist yet")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    torch.set_num_threads(options.threads)
+    names = list(INPUTS) if options.inputs == "all" else options.inputs.split(",")
+    with Recorder(options.out, 0, device=options.device, threads=options.threads, torch=torch.__version__) as recorder:
+        for variant in options.variants.split(","):
+            _C.set_cpu_variant(variant)
+            for size in map(int, options.sizes):
+                for density in options.densities:
+                    for dtype in options.dtypes.split(","):
+                        for name in names:
+                            run_case(recorder, options, variant, size, density, dtype, name)
+
+
+if __name__ == "__main__":
+    main()
