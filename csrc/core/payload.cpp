@@ -5,8 +5,6 @@
 namespace regtopk {
 namespace {
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 std::optional<PayloadError> expect_field(const char* field, uint64_t expected, uint64_t got) {
   if (expected == got) return std::nullopt;
   return PayloadError{field, std::to_string(expected), std::to_string(got)};
@@ -64,17 +62,12 @@ std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadL
 
 }  // namespace
 
-PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type) : numel(numel), k(k), type(type) {
+PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type) {
   if (k < 1 || k > numel || k > int64_t{UINT32_MAX}) {
     throw std::invalid_argument(
         "payload: expected 1 <= k <= min(numel, 2^32 - 1), got k=" + std::to_string(k) + " and numel=" + std::to_string(numel));
   }
-  support = k > numel / 16 ? Support::kBitmap : Support::kOffsets;
-  tiles = (numel + kTileEntries - 1) / kTileEntries;
-  tile_starts_at = sizeof(PayloadHeader);
-  support_at = round_up(tile_starts_at + tiles * 4, 8);
-  values_at = round_up(support_at + (support == Support::kOffsets ? k * 2 : (numel + 7) / 8), 8);
-  bytes = round_up(values_at + k * value_bytes(type), 16);
+  *this = of_checked(numel, k, type, value_bytes(type));
 }
 
 PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan) {

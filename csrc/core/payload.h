@@ -48,6 +48,20 @@ static_assert(sizeof(PayloadHeader) == 64);
 struct PayloadLayout {
   // Throws std::invalid_argument unless 1 <= k <= numel and k fits the u32 counts.
   PayloadLayout(int64_t numel, int64_t k, ValueType type);
+  // The same of numbers that were checked before, without the exception that device code cannot throw.
+  REGTOPK_HOST_DEVICE static PayloadLayout of_checked(int64_t numel, int64_t k, ValueType type, int64_t bytes_per_value) {
+    PayloadLayout layout;
+    layout.numel = numel;
+    layout.k = k;
+    layout.type = type;
+    layout.support = k > numel / 16 ? Support::kBitmap : Support::kOffsets;
+    layout.tiles = (numel + kTileEntries - 1) / kTileEntries;
+    layout.tile_starts_at = sizeof(PayloadHeader);
+    layout.support_at = round_up(layout.tile_starts_at + layout.tiles * 4, 8);
+    layout.values_at = round_up(layout.support_at + (layout.support == Support::kOffsets ? k * 2 : (numel + 7) / 8), 8);
+    layout.bytes = round_up(layout.values_at + k * bytes_per_value, 16);
+    return layout;
+  }
 
   int64_t numel, k;
   ValueType type;
@@ -55,8 +69,14 @@ struct PayloadLayout {
   int64_t tiles;
   int64_t tile_starts_at, support_at, values_at, bytes;
 
-  int64_t tile_entries(int64_t tile) const {
+  REGTOPK_HOST_DEVICE int64_t tile_entries(int64_t tile) const {
     return tile + 1 < tiles ? kTileEntries : numel - tile * kTileEntries;
+  }
+
+ private:
+  PayloadLayout() = default;
+  REGTOPK_HOST_DEVICE static int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
   }
 };
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 
+// nvcc compiles these functions for both sides (--expt-relaxed-constexpr lets them use std::bit_cast and the like).
 #if defined(__CUDACC__)
 #define REGTOPK_HOST_DEVICE __host__ __device__
 #else
@@ -28,9 +29,9 @@ struct Half {
   uint16_t bits;
 };
 
-inline float to_float(BFloat16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+REGTOPK_HOST_DEVICE inline float to_float(BFloat16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
-inline float to_float(Half value) {
+REGTOPK_HOST_DEVICE inline float to_float(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
@@ -40,7 +41,7 @@ inline float to_float(Half value) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(unsigned_value));
 }
 
-inline BFloat16 round_to_bfloat16(float value) {
+REGTOPK_HOST_DEVICE inline BFloat16 round_to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
@@ -50,7 +51,7 @@ inline BFloat16 round_to_bfloat16(float value) {
   return {static_cast<uint16_t>(sign | (rounded >= 0x7f80u ? 0x7f7fu : rounded))};
 }
 
-inline Half round_to_half(float value) {
+REGTOPK_HOST_DEVICE inline Half round_to_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
@@ -78,32 +79,32 @@ struct Traits<double> {
   using Accumulate = double;
   using Bits = uint64_t;
   static constexpr ValueType kType = ValueType::kFloat64;
-  static double load(double value) { return value; }
-  static double store(double value) { return value; }
+  REGTOPK_HOST_DEVICE static double load(double value) { return value; }
+  REGTOPK_HOST_DEVICE static double store(double value) { return value; }
 };
 template <>
 struct Traits<float> {
   using Accumulate = float;
   using Bits = uint32_t;
   static constexpr ValueType kType = ValueType::kFloat32;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
+  REGTOPK_HOST_DEVICE static float load(float value) { return value; }
+  REGTOPK_HOST_DEVICE static float store(float value) { return value; }
 };
 template <>
 struct Traits<BFloat16> {
   using Accumulate = float;
   using Bits = uint32_t;
   static constexpr ValueType kType = ValueType::kBFloat16;
-  static float load(BFloat16 value) { return to_float(value); }
-  static BFloat16 store(float value) { return round_to_bfloat16(value); }
+  REGTOPK_HOST_DEVICE static float load(BFloat16 value) { return to_float(value); }
+  REGTOPK_HOST_DEVICE static BFloat16 store(float value) { return round_to_bfloat16(value); }
 };
 template <>
 struct Traits<Half> {
   using Accumulate = float;
   using Bits = uint32_t;
   static constexpr ValueType kType = ValueType::kFloat16;
-  static float load(Half value) { return to_float(value); }
-  static Half store(float value) { return round_to_half(value); }
+  REGTOPK_HOST_DEVICE static float load(Half value) { return to_float(value); }
+  REGTOPK_HOST_DEVICE static Half store(float value) { return round_to_half(value); }
 };
 
 inline int64_t value_bytes(ValueType type) {

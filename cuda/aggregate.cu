@@ -1,0 +1,257 @@
+// Aggregate: the payloads of all workers, checked, added in rank order and averaged into the bucket.
+#include <algorithm>
+
+#include "launch.h"
+#include "payload_reader.cuh"
+
+namespace regtopk {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr unsigned kRanksAtOnce = 64;  // whose ranges are searched together
+
+template <typename T>
+struct AggregateDevice {
+  using Accumulate = typename Traits<T>::Accumulate;
+  explicit AggregateDevice(const PayloadLayout& bucket) : layout(bucket) {}
+
+  PayloadLayout layout;
+  Global<const uint8_t> payloads;
+  uint32_t workers, blocks;
+  Global<T> gradient;
+  Global<Accumulate> feedback;
+  uint32_t first_feedback_worker, feedback_workers;
+  Distortion distortion;
+  uint64_t step, plan;
+  Global<unsigned long long> status, worst_status;
+
+  __device__ PayloadReader<T> reader(uint32_t rank) const {
+    return PayloadReader<T>(payloads.offset(static_cast<size_t>(rank) * layout.bytes), layout);
+  }
+};
+
+__device__ unsigned long long status_of(uint32_t rank, PayloadField field) {
+  return static_cast<unsigned long long>(rank) << 8 | static_cast<unsigned long long>(field);
+}
+
+// A warp owns one payload tile of one rank; the first tile's also checks the header.
+// Reads 2 bytes per entry of each payload twice (the second time from the cache), or the bitmap once, and 8 bytes per
+// payload tile. What is reported is the smallest of all findings, whoever comes first.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ AggregateDevice<T> device) {
+  constexpr uint32_t kWarps = kThreads / kWarpThreads;
+  const WarpGroup warp;
+  const PayloadLayout& layout = device.layout;
+  const uint32_t tiles = static_cast<uint32_t>(layout.tiles);
+  for (uint64_t item = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpThreads; item < uint64_t{tiles} * device.workers;
+       item += uint64_t{gridDim.x} * kWarps) {
+    const uint32_t rank = static_cast<uint32_t>(item / tiles), tile = static_cast<uint32_t>(item % tiles);
+    const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * layout.bytes);
+    const auto report = [&](PayloadField field) { device.status.take_minimum(0, status_of(rank, field)); };
+    if (tile == 0 && warp.rank() == 0) {
+      const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
+      const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
+                         header.support == layout.support && header.numel == static_cast<uint64_t>(layout.numel) &&
+                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 && header.reserved == 0 &&
+                         header.repeated <= header.k;
+      if (!valid) report(PayloadField::kHeader);
+      else if (header.step != device.step) report(PayloadField::kStep);
+      else if (header.plan != device.plan) report(PayloadField::kPlan);
+    }
+    const Global<const uint32_t> starts = bytes.template at_byte<const uint32_t>(layout.tile_starts_at);
+    const uint32_t entries = static_cast<uint32_t>(layout.tile_entries(tile)), k = static_cast<uint32_t>(layout.k);
+    const uint32_t begin = starts.load(tile), end = tile + 1 < tiles ? starts.load(tile + 1) : k;
+    if (end < begin || end > k || end - begin > entries || (tile == 0 && begin != 0)) {
+      if (warp.rank() == 0) report(PayloadField::kTileStarts);
+      continue;
+    }
+    bool valid = true;
+    if (layout.support == Support::kOffsets) {
+      const Global<const uint16_t> offsets = bytes.template at_byte<const uint16_t>(layout.support_at);
+      for (uint32_t entry = begin + warp.rank(); entry < end; entry += kWarpThreads) {
+        const uint32_t offset = offsets.load(entry);
+        valid &= offset < entries && (entry == begin || offsets.load(entry - 1) < offset);
+      }
+    } else {
+      const Global<const uint32_t> words = bytes.template at_byte<const uint32_t>(layout.support_at);
+      constexpr uint32_t kWordsOfTile = kTileEntries / 32;
+      uint32_t members = 0;
+      for (uint32_t word = warp.rank(); word * 32 < entries; word += kWarpThreads) {
+        const uint32_t bits = words.load(tile * kWordsOfTile + word);
+        members += __popc(bits);
+        // Bits beyond the bucket, up to the byte; what follows is padding or the values.
+        if (entries - word * 32 < 32) {
+          const uint32_t rest = entries - word * 32, in_bytes = (rest + 7) / 8 * 8;
+          const uint32_t beyond = bits & ~((1u << rest) - 1);
+          members -= __popc(beyond);
+          valid &= (in_bytes == 32 ? beyond : beyond & ((1u << in_bytes) - 1)) == 0;
+        }
+      }
+      valid &= warp.sum(members) == end - begin;
+    }
+    if (__ballot_sync(kAllLanes, valid) != kAllLanes && warp.rank() == 0) report(PayloadField::kSupport);
+  }
+}
+
+// A block owns one block tile of the bucket, 32 KiB of the accumulate type in shared memory.
+// Writes the bucket once: 4 bytes per element in fp32, 2 in 16-bit types. Reads 2 bytes (of the bitmap 1 bit per element)
+// and one value per entry of each payload, and a few to find the range of each; per entry fed back it reads them again and
+// writes one accumulate value.
+// Ranks are added in order, with a barrier between; within a rank every entry has an offset of its own. So each sum is the
+// same left fold on every replica.
+template <typename T>
+class Aggregate {
+  using Device = AggregateDevice<T>;
+  using Accumulate = typename Device::Accumulate;
+  using Reader = PayloadReader<T>;
+  using Set = typename Reader::Set;
+  static constexpr unsigned kEntries = Reader::kEntries;
+  using Group = BlockGroup<kThreads>;
+
+ public:
+  struct Shared {
+    Accumulate sums[kEntries];
+    uint32_t begin[kRanksAtOnce], end[kRanksAtOnce];
+    Set set;
+    uint32_t smallest;
+    typename Group::Scratch scratch;
+  };
+
+  __device__ Aggregate(const Device& device, Shared& shared, uint32_t block)
+      : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
+
+  __device__ void run() {
+    for (unsigned i = threadIdx.x; i < kEntries; i += kThreads) shared_.sums[i] = Accumulate{0};
+    __syncthreads();
+    each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) {
+      shared_.sums[offset] += Traits<T>::load(value);
+    });
+    if (device_.feedback) {
+      each_rank(device_.first_feedback_worker, device_.feedback_workers, [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
+        const Accumulate sent = Traits<T>::load(value);
+        device_.feedback.store(row * static_cast<size_t>(device_.layout.k) + entry, feedback_of(shared_.sums[offset], sent, device_.distortion));
+      });
+    }
+    const Accumulate workers = static_cast<Accumulate>(device_.workers);
+    write([&](uint32_t offset) { return Traits<T>::store(shared_.sums[offset] / workers); });
+  }
+
+  // A payload is not valid: NaN for everyone, and nothing of the payloads is used.
+  __device__ void refuse() {
+    const Accumulate nan = std::numeric_limits<Accumulate>::quiet_NaN();
+    write([&](uint32_t) { return Traits<T>::store(nan); });
+    const size_t entries = static_cast<size_t>(device_.feedback_workers) * device_.layout.k, step = size_t{gridDim.x} * kThreads;
+    for (size_t i = size_t{blockIdx.x} * kThreads + threadIdx.x; device_.feedback && i < entries; i += step) device_.feedback.store(i, nan);
+  }
+
+ private:
+  // Calls function(rank - first, offset in the block tile, value, entry), one rank after the other.
+  template <typename Function>
+  __device__ void each_rank(uint32_t first, uint32_t count, const Function& function) {
+    for (uint32_t chunk = 0; chunk < count; chunk += kRanksAtOnce) {
+      const uint32_t ranks = count - chunk < kRanksAtOnce ? count - chunk : kRanksAtOnce;
+      if (device_.layout.support == Support::kOffsets) find_ranges(first + chunk, ranks);
+      for (uint32_t rank = 0; rank < ranks; ++rank) {
+        const Reader reader = device_.reader(first + chunk + rank);
+        const auto visit = [&](uint32_t offset, uint32_t entry) { function(chunk + rank, offset, reader.value(entry), entry); };
+        if (device_.layout.support == Support::kOffsets) {
+          const uint32_t begin = shared_.begin[rank], end = shared_.end[rank];
+          const uint32_t base = block_ % Reader::kBlocksPerTile * kEntries;
+          for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) visit(reader.offset_in_tile(entry) - base, entry);
+          if (begin < end) __syncthreads();
+        } else {
+          visit_bitmap(reader, visit);
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // Of each rank, the entries of this block tile: two binary searches by two threads, all ranks at the same time.
+  __device__ void find_ranges(uint32_t first_rank, uint32_t ranks) {
+    const uint32_t rank = threadIdx.x / 2, tile = block_ / Reader::kBlocksPerTile;
+    if (rank < ranks) {
+      const Reader reader = device_.reader(first_rank + rank);
+      const uint32_t base = block_ % Reader::kBlocksPerTile * kEntries, upper = threadIdx.x % 2;
+      const uint32_t found = reader.lower_bound(reader.first_entry(tile), reader.first_entry(tile + 1), base + upper * kEntries);
+      (upper ? shared_.end : shared_.begin)[rank] = found;
+    }
+    __syncthreads();
+  }
+
+  template <typename Visit>
+  __device__ void visit_bitmap(const Reader& reader, const Visit& visit) {
+    const uint32_t first = reader.load_block(group_, block_, shared_.set, shared_.smallest);
+    for (unsigned word = threadIdx.x; word < Set::kWords; word += kThreads) {
+      uint32_t entry = first + shared_.set.members_before[word];
+      for (uint32_t bits = shared_.set.words[word]; bits != 0; bits &= bits - 1, ++entry) visit(word * 32 + __ffs(bits) - 1, entry);
+    }
+    __syncthreads();
+  }
+
+  template <typename Value>
+  __device__ void write(const Value& value_of) {
+    const uint32_t first = block_ * kEntries, rest = static_cast<uint32_t>(device_.layout.numel) - first;
+    const uint32_t entries = rest < kEntries ? rest : kEntries, whole = entries / kVectorEntries * kVectorEntries;
+    for (uint32_t offset = threadIdx.x * kVectorEntries; offset < whole; offset += kThreads * kVectorEntries) {
+      Vector<T> vector;
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) vector.entry[i] = value_of(offset + i);
+      device_.gradient.store_vector(first + offset, vector);
+    }
+    if (whole + threadIdx.x < entries) device_.gradient.store(first + whole + threadIdx.x, value_of(whole + threadIdx.x));
+  }
+
+  const Device& device_;
+  Shared& shared_;
+  Group group_;
+  uint32_t block_;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
+  REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
+  const unsigned long long status = device.status.load(0);
+  Aggregate<T> work(device, shared, blockIdx.x);
+  if (status == kPayloadsValid) {
+    work.run();
+    return;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0 && device.worst_status) device.worst_status.take_minimum(0, status);
+  work.refuse();
+}
+
+}  // namespace
+
+cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream) {
+  const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
+  if (arguments.layout.numel > kMaxEntries || arguments.workers > kMaxEntries || misaligned(arguments.payloads) ||
+      misaligned(arguments.gradient) || misaligned(arguments.workspace)) {
+    return cudaErrorInvalidValue;
+  }
+  if (const cudaError_t error = fill_bytes(arguments.workspace, 0xff, kAggregateWorkspaceBytes, stream); error != cudaSuccess) return error;
+  return with_value_type(arguments.layout.type, [&]<typename T>(T) {
+    using Accumulate = typename Traits<T>::Accumulate;
+    AggregateDevice<T> device(arguments.layout);
+    device.payloads = Global(arguments.payloads);
+    device.workers = static_cast<uint32_t>(arguments.workers);
+    device.blocks = static_cast<uint32_t>((arguments.layout.numel + kBlockEntries<Accumulate> - 1) / kBlockEntries<Accumulate>);
+    device.gradient = Global(static_cast<T*>(arguments.gradient));
+    device.feedback = Global(static_cast<Accumulate*>(arguments.feedback));
+    device.first_feedback_worker = static_cast<uint32_t>(arguments.first_feedback_worker);
+    device.feedback_workers = static_cast<uint32_t>(arguments.feedback_workers);
+    device.distortion = arguments.distortion;
+    device.step = arguments.step;
+    device.plan = arguments.plan;
+    device.status = Global(static_cast<unsigned long long*>(arguments.workspace));
+    device.worst_status = Global(arguments.worst_status);
+    const int64_t warps = arguments.layout.tiles * arguments.workers, most = int64_t{multiprocessors()} * 8;
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
+    REGTOPK_LAUNCH((check_kernel<T>), blocks, kThreads, stream, device);
+    if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+    REGTOPK_LAUNCH((aggregate_kernel<T>), device.blocks, kThreads, stream, device);
+    return launch_error();
+  });
+}
+
+}  // namespace regtopk

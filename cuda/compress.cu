@@ -1,0 +1,78 @@
+// Compress: sample, accumulate and finish, one after the other on the stream.
+#include <algorithm>
+#include <cmath>
+
+#include "workspace.cuh"
+
+namespace regtopk {
+namespace {
+
+constexpr int64_t kSampledSectors = 8192;  // 65,536 entries
+constexpr int64_t kSampledAtMost = 128;    // one entry in so many
+constexpr int64_t kListAtLeast = 65536;    // entries; buckets up to that size need no bracket
+
+}  // namespace
+
+Sampling sampling_of(int64_t numel, int64_t k) {
+  Sampling sampling;
+  if (numel <= kListAtLeast) {
+    sampling.list_capacity = numel;
+    return sampling;
+  }
+  sampling.sectors = std::min(kSampledSectors, numel / (8 * kSampledAtMost));
+  const double samples = static_cast<double>(sampling.sectors * 8), density = static_cast<double>(k) / static_cast<double>(numel);
+  const double expected = samples * density, margin = 5.0 * std::sqrt(expected * (1.0 - density)) + 2.0;
+  sampling.rank_high = std::max<int64_t>(0, static_cast<int64_t>(expected - margin));
+  const int64_t rank_low = static_cast<int64_t>(std::ceil(expected + margin));
+  sampling.rank_low = rank_low <= sampling.sectors * 8 ? rank_low : 0;
+  // Twice the width of the bracket leaves room for the error of the sample and for entries that RegTop-k holds back.
+  const double in_bracket = 2.0 * margin / samples * static_cast<double>(numel);
+  sampling.list_capacity = std::min(numel, k + std::max(kListAtLeast, k + static_cast<int64_t>(2.0 * in_bracket)));
+  return sampling;
+}
+
+int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback, const Sampling& sampling) {
+  return with_value_type(layout.type, [&]<typename T>(T) {
+    CompressDevice<T> device(layout);
+    device.sampling = sampling;
+    return place_workspace(device, nullptr, has_feedback);
+  });
+}
+
+cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream) {
+  const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
+  if (arguments.layout.numel > kMaxEntries || misaligned(arguments.gradient) || misaligned(arguments.residual) ||
+      misaligned(arguments.payload) || misaligned(arguments.sent) || misaligned(arguments.workspace)) {
+    return cudaErrorInvalidValue;
+  }
+  return with_value_type(arguments.layout.type, [&]<typename T>(T) {
+    using Accumulate = typename Traits<T>::Accumulate;
+    const bool has_feedback = arguments.feedback != nullptr;
+    CompressDevice<T> device(arguments.layout);
+    device.sampling = arguments.sampling;
+    device.gradient = Global(static_cast<const T*>(arguments.gradient));
+    device.residual = Global(static_cast<Accumulate*>(arguments.residual));
+    device.payload = Global(arguments.payload);
+    device.step = arguments.step;
+    device.plan = arguments.plan;
+    device.sent.bytes = Global(arguments.sent);
+    device.sent.feedback = Global(static_cast<const Accumulate*>(arguments.feedback));
+    device.sent.numel = arguments.layout.numel;
+    device.sent.size = arguments.sent_bytes;
+    device.sent.feedback_entries = arguments.feedback_entries;
+    device.distortion = arguments.distortion;
+    device.mu = arguments.mu;
+    place_workspace(device, static_cast<uint8_t*>(arguments.workspace), has_feedback);
+    if (const cudaError_t error = fill_bytes(arguments.workspace, 0, static_cast<size_t>(zeroed_bytes<T>()), stream); error != cudaSuccess) {
+      return error;
+    }
+    launch_sample(device, has_feedback, stream);
+    if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+    launch_accumulate(device, has_feedback, stream);
+    if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+    launch_finish(device, has_feedback, stream);
+    return launch_error();
+  });
+}
+
+}  // namespace regtopk

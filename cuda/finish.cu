@@ -1,0 +1,368 @@
+// Finish: the exact choice among the listed entries, and the payload. Where the bracket missed or the list overflowed, the
+// same kernel finds the choice in the residual.
+#include "phases.cuh"
+#include "selection.cuh"
+#include "write_payload.cuh"
+
+namespace regtopk {
+namespace {
+
+constexpr unsigned kThreads = kFinishWarps * kWarpThreads;
+
+template <typename T, bool kHasFeedback>
+class Finish {
+  using Device = CompressDevice<T>;
+  using Accumulate = typename Device::Accumulate;
+  using Bits = typename Device::Bits;
+  using Set = typename Device::Set;
+  static constexpr unsigned kEntries = Device::kEntries;
+
+ public:
+  struct Shared {
+    uint32_t bins[kHistogramBins];
+    Set sent[kFinishWarps];    // of the block tile that the warp has in hand
+    Set chosen[kFinishWarps];
+    uint32_t smallest[kFinishWarps];
+    typename BlockGroup<kThreads>::Scratch scratch;
+    Bin found;
+    uint32_t sent_entries;
+  };
+
+  __device__ Finish(const Device& device, Shared& shared)
+      : device_(device), shared_(shared), warp_(), sent_(shared.sent[threadIdx.x / kWarpThreads]), chosen_(shared.chosen[threadIdx.x / kWarpThreads]) {
+    if (threadIdx.x == 0) shared_.sent_entries = device.sent.entries();
+    __syncthreads();
+  }
+
+  __device__ void run(const Phases& phases) {
+    const BlockGroup<kThreads> group{shared_.scratch};
+    uint32_t ticket = phases.draw();
+    for (uint32_t phase = 0;; ++phase) {
+      const Selection<Bits> selection = device_.selection.load(1 + phase);
+      if (selection.task == Task::kDone) return;
+      if (selection.task == Task::kNarrow) clear_bins();
+      const uint32_t end = selection.first_ticket + selection.items;
+      uint32_t items = 0;
+      for (; ticket < end; ticket = phases.draw(), ++items) {
+        work(selection, ticket - selection.first_ticket);
+      }
+      if (items > 0 && selection.task == Task::kNarrow) add_bins();
+      if (phases.finish_items(items, selection.items)) {
+        decide(group, selection, phase);
+        phases.publish();
+      }
+      phases.wait_until(phase + 1);
+    }
+  }
+
+ private:
+  __device__ void clear_bins() {
+    for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) shared_.bins[bin] = 0;
+    __syncthreads();
+  }
+  __device__ void add_bins() {
+    __syncthreads();
+    for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) {
+      if (shared_.bins[bin] != 0) device_.histogram.add(bin, shared_.bins[bin]);
+    }
+  }
+  __device__ void count_key(const Selection<Bits>& selection, Bits key) {
+    if (in_range(selection, key)) atomicAdd(&shared_.bins[(key - selection.low) >> selection.shift], 1u);
+  }
+
+  __device__ void work(const Selection<Bits>& selection, uint32_t item) {
+    if (selection.task == Task::kNarrow && !selection.from_residual) {
+      narrow_list(selection, item);
+      return;
+    }
+    const uint32_t block = item * kFinishWarps + threadIdx.x / kWarpThreads;
+    if (block >= device_.blocks) return;
+    if (selection.task == Task::kNarrow) {
+      each_of_residual(block, [&](uint32_t, bool inside, const Entry& entry) {
+        if (inside) count_key(selection, entry.key);
+      });
+    } else if (selection.task == Task::kCollect) {
+      collect(selection, block);
+    } else if (selection.task == Task::kCount) {
+      count(selection, block);
+    } else {
+      pack(selection, block);
+    }
+  }
+
+  struct Entry {
+    Accumulate accumulated;
+    Bits key;
+    bool was_sent;
+  };
+
+  __device__ Bits listed_key(uint32_t at) const {
+    if constexpr (kHasFeedback) return device_.list_keys.load(at);
+    else return magnitude_key(device_.list_values.load(at));
+  }
+  __device__ void narrow_list(const Selection<Bits>& selection, uint32_t item) {
+    const uint32_t size = device_.counters.load(kListSize), first = item * kListChunk;
+    const uint32_t end = size - first < kListChunk ? size : first + kListChunk;
+    for (uint32_t at = first + threadIdx.x; at < end; at += kThreads) count_key(selection, listed_key(at));
+  }
+
+  // a of an entry, after accumulate: the residual, and where a is not finite the residual it had plus the gradient.
+  __device__ Accumulate accumulated(uint32_t block, uint32_t offset, bool tile_has_non_finite) const {
+    const uint32_t index = block * kEntries + offset;
+    const Accumulate kept = device_.residual.load(index);
+    if (tile_has_non_finite && ((device_.non_finite.load(index / 32) >> (index % 32)) & 1)) {
+      return kept + Traits<T>::load(device_.gradient.load(index));
+    }
+    return kept;
+  }
+  __device__ bool has_non_finite(uint32_t block) const { return (device_.list_entries.load(block) & kHasNonFinite) != 0; }
+
+  // Of an entry sent in the last step, in the block tile that each_of_residual loaded.
+  __device__ Bits score_key(Accumulate accumulated, uint32_t offset) const {
+    const uint32_t number = first_sent_ + sent_.rank_of(offset);
+    return number < shared_.sent_entries ? device_.score_of_sent(accumulated, number) : magnitude_key(accumulated);
+  }
+
+  // Calls function(offset, inside, entry) for each entry of a block tile, by whole warps: the lanes past its end too.
+  template <typename Function>
+  __device__ void each_of_residual(uint32_t block, const Function& function) {
+    const uint32_t entries = device_.entries_of(block), sent_entries = shared_.sent_entries;
+    const bool tile_has_non_finite = has_non_finite(block);
+    if (sent_entries > 0) {
+      first_sent_ = device_.sent.reader(sent_entries).load_block(warp_, block, sent_, shared_.smallest[threadIdx.x / kWarpThreads]);
+    }
+    for (uint32_t first = 0; first < entries; first += kWarpThreads) {
+      const uint32_t offset = first + warp_.rank();
+      Entry entry{};
+      if (offset < entries) {
+        entry.accumulated = accumulated(block, offset, tile_has_non_finite);
+        entry.was_sent = sent_entries > 0 && sent_.contains(offset);
+        entry.key = magnitude_key(entry.accumulated);
+        if constexpr (kHasFeedback) {
+          if (entry.was_sent) entry.key = score_key(entry.accumulated, offset);
+        }
+      }
+      function(offset, offset < entries, entry);
+    }
+  }
+  template <typename Function>
+  __device__ void each_of_list(uint32_t block, const Function& function) {
+    const uint32_t begin = device_.list_begin.load(block), entries = device_.list_entries.load(block) & ~kHasNonFinite;
+    for (uint32_t i = warp_.rank(); i < entries; i += kWarpThreads) {
+      const uint16_t offset = device_.list_offsets.load(begin + i);
+      const Accumulate value = device_.list_values.load(begin + i);
+      Bits key = magnitude_key(value);
+      if constexpr (kHasFeedback) key = device_.list_keys.load(begin + i);
+      function(static_cast<uint32_t>(offset & ~kWasSent), true, Entry{value, key, (offset & kWasSent) != 0});
+    }
+  }
+  template <typename Function>
+  __device__ void each(const Selection<Bits>& selection, uint32_t block, const Function& function) {
+    if (selection.from_residual) each_of_residual(block, function);
+    else each_of_list(block, function);
+  }
+
+  // Fills the list anew, with what may be sent by the narrower range: one more read of the residual.
+  __device__ void collect(const Selection<Bits>& selection, uint32_t block) {
+    const Bits low = selection.low < kInfinityKey<Bits> ? selection.low : kInfinityKey<Bits>;
+    chosen_.clear(warp_);
+    each_of_residual(block, [&](uint32_t offset, bool inside, const Entry& entry) {
+      if (inside && magnitude_key(entry.accumulated) >= low) chosen_.insert(offset);
+    });
+    const uint32_t entries = chosen_.rank(warp_);
+    const bool tile_has_non_finite = has_non_finite(block);
+    uint32_t begin = 0;
+    if (warp_.rank() == 0 && entries > 0) begin = device_.counters.add(kListSize, entries);
+    begin = __shfl_sync(kAllLanes, begin, 0);
+    if (warp_.rank() == 0) {
+      device_.list_begin.store(block, begin);
+      device_.list_entries.store(block, entries | (tile_has_non_finite ? kHasNonFinite : 0));
+    }
+    if (begin + uint64_t{entries} > static_cast<uint64_t>(device_.sampling.list_capacity)) return;
+    each_chosen(block, tile_has_non_finite, [&](uint32_t offset, Accumulate value) {
+      const uint32_t at = begin + chosen_.rank_of(offset);
+      const bool was_sent = shared_.sent_entries > 0 && sent_.contains(offset);
+      Bits key = magnitude_key(value);
+      if constexpr (kHasFeedback) {
+        if (was_sent) key = score_key(value, offset);
+        device_.list_keys.store(at, key);
+      }
+      device_.list_values.store(at, value);
+      device_.list_offsets.store(at, static_cast<uint16_t>(offset | (was_sent ? kWasSent : 0)));
+    });
+  }
+
+  // Calls function(offset, a) for each entry of chosen_.
+  template <typename Function>
+  __device__ void each_chosen(uint32_t block, bool tile_has_non_finite, const Function& function) {
+    for (unsigned word = warp_.rank(); word < Set::kWords; word += kWarpThreads) {
+      for (uint32_t bits = chosen_.words[word]; bits != 0; bits &= bits - 1) {
+        const uint32_t offset = word * 32 + __ffs(bits) - 1;
+        function(offset, accumulated(block, offset, tile_has_non_finite));
+      }
+    }
+  }
+
+  // Entries above the k-th score and at it, of one block tile.
+  __device__ void count(const Selection<Bits>& selection, uint32_t block) {
+    uint32_t above = 0, ties = 0;
+    each(selection, block, [&](uint32_t, bool inside, const Entry& entry) {
+      above += inside && entry.key > selection.low;
+      ties += inside && entry.key == selection.low;
+    });
+    above = warp_.sum(above);
+    ties = warp_.sum(ties);
+    if (warp_.rank() == 0) {
+      device_.above_before.store(block, above);
+      device_.ties_before.store(block, ties);
+    }
+  }
+
+  // One past the offset of the last tie that is sent. Ties are sent in index order until k entries are: all of this block
+  // tile's, none, or, in the one tile where they run out, those up to an offset.
+  __device__ uint32_t end_of_ties(const Selection<Bits>& selection, uint32_t block, uint32_t before, uint32_t wanted) {
+    if (before >= wanted) return 0;
+    if (device_.ties_before.load(block + 1) < wanted) return kEntries;
+    chosen_.clear(warp_);
+    each(selection, block, [&](uint32_t offset, bool inside, const Entry& entry) {
+      if (inside && entry.key == selection.low) chosen_.insert(offset);
+    });
+    chosen_.rank(warp_);
+    return chosen_.member(wanted - before - 1) + 1;
+  }
+
+  __device__ void pack(const Selection<Bits>& selection, uint32_t block) {
+    const uint32_t wanted = static_cast<uint32_t>(device_.layout.k) - selection.above;
+    const uint32_t ties_before = device_.ties_before.load(block);
+    const uint32_t first = device_.above_before.load(block) + (ties_before < wanted ? ties_before : wanted);
+    const uint32_t ties_end = end_of_ties(selection, block, ties_before, wanted);
+    const auto is_sent = [&](Bits key, uint32_t offset) { return key > selection.low || (key == selection.low && offset < ties_end); };
+
+    warp_.sync();
+    chosen_.clear(warp_);
+    uint32_t repeated = 0, displaced = 0;
+    each(selection, block, [&](uint32_t offset, bool inside, const Entry& entry) {
+      if (!inside) return;
+      const bool sent = is_sent(entry.key, offset);
+      if (sent) chosen_.insert(offset);
+      repeated += entry.was_sent && sent;
+      displaced += entry.was_sent && !sent && is_sent(magnitude_key(entry.accumulated), offset);
+    });
+    chosen_.rank(warp_);
+
+    const DevicePayloadWriter<T> writer(device_.payload, device_.layout);
+    constexpr uint32_t kBlocksPerTile = kTileEntries / kEntries;
+    if (block % kBlocksPerTile == 0 && warp_.rank() == 0) writer.store_first_entry(block / kBlocksPerTile, first);
+    if (device_.layout.support == Support::kBitmap) {
+      for (unsigned word = warp_.rank(); word < Set::kWords; word += kWarpThreads) {
+        writer.store_bitmap_word(block * Set::kWords + word, chosen_.words[word]);
+      }
+    }
+    const auto send = [&](uint32_t offset, Accumulate accumulated) {
+      const uint32_t entry = first + chosen_.rank_of(offset), index = block * kEntries + offset;
+      if (entry >= device_.layout.k) return;  // never, with feedback that aggregate wrote
+      const bool is_number = accumulated == accumulated;
+      const T value = Traits<T>::store(is_number ? accumulated : std::numeric_limits<Accumulate>::quiet_NaN());
+      writer.store_entry(entry, index, value);
+      if (is_finite(accumulated)) device_.residual.store(index, accumulated - Traits<T>::load(value));
+    };
+    if (selection.from_residual) {
+      each_chosen(block, has_non_finite(block), send);
+    } else {
+      each_of_list(block, [&](uint32_t offset, bool, const Entry& entry) {
+        if (chosen_.contains(offset)) send(offset, entry.accumulated);
+      });
+    }
+    repeated = warp_.sum(repeated);
+    displaced = warp_.sum(displaced);
+    if (warp_.rank() == 0 && repeated > 0) device_.counters.add(kRepeated, repeated);
+    if (warp_.rank() == 0 && displaced > 0) device_.counters.add(kDisplaced, displaced);
+  }
+
+  // Counts of each block tile become counts of those before it.
+  __device__ void sum_counts(const BlockGroup<kThreads>& group, Global<uint32_t> counts) {
+    const uint32_t run = (device_.blocks + kThreads - 1) / kThreads;
+    const uint32_t begin = group.rank() * run < device_.blocks ? group.rank() * run : device_.blocks;
+    const uint32_t end = begin + run < device_.blocks ? begin + run : device_.blocks;
+    uint32_t sum = 0;
+    for (uint32_t block = begin; block < end; ++block) sum += counts.load(block);
+    uint32_t before = group.exclusive_sum(sum);
+    for (uint32_t block = begin; block < end; ++block) {
+      const uint32_t here = counts.load(block);
+      counts.store(block, before);
+      before += here;
+    }
+    if (end == device_.blocks && begin < end) counts.store(end, before);
+  }
+
+  // By the one block that finished the phase: what the next phase does.
+  __device__ void decide(const BlockGroup<kThreads>& group, Selection<Bits> selection, uint32_t phase) {
+    const uint32_t next_ticket = selection.first_ticket + selection.items;
+    const uint32_t k = static_cast<uint32_t>(device_.layout.k);
+    if (selection.task == Task::kNarrow) {
+      const Bin bin = find_bin(group, shared_.found, k - selection.above, [&](unsigned i) { return device_.histogram.load(i); });
+      for (unsigned i = threadIdx.x; i < kHistogramBins; i += kThreads) device_.histogram.store(i, 0);
+      take_bin(selection, bin);
+      choose_task(selection, device_);
+      if (selection.task == Task::kCollect && threadIdx.x == 0) device_.counters.store(kListSize, 0);
+    } else if (selection.task == Task::kCollect) {
+      selection.collected = 1;
+      selection.from_residual = device_.counters.load(kListSize) > static_cast<uint64_t>(device_.sampling.list_capacity);
+      choose_task(selection, device_);
+    } else if (selection.task == Task::kCount) {
+      sum_counts(group, device_.above_before);
+      sum_counts(group, device_.ties_before);
+      selection.task = Task::kPack;
+      selection.items = (device_.blocks + kFinishWarps - 1) / kFinishWarps;
+    } else {
+      if (threadIdx.x == 0) {
+        const bool sent_is_ours = !device_.sent.bytes || shared_.sent_entries > 0;
+        DevicePayloadWriter<T>(device_.payload, device_.layout)
+            .store_header(
+                device_.step, device_.plan, device_.counters.load(kRepeated), device_.counters.load(kDisplaced),
+                device_.counters.load(kNonFinite) != 0, sent_is_ours);
+      }
+      selection.task = Task::kDone;
+      selection.items = 0;
+    }
+    selection.first_ticket = next_ticket;
+    if (threadIdx.x == 0) device_.selection.store(2 + phase, selection);
+  }
+
+  const Device& device_;
+  Shared& shared_;
+  WarpGroup warp_;
+  Set& sent_;
+  Set& chosen_;
+  uint32_t first_sent_ = 0;
+};
+
+// A block owns, in each phase, the items whose tickets it draws: a block tile to a warp, or 2,048 entries of the list.
+// Per listed entry, 1.2 to 3 k of them: 4 bytes read to narrow, 6 to count, 6 and once more 6 to pack (10 with feedback);
+// per entry sent 6 bytes written to the payload and 4 to the residual. Nothing per element, unless the bracket missed:
+// then two reads of the residual, 8 bytes per element in fp32, to narrow and to fill the list anew; where more entries
+// share one score than the list holds, the residual takes the list's place and is read once more for every phase.
+// Places are counts of entries before, by index, so that neither tickets nor threads decide them.
+template <typename T, bool kHasFeedback>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ CompressDevice<T> device) {
+  using Work = Finish<T, kHasFeedback>;
+  REGTOPK_SHARED(typename Work::Shared, shared);
+  REGTOPK_SHARED(Phases::Shared, phases);
+  Work(device, shared).run(Phases{device.counters, phases});
+}
+
+}  // namespace
+
+template <typename T>
+void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
+  const unsigned items = (device.blocks + kFinishWarps - 1) / kFinishWarps, most = static_cast<unsigned>(multiprocessors()) * 4;
+  const unsigned blocks = items < most ? items : most;
+  if (has_feedback) REGTOPK_LAUNCH((finish_kernel<T, true>), blocks, kThreads, stream, device);
+  else REGTOPK_LAUNCH((finish_kernel<T, false>), blocks, kThreads, stream, device);
+}
+template void launch_finish<double>(const CompressDevice<double>&, bool, cudaStream_t);
+template void launch_finish<float>(const CompressDevice<float>&, bool, cudaStream_t);
+template void launch_finish<BFloat16>(const CompressDevice<BFloat16>&, bool, cudaStream_t);
+template void launch_finish<Half>(const CompressDevice<Half>&, bool, cudaStream_t);
+
+}  // namespace regtopk

@@ -1,0 +1,88 @@
+// The CUDA kernels as functions of raw device pointers and a stream. They allocate nothing, wait for nothing and put all
+// their work on the stream, so that they can be captured in a graph; errors that the device finds are left on the device.
+//
+//   launch_compress   memset · sample · accumulate · finish       as compress() in csrc/core/compress.h
+//   launch_aggregate  memset · check · aggregate                  as aggregate() in csrc/core/aggregate.h
+//   launch_put_back   put_back                                    as put_back() in csrc/core/compress.h
+#pragma once
+
+#include <cstdint>
+
+#include "../csrc/core/payload.h"
+#include "../csrc/core/score.h"
+#if defined(REGTOPK_EMULATED)
+#include "simt.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace regtopk {
+
+// Gradients, residuals, payloads and workspaces begin at multiples of this many bytes.
+inline constexpr int64_t kAlignment = 16;
+// Entries of a bucket are counted in 32 bits.
+inline constexpr int64_t kMaxEntries = 0xffffffffll;
+
+// How a bracket around the k-th score is found, and how many entries above its low end are kept for the exact choice.
+// It decides speed alone: whatever the bracket, the payload is the same.
+struct Sampling {
+  int64_t sectors = 0;        // sampled runs of 8 entries; 0: no bracket, every entry is kept if the list holds them
+  int64_t rank_high = 0;      // the sample of this rank, from the top, is the high end; 0: there is none
+  int64_t rank_low = 0;       // and of this rank the low end; 0: there is none
+  int64_t list_capacity = 0;  // entries
+};
+Sampling sampling_of(int64_t numel, int64_t k);
+
+struct CompressLaunch {
+  PayloadLayout layout;
+  const void* gradient = nullptr;    // in: [J] of the value type
+  void* residual = nullptr;          // in and out: [J] of the accumulate type
+  uint8_t* payload = nullptr;        // out: layout.bytes
+  uint64_t step = 0, plan = 0;
+  // The last step's own payload or null. Where its header is not that of a payload of this bucket, the payload written has
+  // no magic number, so that every receiver rejects it.
+  const uint8_t* sent = nullptr;
+  int64_t sent_bytes = 0;
+  const void* feedback = nullptr;    // in: [feedback_entries], for the entries of `sent`, or null: Top-k
+  int64_t feedback_entries = 0;
+  Distortion distortion = Distortion::kPrevious;
+  double mu = 1.0;
+  Sampling sampling;
+  void* workspace = nullptr;         // compress_workspace_bytes, contents of no meaning before or after
+};
+int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback, const Sampling& sampling);
+cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream);
+
+// What check found first, rank by rank: kPayloadsValid or (rank << 8 | field).
+inline constexpr unsigned long long kPayloadsValid = ~0ull;
+enum class PayloadField : uint8_t { kHeader = 1, kStep = 2, kPlan = 3, kTileStarts = 4, kSupport = 5 };
+
+// The dense variant, for a bucket whose masked gradient is to be all-reduced, is this with the own payload and N = 1: it
+// writes v at the entries sent and 0 elsewhere, in the one write of the bucket that any form of it needs.
+struct AggregateLaunch {
+  PayloadLayout layout;
+  const uint8_t* payloads = nullptr;  // in: [workers, layout.bytes], not trusted
+  int64_t workers = 0;
+  void* gradient = nullptr;           // out: [J] of the value type; NaN if a payload is not valid
+  void* feedback = nullptr;           // out: [feedback_workers, k] of the accumulate type, or null; NaN likewise
+  int64_t first_feedback_worker = 0, feedback_workers = 0;
+  Distortion distortion = Distortion::kPrevious;
+  uint64_t step = 0, plan = 0;        // expected in every header
+  void* workspace = nullptr;          // kAggregateWorkspaceBytes
+  // in and out: the lowest status of all calls so far, kPayloadsValid to begin with; or null. The host may copy it whenever
+  // it waits for the stream anyway, and raise the error then.
+  unsigned long long* worst_status = nullptr;
+};
+inline constexpr int64_t kAggregateWorkspaceBytes = 16;
+cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream);
+
+struct PutBackLaunch {
+  const uint8_t* payload = nullptr;  // in: an own payload; nothing is put back where its header is not that of the bucket
+  int64_t payload_bytes = 0;
+  ValueType type = ValueType::kFloat32;
+  int64_t numel = 0;
+  void* residual = nullptr;          // in and out: [J] of the accumulate type
+};
+cudaError_t launch_put_back(const PutBackLaunch& arguments, cudaStream_t stream);
+
+}  // namespace regtopk

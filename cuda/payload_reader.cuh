@@ -1,0 +1,125 @@
+// Reading payloads on the device. Nothing read from a payload is ever used as an address without a bound: tile starts are
+// clamped to k, offsets to their block tile.
+#pragma once
+
+#include <cstdint>
+
+#include "../csrc/core/payload.h"
+#include "global_memory.cuh"
+#include "tile_set.cuh"
+
+namespace regtopk {
+
+template <typename T>
+class PayloadReader {
+ public:
+  using Accumulate = typename Traits<T>::Accumulate;
+  static constexpr unsigned kEntries = kBlockEntries<Accumulate>;
+  static constexpr unsigned kBlocksPerTile = kTileEntries / kEntries;
+  using Set = TileSet<kEntries>;
+
+  __device__ PayloadReader(Global<const uint8_t> bytes, const PayloadLayout& layout) : bytes_(bytes), layout_(layout) {}
+
+  __device__ const PayloadLayout& layout() const { return layout_; }
+  __device__ uint32_t first_entry(uint32_t tile) const {
+    if (tile >= layout_.tiles) return static_cast<uint32_t>(layout_.k);
+    const uint32_t entry = bytes_.at_byte<const uint32_t>(layout_.tile_starts_at).load(tile);
+    return entry < layout_.k ? entry : static_cast<uint32_t>(layout_.k);
+  }
+  __device__ uint16_t offset_in_tile(uint32_t entry) const {
+    return bytes_.at_byte<const uint16_t>(layout_.support_at).load(entry);
+  }
+  // 32 bits of the bitmap, of the entries 32 word … 32 word + 31 of the bucket; entries past the end are not in it.
+  __device__ uint32_t bitmap_word(uint32_t word) const {
+    const int64_t first = int64_t{word} * 32;
+    if (first >= layout_.numel) return 0;
+    const uint32_t bits = bytes_.at_byte<const uint32_t>(layout_.support_at).load(word);
+    const int64_t entries = layout_.numel - first;
+    return entries >= 32 ? bits : bits & ((1u << entries) - 1);
+  }
+  __device__ T value(uint32_t entry) const { return bytes_.at_byte<const T>(layout_.values_at).load(entry); }
+  __device__ bool has_bitmap() const { return layout_.support == Support::kBitmap; }
+
+  // Entries of the payload before bit `entry` of the bucket, by counting bits from the beginning of its payload tile.
+  template <typename Group>
+  __device__ uint32_t bitmap_rank(const Group& group, uint32_t word_of_entry, uint32_t tile) const {
+    constexpr uint32_t kWordsPerTile = kTileEntries / 32;
+    uint32_t members = 0;
+    for (uint32_t word = tile * kWordsPerTile + group.rank(); word < word_of_entry; word += group.size()) {
+      members += __popc(bitmap_word(word));
+    }
+    return first_entry(tile) + group.sum(members);
+  }
+
+  // First entry of [begin, end) whose offset is not below `offset`.
+  __device__ uint32_t lower_bound(uint32_t begin, uint32_t end, uint32_t offset) const {
+    while (begin < end) {
+      const uint32_t middle = begin + (end - begin) / 2;
+      if (offset_in_tile(middle) < offset) begin = middle + 1;
+      else end = middle;
+    }
+    return begin;
+  }
+
+  // Fills `set` with the entries of a block tile, ranks it and returns the number of its first entry; entry number
+  // first + set.rank_of(offset) is the one at `offset`. The members of the group call it together; `smallest` is theirs.
+  // With offsets, all threads read the whole payload tile at once: 8 (fp64: 16) times the bytes that a binary search would
+  // touch, 16 k bytes in all, and one memory latency instead of a dozen.
+  template <typename Group>
+  __device__ uint32_t load_block(const Group& group, uint32_t block, Set& set, uint32_t& smallest) const {
+    const uint32_t tile = block / kBlocksPerTile;
+    if (has_bitmap()) {
+      const uint32_t first_word = block * Set::kWords;
+      group.sync();
+      for (uint32_t word = group.rank(); word < Set::kWords; word += group.size()) set.words[word] = bitmap_word(first_word + word);
+      const uint32_t first = bitmap_rank(group, first_word, tile);
+      set.rank(group);
+      return first;
+    }
+    const uint32_t begin = first_entry(tile), end = first_entry(tile + 1);
+    const uint32_t base = (block % kBlocksPerTile) * kEntries;
+    group.sync();
+    if (group.rank() == 0) smallest = end;
+    set.clear(group);
+    for (uint32_t entry = begin + group.rank(); entry < end; entry += group.size()) {
+      const uint32_t offset = offset_in_tile(entry) - base;  // wraps to a large number below the block
+      if (offset < kEntries) {
+        set.insert(offset);
+        atomicMin(&smallest, entry);
+      }
+    }
+    set.rank(group);
+    return smallest;
+  }
+
+ private:
+  Global<const uint8_t> bytes_;
+  PayloadLayout layout_;
+};
+
+// The last step's own payload and the feedback of its entries. Its k may differ from this step's, so it is read from its
+// header, on the device: nothing waits for it on the host.
+template <typename T>
+struct SentPayload {
+  Global<const uint8_t> bytes;
+  Global<const typename Traits<T>::Accumulate> feedback;
+  int64_t numel = 0;
+  int64_t size = 0;              // of the payload, in bytes
+  int64_t feedback_entries = 0;  // 0 without feedback
+
+  // k, or 0 where there is no payload of this bucket: none was given, or its header is that of another.
+  __device__ uint32_t entries() const {
+    if (!bytes) return 0;
+    const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
+    const bool is_ours = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == Traits<T>::kType &&
+                         header.numel == static_cast<uint64_t>(numel) && header.k >= 1 && header.k <= static_cast<uint64_t>(numel) &&
+                         header.k <= 0xffffffffull && (!feedback || header.k == static_cast<uint64_t>(feedback_entries));
+    if (!is_ours) return 0;
+    const PayloadLayout layout = layout_of(static_cast<int64_t>(header.k));
+    return layout.bytes == size && layout.support == header.support ? static_cast<uint32_t>(header.k) : 0;
+  }
+  __device__ PayloadLayout layout_of(int64_t k) const { return PayloadLayout::of_checked(numel, k, Traits<T>::kType, sizeof(T)); }
+  __device__ PayloadReader<T> reader(uint32_t k) const { return PayloadReader<T>(bytes, layout_of(k)); }
+};
+
+}  // namespace regtopk

@@ -1,0 +1,60 @@
+// Phases of one kernel that all blocks go through together, without the host and without asking that all blocks be resident.
+//
+// Work is given out by tickets, numbered through all phases: phase p owns a run of them, and whoever draws one beyond it
+// keeps it for a later phase. A block waits only for phases before that of the ticket it holds, all tickets of those are
+// held by blocks that run, and these wait for even earlier phases: so the first unfinished phase always goes on, with any
+// number of blocks. The block that finishes the last item of a phase decides the next one alone, then publishes it.
+//
+// Memory: a writer's __threadfence before its atomic report, and a reader's after it saw the report, order everything
+// written in a phase before everything read in the next. Nothing here may be loaded through the read-only cache.
+#pragma once
+
+#include <cstdint>
+
+#include "workspace.cuh"
+
+namespace regtopk {
+
+struct Phases {
+  struct Shared {
+    uint32_t ticket, last;
+  };
+  Global<uint32_t> counters;
+  Shared& shared;
+
+  // All threads of the block call these together.
+  __device__ uint32_t draw() const {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.ticket = counters.add(kTicket, 1);
+    __syncthreads();
+    return shared.ticket;
+  }
+  // Reports finished items; true in the block that finished the last one of the phase.
+  __device__ bool finish_items(uint32_t items, uint32_t items_of_phase) const {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.last = items > 0 && counters.add(kItemsDone, items) + items == items_of_phase;
+    __syncthreads();
+    if (shared.last) __threadfence();
+    return shared.last;
+  }
+  // Ends a phase, after its last block has written what the next one reads.
+  __device__ void publish() const {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      counters.store(kItemsDone, 0);
+      __threadfence();
+      counters.add(kPhase, 1);
+    }
+  }
+  __device__ void wait_until(uint32_t phase) const {
+    if (threadIdx.x == 0) {
+      while (counters.load_fresh(kPhase) < phase) __nanosleep(64);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace regtopk

@@ -1,0 +1,163 @@
+// Sample: a bracket that very likely holds the k-th score, from about 65,536 entries.
+#include "selection.cuh"
+
+namespace regtopk {
+namespace {
+
+constexpr unsigned kThreads = 512;
+constexpr unsigned kSectorEntries = 8;  // 32 bytes of fp32: what the memory reads at least
+constexpr unsigned kSectorsOfWarp = kWarpThreads * kVectorEntries / kSectorEntries;
+
+// Spreads the samples inside their strides, so that no period of the gradient meets that of the samples.
+__device__ uint32_t scramble(uint32_t value) {
+  value = (value ^ (value >> 16)) * 0x7feb352du;
+  value = (value ^ (value >> 15)) * 0x846ca68bu;
+  return value ^ (value >> 16);
+}
+
+// Which of the four entries from `index` on were sent in the last step, a bit each, and the payload entry of the first.
+template <typename T>
+__device__ uint32_t sent_among(const PayloadReader<T>& sent, uint32_t index, bool active, uint32_t& entry) {
+  const uint32_t tile = index / kTileEntries, offset = index % kTileEntries;
+  uint32_t members = 0;
+  if (sent.has_bitmap()) {
+    const WarpGroup warp;
+    // Ranks in a bitmap cost a count of the bits before: the lanes count together, for one sector after the other.
+    for (unsigned lane = 0; lane < kWarpThreads; lane += 2) {
+      const uint32_t of_lane = __shfl_sync(kAllLanes, index, lane);
+      const uint32_t before = sent.bitmap_rank(warp, of_lane / 32, of_lane / kTileEntries);
+      if (warp.rank() / 2 == lane / 2) entry = before;
+    }
+    if (!active) return 0;
+    const uint32_t word = sent.bitmap_word(index / 32);
+    entry += __popc(word & ((1u << (index % 32)) - 1));
+    return (word >> (index % 32)) & 0xf;
+  }
+  if (!active) return 0;
+  const uint32_t end = sent.first_entry(tile + 1);
+  entry = sent.lower_bound(sent.first_entry(tile), end, offset);
+  for (uint32_t next = entry; next < end && next < entry + kVectorEntries; ++next) {
+    const uint32_t distance = sent.offset_in_tile(next) - offset;
+    if (distance < kVectorEntries) members |= 1u << distance;
+  }
+  return members;
+}
+
+// A block owns sectors, one to each pair of its threads; the last block to finish finds the bracket.
+// Reads 8 bytes (g, r) and writes 4 per sample, and reads those again: 16 bytes per sample, at most 65,536 of J / 128.
+// The sampled entries are a fixed function of J and the histogram is a sum of integers, so the bracket is too; and the
+// payload does not depend on it.
+template <typename T, bool kHasFeedback>
+__global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> device) {
+  using Accumulate = typename Traits<T>::Accumulate;
+  using Bits = typename Traits<T>::Bits;
+  constexpr unsigned kCoarseShift = sizeof(Bits) * 8 - 1 - kHistogramBits, kFineShift = kCoarseShift - kHistogramBits;
+  REGTOPK_SHARED(uint32_t[kHistogramBins], high_bins);
+  REGTOPK_SHARED(uint32_t[kHistogramBins], low_bins);
+  REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
+  REGTOPK_SHARED(Bin, found);
+  REGTOPK_SHARED(uint32_t, sent_entries);
+  REGTOPK_SHARED(uint32_t, last);
+  const BlockGroup<kThreads> group{scratch};
+
+  for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) high_bins[bin] = low_bins[bin] = 0;
+  if (threadIdx.x == 0) sent_entries = kHasFeedback ? device.sent.entries() : 0;
+  __syncthreads();
+
+  const uint32_t sectors = static_cast<uint32_t>(device.sampling.sectors);
+  const uint32_t stride = sectors == 0 ? 0 : static_cast<uint32_t>(device.layout.numel / kSectorEntries / sectors);
+  const uint32_t warps = gridDim.x * (kThreads / kWarpThreads);
+  for (uint32_t first = (blockIdx.x * (kThreads / kWarpThreads) + threadIdx.x / kWarpThreads) * kSectorsOfWarp; first < sectors;
+       first += warps * kSectorsOfWarp) {
+    const uint32_t sample = first + threadIdx.x % kWarpThreads / 2;
+    const bool active = sample < sectors;
+    const uint32_t sector = active ? sample * stride + scramble(sample) % stride : 0;
+    const uint32_t index = sector * kSectorEntries + threadIdx.x % 2 * kVectorEntries;
+    Vector<Accumulate> accumulated{};
+    Vector<Bits> keys{};
+    if (active) {
+      const Vector<T> gradient = device.gradient.load_vector(index);
+      accumulated = device.residual.load_vector(index);
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) {
+        accumulated.entry[i] += Traits<T>::load(gradient.entry[i]);
+        keys.entry[i] = magnitude_key(accumulated.entry[i]);
+      }
+    }
+    if (kHasFeedback && sent_entries > 0) {
+      uint32_t entry = 0;
+      const uint32_t members = sent_among(device.sent.reader(sent_entries), index, active, entry);
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) {
+        if (((members >> i) & 1) && entry < sent_entries) keys.entry[i] = device.score_of_sent(accumulated.entry[i], entry++);
+      }
+    }
+    if (active) {
+      device.samples.store_vector((sample * 2 + threadIdx.x % 2) * kVectorEntries, keys);
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) atomicAdd(&high_bins[keys.entry[i] >> kCoarseShift], 1u);
+    }
+  }
+  // The vector that ends beyond the bucket, made whole for accumulate.
+  if (blockIdx.x == 0 && threadIdx.x < kVectorEntries) {
+    const int64_t index = device.layout.numel / kVectorEntries * kVectorEntries + threadIdx.x;
+    const bool inside = index < device.layout.numel;
+    device.tail_gradient.store(threadIdx.x, inside ? device.gradient.load(index) : T{});
+    device.tail_residual.store(threadIdx.x, inside ? device.residual.load(index) : Accumulate{});
+  }
+  __syncthreads();
+  for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) {
+    if (high_bins[bin] != 0) device.histogram.add(bin, high_bins[bin]);
+    high_bins[bin] = 0;
+  }
+  if (!is_last_block(device.counters, kSampleDone, last)) return;
+
+  // The first 22 bits of the two order statistics: 2^-14 of their size in fp32, 2^-11 in fp64.
+  const uint32_t rank_high = static_cast<uint32_t>(device.sampling.rank_high), rank_low = static_cast<uint32_t>(device.sampling.rank_low);
+  const auto coarse = [&](unsigned bin) { return device.histogram.load(bin); };
+  const Bin high = find_bin(group, found, rank_high, coarse), low = find_bin(group, found, rank_low, coarse);
+  for (uint32_t first = threadIdx.x * kVectorEntries; first < sectors * kSectorEntries; first += kThreads * kVectorEntries) {
+    const Vector<Bits> keys = device.samples.load_vector(first);
+#pragma unroll
+    for (int i = 0; i < kVectorEntries; ++i) {
+      const unsigned bin = keys.entry[i] >> kCoarseShift, fine = (keys.entry[i] >> kFineShift) % kHistogramBins;
+      if (bin == high.index) atomicAdd(&high_bins[fine], 1u);
+      if (bin == low.index) atomicAdd(&low_bins[fine], 1u);
+    }
+  }
+  __syncthreads();
+  const Bin fine_high = find_bin(group, found, rank_high - high.above, [&](unsigned bin) { return high_bins[bin]; });
+  const Bin fine_low = find_bin(group, found, rank_low - low.above, [&](unsigned bin) { return low_bins[bin]; });
+  for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) device.histogram.store(bin, 0);
+  if (threadIdx.x == 0) {
+    Selection<Bits> selection{};
+    selection.high = kLargestKey<Bits>;
+    if (rank_high > 0 && high.index < kHistogramBins) {
+      const Bits prefix = (static_cast<Bits>(high.index) << kHistogramBits) | fine_high.index;
+      selection.high = (prefix << kFineShift) + ((Bits{1} << kFineShift) - 1);
+    }
+    if (rank_low > 0 && low.index < kHistogramBins) {
+      selection.low = ((static_cast<Bits>(low.index) << kHistogramBits) | fine_low.index) << kFineShift;
+    }
+    // Entries that are not finite are listed whatever their score, so the list may begin at infinity at the latest.
+    if (selection.low > kInfinityKey<Bits>) selection.low = kInfinityKey<Bits>;
+    selection.shift = shift_of(selection.low, selection.high);
+    device.selection.store(0, selection);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void launch_sample(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
+  constexpr int64_t kSectorsOfBlock = kSectorsOfWarp * (kThreads / kWarpThreads);
+  const unsigned blocks = static_cast<unsigned>(device.sampling.sectors == 0 ? 1 : (device.sampling.sectors + kSectorsOfBlock - 1) / kSectorsOfBlock);
+  if (has_feedback) REGTOPK_LAUNCH((sample_kernel<T, true>), blocks, kThreads, stream, device);
+  else REGTOPK_LAUNCH((sample_kernel<T, false>), blocks, kThreads, stream, device);
+}
+template void launch_sample<double>(const CompressDevice<double>&, bool, cudaStream_t);
+template void launch_sample<float>(const CompressDevice<float>&, bool, cudaStream_t);
+template void launch_sample<BFloat16>(const CompressDevice<BFloat16>&, bool, cudaStream_t);
+template void launch_sample<Half>(const CompressDevice<Half>&, bool, cudaStream_t);
+
+}  // namespace regtopk

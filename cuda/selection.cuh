@@ -1,0 +1,113 @@
+// Narrowing the range that holds the k-th score, one histogram at a time. Histograms are integer sums, so the order in which
+// blocks add to them does not matter; called by all threads of the one block that comes last.
+#pragma once
+
+#include <cstdint>
+
+#include "workspace.cuh"
+
+namespace regtopk {
+
+// One item of work of a block of finish: a block tile to each of its warps, or so many entries of the list.
+inline constexpr unsigned kFinishWarps = 8;
+inline constexpr unsigned kListChunk = 2048;
+
+struct Bin {
+  uint32_t index, above, inside;  // entries in the bins above it and in it
+};
+
+// The bin that holds the entry of rank `wanted` from the top, 1 the largest; index kHistogramBins if there are fewer entries,
+// and then `above` is their number.
+template <unsigned kThreads, typename Load>
+__device__ Bin find_bin(const BlockGroup<kThreads>& group, Bin& found, uint32_t wanted, const Load& load) {
+  constexpr unsigned kPerThread = kHistogramBins / kThreads;
+  static_assert(kPerThread * kThreads == kHistogramBins);
+  const unsigned top = kHistogramBins - 1 - group.rank() * kPerThread;
+  uint32_t inside[kPerThread], sum = 0;
+#pragma unroll
+  for (unsigned i = 0; i < kPerThread; ++i) sum += inside[i] = load(top - i);
+  uint32_t above = group.exclusive_sum(sum);
+  const uint32_t total = group.sum(sum);
+  if (group.rank() == 0) found = {kHistogramBins, total, 0};
+  group.sync();
+#pragma unroll
+  for (unsigned i = 0; i < kPerThread; ++i) {
+    if (above < wanted && wanted <= above + inside[i]) found = {top - i, above, inside[i]};
+    above += inside[i];
+  }
+  group.sync();
+  const Bin result = found;
+  group.sync();
+  return result;
+}
+
+template <typename Bits>
+__device__ uint32_t shift_of(Bits low, Bits high) {
+  uint32_t shift = 0;
+  while (((high - low) >> shift) >= kHistogramBins) ++shift;
+  return shift;
+}
+
+template <typename Bits>
+__device__ bool in_range(const Selection<Bits>& selection, Bits key) {
+  return key >= selection.low && key <= selection.high;
+}
+
+// Takes the bin that holds the k-th score for the new range.
+template <typename Bits>
+__device__ void take_bin(Selection<Bits>& selection, const Bin& bin) {
+  if (bin.index >= kHistogramBins) {  // never, with feedback that aggregate wrote; end it all the same
+    selection.high = selection.low;
+    return;
+  }
+  const Bits low = selection.low + (static_cast<Bits>(bin.index) << selection.shift);
+  const Bits last = low + ((Bits{1} << selection.shift) - 1);
+  selection.low = low;
+  selection.high = last < selection.high ? last : selection.high;
+  selection.above += bin.above;
+  selection.inside = bin.inside;
+}
+
+// What finish does with the range: through the list if it holds all that may be sent, else by another look at the residual,
+// which fills the list anew once few enough entries are left.
+template <typename T>
+__device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, const CompressDevice<T>& device) {
+  selection.shift = shift_of(selection.low, selection.high);
+  const bool fits = uint64_t{selection.above} + selection.inside <= static_cast<uint64_t>(device.sampling.list_capacity);
+  if (selection.from_residual && !selection.collected && fits) selection.task = Task::kCollect;
+  else selection.task = selection.low == selection.high ? Task::kCount : Task::kNarrow;
+  const bool by_list = selection.task == Task::kNarrow && !selection.from_residual;
+  const uint32_t list_size = device.counters.load(kListSize);
+  selection.items = by_list ? (list_size + kListChunk - 1) / kListChunk : (device.blocks + kFinishWarps - 1) / kFinishWarps;
+}
+
+// Where accumulate left it: hits above the bracket, a histogram inside it, and a list of at least both if it fits.
+template <typename T, unsigned kThreads>
+__device__ Selection<typename Traits<T>::Bits> first_selection(
+    const BlockGroup<kThreads>& group, Bin& found, Selection<typename Traits<T>::Bits> selection, const CompressDevice<T>& device) {
+  using Bits = typename Traits<T>::Bits;
+  const uint32_t k = static_cast<uint32_t>(device.layout.k), hits = device.counters.load(kHits);
+  const Bin bin = find_bin(group, found, hits < k ? k - hits : 0, [&](unsigned i) { return device.histogram.load(i); });
+  const bool listed = device.counters.load(kListSize) <= static_cast<uint64_t>(device.sampling.list_capacity);
+  selection.from_residual = !listed;
+  selection.collected = 0;
+  selection.first_ticket = 0;
+  selection.above = 0;
+  selection.inside = static_cast<uint32_t>(device.layout.numel);
+  if (hits >= k) {  // too low a bracket: the k-th score is above it
+    selection.low = selection.high + 1;
+    selection.high = kLargestKey<Bits>;
+  } else if (bin.index == kHistogramBins) {  // too high a bracket: it is below, where the list ends
+    selection.above = hits + bin.above;
+    selection.high = selection.low - 1;
+    selection.low = 0;
+    selection.from_residual = 1;
+  } else {
+    selection.above = hits;
+    take_bin(selection, bin);
+  }
+  choose_task(selection, device);
+  return selection;
+}
+
+}  // namespace regtopk

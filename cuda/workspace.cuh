@@ -1,0 +1,148 @@
+// What the kernels of one compress share: their arguments and the workspace.
+#pragma once
+
+#include <cstdint>
+
+#include "global_memory.cuh"
+#include "launch.h"
+#include "payload_reader.cuh"
+
+namespace regtopk {
+
+inline constexpr unsigned kHistogramBins = 2048;
+inline constexpr unsigned kHistogramBits = 11;
+// Written in the number of a block tile's listed entries: some of its accumulated gradient is not finite.
+inline constexpr uint32_t kHasNonFinite = 0x80000000u;
+// Written in an entry's offset in the list: the entry was sent in the last step.
+inline constexpr uint16_t kWasSent = 0x8000;
+
+// Zeroed at the start of each call.
+enum Counter : unsigned {
+  kSampleDone,      // blocks
+  kAccumulateDone,  // blocks
+  kHits,            // entries whose score is above the bracket
+  kListSize,        // entries that belong in the list, more than it holds if it overflowed
+  kNonFinite,
+  kTicket,          // of finish: the next one to give out
+  kItemsDone,       // of the current phase of finish
+  kPhase,           // of finish
+  kRepeated,
+  kDisplaced,
+  kCounters = 16
+};
+
+enum class Task : uint32_t { kNarrow, kCollect, kCount, kPack, kDone };
+
+// What is known of the k-th score: it lies in [low, high], `above` entries score more than high, `inside` lie in the range.
+// low == high says all. And what finish does next, over the list or over the residual.
+template <typename Bits>
+struct alignas(16) Selection {
+  Bits low, high;
+  uint32_t shift;          // (key - low) >> shift is the bin of a key
+  uint32_t above, inside;
+  uint32_t from_residual;  // the list does not hold all that may be sent
+  uint32_t collected;      // it was filled a second time
+  Task task;
+  uint32_t first_ticket, items;
+};
+
+// The bracket and the phases of finish. Narrowing gains 11 bits each time: at most 6 times over the residual and 6 over the
+// list in fp64, and collect, count, pack and done.
+inline constexpr unsigned kSelections = 20;
+
+template <typename T>
+struct CompressDevice {
+  using Accumulate = typename Traits<T>::Accumulate;
+  using Bits = typename Traits<T>::Bits;
+  static constexpr unsigned kEntries = kBlockEntries<Accumulate>;
+  using Set = TileSet<kEntries>;
+
+  explicit CompressDevice(const PayloadLayout& bucket)
+      : layout(bucket), blocks(static_cast<uint32_t>((bucket.numel + kEntries - 1) / kEntries)) {}
+
+  PayloadLayout layout;
+  uint32_t blocks;  // block tiles
+  Global<const T> gradient;
+  Global<Accumulate> residual;
+  Global<uint8_t> payload;
+  uint64_t step, plan;
+  SentPayload<T> sent;
+  Distortion distortion;
+  double mu;
+  Sampling sampling;
+
+  Global<Selection<Bits>> selection;   // the bracket, then one for each phase of finish: written once, so never half new
+  Global<uint32_t> counters, histogram;
+  Global<T> tail_gradient;             // the last J % 4 entries, then zeros: a whole vector
+  Global<Accumulate> tail_residual;
+  Global<Bits> samples;
+  Global<uint32_t> list_begin, list_entries;    // by block tile
+  Global<uint32_t> above_before, ties_before;   // entries of the block tiles before, [blocks + 1]
+  Global<uint32_t> non_finite;                  // a bit per entry, of the block tiles marked kHasNonFinite
+  Global<Accumulate> list_values;
+  Global<Bits> list_keys;                       // only with feedback: otherwise the value says it
+  Global<uint16_t> list_offsets;                // in the block tile, with kWasSent
+
+  __device__ uint32_t entries_of(uint32_t block) const {
+    const uint32_t first = block * kEntries, numel = static_cast<uint32_t>(layout.numel);
+    return numel - first < kEntries ? numel - first : kEntries;
+  }
+  __device__ Bits score_of_sent(Accumulate accumulated, uint32_t entry) const {
+    return magnitude_key(regularised_score(accumulated, sent.feedback.load(entry), distortion, mu));
+  }
+};
+
+template <typename Bits>
+inline constexpr Bits kLargestKey = static_cast<Bits>(~Bits{0}) >> 1;
+template <typename Bits>
+inline constexpr Bits kInfinityKey = sizeof(Bits) == 8 ? static_cast<Bits>(0x7ff0000000000000ull) : static_cast<Bits>(0x7f800000u);
+
+// Cuts a workspace into its parts; with a null workspace, finds its size.
+template <typename T>
+int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_feedback) {
+  int64_t at = 0;
+  const auto place = [&]<typename U>(Global<U>& part, int64_t entries) {
+    part = Global<U>(reinterpret_cast<U*>(workspace + at));
+    at += (entries * static_cast<int64_t>(sizeof(U)) + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  using Device = CompressDevice<T>;
+  place(device.selection, kSelections);
+  place(device.counters, kCounters);
+  place(device.histogram, kHistogramBins);
+  place(device.tail_gradient, kVectorEntries);
+  place(device.tail_residual, kVectorEntries);
+  place(device.samples, device.sampling.sectors * 8);
+  place(device.list_begin, device.blocks);
+  place(device.list_entries, device.blocks);
+  place(device.above_before, int64_t{device.blocks} + 1);
+  place(device.ties_before, int64_t{device.blocks} + 1);
+  place(device.non_finite, int64_t{device.blocks} * Device::Set::kWords);
+  place(device.list_values, device.sampling.list_capacity);
+  place(device.list_offsets, device.sampling.list_capacity);
+  place(device.list_keys, has_feedback ? device.sampling.list_capacity : 0);
+  return at;
+}
+// The part that a call zeroes: selection, counters and histogram.
+template <typename T>
+int64_t zeroed_bytes() {
+  return sizeof(Selection<typename Traits<T>::Bits>) * kSelections + sizeof(uint32_t) * (kCounters + kHistogramBins);
+}
+
+// True in the one block that comes last of all blocks of the kernel; what the others wrote can then be read.
+__device__ inline bool is_last_block(Global<uint32_t> counters, Counter done, uint32_t& flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) flag = counters.add(done, 1) == gridDim.x - 1;
+  __syncthreads();
+  if (flag) __threadfence();
+  return flag;
+}
+
+template <typename T>
+void launch_sample(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
+template <typename T>
+void launch_accumulate(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
+template <typename T>
+void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
+
+}  // namespace regtopk

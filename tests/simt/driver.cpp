@@ -1,0 +1,157 @@
+// The launchers of cuda/launch.h as C functions on host memory, for tests/test_cuda_emulation.py and benchmarks/traffic.py.
+#include <sstream>
+
+#include "../../cuda/launch.h"
+#include "simt.h"
+
+using namespace regtopk;
+
+namespace {
+
+void allow(const void* pointer, int64_t bytes, bool writable) {
+  if (pointer == nullptr || bytes == 0) return;
+  const uint8_t* const begin = static_cast<const uint8_t*>(pointer);
+  simt::buffers.push_back({begin, begin + bytes, writable});
+}
+
+// Runs a launcher with these buffers allowed; returns an error's text, empty if there was none.
+template <typename Launch>
+const char* run(const Launch& launch) {
+  simt::error.clear();
+  const cudaError_t result = launch();
+  simt::buffers.clear();
+  if (result != cudaSuccess && simt::error.empty()) simt::error = "the launcher refused its arguments";
+  return simt::error.c_str();
+}
+
+int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
+
+}  // namespace
+
+extern "C" {
+
+void simt_schedule(int order, uint64_t seed, int resident_blocks, int multiprocessors) {
+  simt::schedule = {static_cast<simt::Order>(order), seed, resident_blocks, multiprocessors};
+}
+
+void simt_reset_traffic() { simt::traffic.clear(); }
+
+// "kernel loaded stored" lines, in bytes.
+const char* simt_traffic() {
+  static std::string text;
+  std::ostringstream lines;
+  for (const auto& [kernel, bytes] : simt::traffic) lines << kernel << ' ' << bytes.loaded << ' ' << bytes.stored << '\n';
+  text = lines.str();
+  return text.c_str();
+}
+
+struct SamplingNumbers {
+  int64_t sectors, rank_high, rank_low, list_capacity;
+};
+
+void simt_sampling(int64_t numel, int64_t k, SamplingNumbers* out) {
+  const Sampling sampling = sampling_of(numel, k);
+  *out = {sampling.sectors, sampling.rank_high, sampling.rank_low, sampling.list_capacity};
+}
+
+struct CompressCall {
+  int64_t type, numel, k;
+  const void* gradient;
+  void* residual;
+  uint8_t* payload;
+  uint64_t step, plan;
+  const uint8_t* sent;
+  int64_t sent_bytes;
+  const void* feedback;
+  int64_t feedback_entries, distortion;
+  double mu;
+  SamplingNumbers sampling;
+  void* workspace;
+};
+
+int64_t simt_compress_workspace(const CompressCall* call) {
+  const auto& s = call->sampling;
+  return compress_workspace_bytes(
+      PayloadLayout(call->numel, call->k, static_cast<ValueType>(call->type)), call->feedback != nullptr,
+      {s.sectors, s.rank_high, s.rank_low, s.list_capacity});
+}
+
+const char* simt_compress(const CompressCall* call) {
+  const ValueType type = static_cast<ValueType>(call->type);
+  const PayloadLayout layout(call->numel, call->k, type);
+  const auto& s = call->sampling;
+  const int64_t wide = accumulate_bytes(type);
+  allow(call->gradient, layout.numel * value_bytes(type), false);
+  allow(call->residual, layout.numel * wide, true);
+  allow(call->payload, layout.bytes, true);
+  allow(call->sent, call->sent_bytes, false);
+  allow(call->feedback, call->feedback_entries * wide, false);
+  allow(call->workspace, simt_compress_workspace(call), true);
+  return run([&] {
+    return launch_compress(
+        {.layout = layout,
+         .gradient = call->gradient,
+         .residual = call->residual,
+         .payload = call->payload,
+         .step = call->step,
+         .plan = call->plan,
+         .sent = call->sent,
+         .sent_bytes = call->sent_bytes,
+         .feedback = call->feedback,
+         .feedback_entries = call->feedback_entries,
+         .distortion = static_cast<Distortion>(call->distortion),
+         .mu = call->mu,
+         .sampling = {s.sectors, s.rank_high, s.rank_low, s.list_capacity},
+         .workspace = call->workspace},
+        nullptr);
+  });
+}
+
+struct AggregateCall {
+  int64_t type, numel, k;
+  const uint8_t* payloads;
+  int64_t workers;
+  void* gradient;
+  void* feedback;
+  int64_t first_feedback_worker, feedback_workers, distortion;
+  uint64_t step, plan;
+  unsigned long long* worst_status;
+};
+
+const char* simt_aggregate(const AggregateCall* call) {
+  const ValueType type = static_cast<ValueType>(call->type);
+  const PayloadLayout layout(call->numel, call->k, type);
+  alignas(kAlignment) static uint8_t workspace[kAggregateWorkspaceBytes];
+  allow(call->payloads, call->workers * layout.bytes, false);
+  allow(call->gradient, layout.numel * value_bytes(type), true);
+  allow(call->feedback, call->feedback_workers * layout.k * accumulate_bytes(type), true);
+  allow(call->worst_status, sizeof *call->worst_status, true);
+  allow(workspace, sizeof workspace, true);
+  return run([&] {
+    return launch_aggregate(
+        {.layout = layout,
+         .payloads = call->payloads,
+         .workers = call->workers,
+         .gradient = call->gradient,
+         .feedback = call->feedback,
+         .first_feedback_worker = call->first_feedback_worker,
+         .feedback_workers = call->feedback_workers,
+         .distortion = static_cast<Distortion>(call->distortion),
+         .step = call->step,
+         .plan = call->plan,
+         .workspace = workspace,
+         .worst_status = call->worst_status},
+        nullptr);
+  });
+}
+
+const char* simt_put_back(int64_t type, int64_t numel, const uint8_t* payload, int64_t payload_bytes, void* residual) {
+  const ValueType value_type = static_cast<ValueType>(type);
+  allow(payload, payload_bytes, false);
+  allow(residual, numel * accumulate_bytes(value_type), true);
+  return run([&] {
+    return launch_put_back({.payload = payload, .payload_bytes = payload_bytes, .type = value_type, .numel = numel, .residual = residual}, nullptr);
+  });
+}
+
+}  // extern "C"
