@@ -4,7 +4,11 @@
 namespace regtopk {
 namespace {
 
-constexpr unsigned kThreads = 512;
+// 64 registers a thread and 32 warps a multiprocessor for every type: 16 entries a thread, 4 in fp64.
+template <typename T>
+constexpr unsigned kThreadsOf = sizeof(typename Traits<T>::Accumulate) == 8 ? 1024 : 512;
+template <typename T>
+constexpr unsigned kBlocksOfMultiprocessor = 1024 / kThreadsOf<T>;
 
 // A block owns block tiles of 32 KiB of the accumulate type, one after the other.
 // Reads g and r, writes r: 12 bytes per element in fp32, 10 in 16-bit types. Further, per listed entry (those above the low
@@ -13,12 +17,12 @@ constexpr unsigned kThreads = 512;
 // The place of a block tile in the list depends on which block comes first; nothing depends on the place. Counts and
 // histogram are integer sums.
 template <typename T, bool kHasFeedback>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
     accumulate_kernel(const __grid_constant__ CompressDevice<T> device) {
   using Accumulate = typename Traits<T>::Accumulate;
   using Bits = typename Traits<T>::Bits;
   using Set = typename CompressDevice<T>::Set;
-  constexpr unsigned kEntries = CompressDevice<T>::kEntries;
+  constexpr unsigned kThreads = kThreadsOf<T>, kEntries = CompressDevice<T>::kEntries;
   constexpr int kVectors = kEntries / (kThreads * kVectorEntries);
   static_assert(kVectors * kThreads * kVectorEntries == kEntries);
 
@@ -40,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     listed = 0;
   }
   __syncthreads();
-  const Selection<Bits> bracket = device.selection.load(0);
+  const Selection<Bits> bracket = device.selection.load_uniform(0);
   uint32_t hits = 0;
 
   for (uint32_t block = blockIdx.x; block < device.blocks; block += gridDim.x) {
@@ -65,7 +69,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     uint32_t first_sent = 0;
     if (sent_entries > 0) first_sent = device.sent.reader(sent_entries).load_block(group, block, sent, smallest);
 
-    uint32_t chosen = 0, non_finite = 0;  // bit 4 v + i: entry i of vector v
+    uint32_t chosen = 0;  // bit 4 v + i: entry i of vector v
+    bool any_non_finite = false;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t offset = (v * kThreads + threadIdx.x) * kVectorEntries;
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
         kept.entry[i] = finite ? accumulated : residual[v].entry[i];
         residual[v].entry[i] = accumulated;
         chosen |= static_cast<uint32_t>(inside && key >= bracket.low) << (v * kVectorEntries + i);
-        non_finite |= static_cast<uint32_t>(inside && !finite) << (v * kVectorEntries + i);
+        any_non_finite |= !finite;  // entries past the end are 0
       }
       if (offset + kVectorEntries <= entries) {
         device.residual.store_vector(first + offset, kept);
@@ -97,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     uint32_t place = 0;
     if (warp.rank() == kWarpThreads - 1 && before_in_warp + count > 0) place = atomicAdd(&listed, before_in_warp + count);
     place = __shfl_sync(kAllLanes, place, kWarpThreads - 1) + before_in_warp;
-    const bool any_non_finite = __syncthreads_or(non_finite != 0);
+    any_non_finite = __syncthreads_or(any_non_finite);
     if (threadIdx.x == 0) {
       list_at = listed > 0 ? device.counters.add(kListSize, listed) : 0;
       // A list that overflows stays unread.
@@ -111,10 +116,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     if (any_non_finite) {
       for (unsigned word = threadIdx.x; word < Set::kWords; word += kThreads) non_finite_words[word] = 0;
       __syncthreads();
-      for (uint32_t rest = non_finite; rest != 0; rest &= rest - 1) {
-        const unsigned bit = __ffs(rest) - 1;
-        const uint32_t offset = (bit / kVectorEntries * kThreads + threadIdx.x) * kVectorEntries + bit % kVectorEntries;
-        atomicOr(&non_finite_words[offset / 32], 1u << (offset % 32));
+#pragma unroll
+      for (int each = 0; each < kVectors * kVectorEntries; ++each) {
+        const uint32_t offset = (each / kVectorEntries * kThreads + threadIdx.x) * kVectorEntries + each % kVectorEntries;
+        if (!is_finite(residual[each / kVectorEntries].entry[each % kVectorEntries])) {
+          atomicOr(&non_finite_words[offset / 32], 1u << (offset % 32));
+        }
       }
       __syncthreads();
       for (unsigned word = threadIdx.x; word < Set::kWords; word += kThreads) {
@@ -167,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
 
 template <typename T>
 void launch_accumulate(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
-  const unsigned most = static_cast<unsigned>(multiprocessors()) * (sizeof(typename Traits<T>::Accumulate) == 8 ? 1 : 2);
+  constexpr unsigned kThreads = kThreadsOf<T>;
+  const unsigned most = static_cast<unsigned>(multiprocessors()) * kBlocksOfMultiprocessor<T>;
   const unsigned blocks = device.blocks < most ? device.blocks : most;
   if (has_feedback) REGTOPK_LAUNCH((accumulate_kernel<T, true>), blocks, kThreads, stream, device);
   else REGTOPK_LAUNCH((accumulate_kernel<T, false>), blocks, kThreads, stream, device);

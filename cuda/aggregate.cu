@@ -35,8 +35,7 @@ __device__ unsigned long long status_of(uint32_t rank, PayloadField field) {
 }
 
 // A warp owns one payload tile of one rank; the first tile's also checks the header.
-// Reads 2 bytes per entry of each payload twice (the second time from the cache), or the bitmap once, and 8 bytes per
-// payload tile. What is reported is the smallest of all findings, whoever comes first.
+// Reads 2 bytes per entry of each payload, or the bitmap, and 8 bytes per payload tile. What is reported is the smallest of all findings, whoever comes first.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ AggregateDevice<T> device) {
   constexpr uint32_t kWarps = kThreads / kWarpThreads;
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
     }
     const Global<const uint32_t> starts = bytes.template at_byte<const uint32_t>(layout.tile_starts_at);
     const uint32_t entries = static_cast<uint32_t>(layout.tile_entries(tile)), k = static_cast<uint32_t>(layout.k);
-    const uint32_t begin = starts.load(tile), end = tile + 1 < tiles ? starts.load(tile + 1) : k;
+    const uint32_t begin = starts.load_uniform(tile), end = tile + 1 < tiles ? starts.load_uniform(tile + 1) : k;
     if (end < begin || end > k || end - begin > entries || (tile == 0 && begin != 0)) {
       if (warp.rank() == 0) report(PayloadField::kTileStarts);
       continue;
@@ -68,9 +67,12 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
     bool valid = true;
     if (layout.support == Support::kOffsets) {
       const Global<const uint16_t> offsets = bytes.template at_byte<const uint16_t>(layout.support_at);
-      for (uint32_t entry = begin + warp.rank(); entry < end; entry += kWarpThreads) {
-        const uint32_t offset = offsets.load(entry);
-        valid &= offset < entries && (entry == begin || offsets.load(entry - 1) < offset);
+      uint32_t last = 0xffffffffu;  // offset before the next one that a lane reads; none yet: one less than 0
+      for (uint32_t first = begin; first < end; first += kWarpThreads) {
+        const uint32_t entry = first + warp.rank(), offset = entry < end ? offsets.load(entry) : 0;
+        const uint32_t from_lane = __shfl_up_sync(kAllLanes, offset, 1), before = warp.rank() == 0 ? last : from_lane;
+        valid &= entry >= end || (offset < entries && offset + 1 > before + 1);
+        last = __shfl_sync(kAllLanes, offset, kWarpThreads - 1);
       }
     } else {
       const Global<const uint32_t> words = bytes.template at_byte<const uint32_t>(layout.support_at);
@@ -209,9 +211,10 @@ class Aggregate {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
+__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 4 : 5)
+    aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
-  const unsigned long long status = device.status.load(0);
+  const unsigned long long status = device.status.load_uniform(0);
   Aggregate<T> work(device, shared, blockIdx.x);
   if (status == kPayloadsValid) {
     work.run();

@@ -38,7 +38,7 @@ class Finish {
     const BlockGroup<kThreads> group{shared_.scratch};
     uint32_t ticket = phases.draw();
     for (uint32_t phase = 0;; ++phase) {
-      const Selection<Bits> selection = device_.selection.load(1 + phase);
+      const Selection<Bits> selection = device_.selection.load_uniform(1 + phase);
       if (selection.task == Task::kDone) return;
       if (selection.task == Task::kNarrow) clear_bins();
       const uint32_t end = selection.first_ticket + selection.items;
@@ -77,17 +77,10 @@ class Finish {
     }
     const uint32_t block = item * kFinishWarps + threadIdx.x / kWarpThreads;
     if (block >= device_.blocks) return;
-    if (selection.task == Task::kNarrow) {
-      each_of_residual(block, [&](uint32_t, bool inside, const Entry& entry) {
-        if (inside) count_key(selection, entry.key);
-      });
-    } else if (selection.task == Task::kCollect) {
-      collect(selection, block);
-    } else if (selection.task == Task::kCount) {
-      count(selection, block);
-    } else {
-      pack(selection, block);
-    }
+    if (selection.task == Task::kNarrow) visit(selection, block, Purpose::kNarrow);
+    else if (selection.task == Task::kCollect) collect(selection, block);
+    else if (selection.task == Task::kCount) count(selection, block);
+    else pack(selection, block);
   }
 
   struct Entry {
@@ -101,7 +94,7 @@ class Finish {
     else return magnitude_key(device_.list_values.load(at));
   }
   __device__ void narrow_list(const Selection<Bits>& selection, uint32_t item) {
-    const uint32_t size = device_.counters.load(kListSize), first = item * kListChunk;
+    const uint32_t size = device_.counters.load_uniform(kListSize), first = item * kListChunk;
     const uint32_t end = size - first < kListChunk ? size : first + kListChunk;
     for (uint32_t at = first + threadIdx.x; at < end; at += kThreads) count_key(selection, listed_key(at));
   }
@@ -115,7 +108,7 @@ class Finish {
     }
     return kept;
   }
-  __device__ bool has_non_finite(uint32_t block) const { return (device_.list_entries.load(block) & kHasNonFinite) != 0; }
+  __device__ bool has_non_finite(uint32_t block) const { return (device_.list_entries.load_uniform(block) & kHasNonFinite) != 0; }
 
   // Of an entry sent in the last step, in the block tile that each_of_residual loaded.
   __device__ Bits score_key(Accumulate accumulated, uint32_t offset) const {
@@ -123,7 +116,7 @@ class Finish {
     return number < shared_.sent_entries ? device_.score_of_sent(accumulated, number) : magnitude_key(accumulated);
   }
 
-  // Calls function(offset, inside, entry) for each entry of a block tile, by whole warps: the lanes past its end too.
+  // Calls function(offset, entry) for each entry of a block tile.
   template <typename Function>
   __device__ void each_of_residual(uint32_t block, const Function& function) {
     const uint32_t entries = device_.entries_of(block), sent_entries = shared_.sent_entries;
@@ -131,44 +124,71 @@ class Finish {
     if (sent_entries > 0) {
       first_sent_ = device_.sent.reader(sent_entries).load_block(warp_, block, sent_, shared_.smallest[threadIdx.x / kWarpThreads]);
     }
-    for (uint32_t first = 0; first < entries; first += kWarpThreads) {
-      const uint32_t offset = first + warp_.rank();
-      Entry entry{};
-      if (offset < entries) {
-        entry.accumulated = accumulated(block, offset, tile_has_non_finite);
-        entry.was_sent = sent_entries > 0 && sent_.contains(offset);
-        entry.key = magnitude_key(entry.accumulated);
-        if constexpr (kHasFeedback) {
-          if (entry.was_sent) entry.key = score_key(entry.accumulated, offset);
-        }
-      }
-      function(offset, offset < entries, entry);
+    for (uint32_t offset = warp_.rank(); offset < entries; offset += kWarpThreads) {
+      Entry entry;
+      entry.accumulated = accumulated(block, offset, tile_has_non_finite);
+      entry.was_sent = sent_entries > 0 && sent_.contains(offset);
+      entry.key = kHasFeedback && entry.was_sent ? score_key(entry.accumulated, offset) : magnitude_key(entry.accumulated);
+      function(offset, entry);
     }
+    warp_.sync();
   }
   template <typename Function>
   __device__ void each_of_list(uint32_t block, const Function& function) {
-    const uint32_t begin = device_.list_begin.load(block), entries = device_.list_entries.load(block) & ~kHasNonFinite;
+    const uint32_t begin = device_.list_begin.load_uniform(block), entries = device_.list_entries.load_uniform(block) & ~kHasNonFinite;
     for (uint32_t i = warp_.rank(); i < entries; i += kWarpThreads) {
       const uint16_t offset = device_.list_offsets.load(begin + i);
       const Accumulate value = device_.list_values.load(begin + i);
       Bits key = magnitude_key(value);
       if constexpr (kHasFeedback) key = device_.list_keys.load(begin + i);
-      function(static_cast<uint32_t>(offset & ~kWasSent), true, Entry{value, key, (offset & kWasSent) != 0});
+      function(static_cast<uint32_t>(offset & ~kWasSent), Entry{value, key, (offset & kWasSent) != 0});
     }
   }
-  template <typename Function>
-  __device__ void each(const Selection<Bits>& selection, uint32_t block, const Function& function) {
-    if (selection.from_residual) each_of_residual(block, function);
-    else each_of_list(block, function);
+
+  // What a look at the entries of a block tile is for. One function for all of them, because each copy of the loops over
+  // residual and list costs a thousand instructions.
+  enum class Purpose {
+    kNarrow,   // count the keys in the range by bin
+    kCollect,  // choose what may be sent by the range
+    kCount,    // count keys above the k-th score and at it
+    kTies,     // choose the keys at it
+    kChoose    // choose what is sent, ties up to ties_end; count the repeated and the displaced entries
+  };
+  struct Counts {
+    uint32_t above = 0, ties = 0, repeated = 0, displaced = 0;
+  };
+  // Choosing adds to chosen_.
+  __device__ Counts visit(const Selection<Bits>& selection, uint32_t block, Purpose purpose, uint32_t ties_end = 0) {
+    Counts counts;
+    const Bits low = selection.low;
+    const auto look = [&](uint32_t offset, const Entry& entry) {
+      bool choose = false;
+      if (purpose == Purpose::kNarrow) {
+        count_key(selection, entry.key);
+      } else if (purpose == Purpose::kCollect) {
+        choose = magnitude_key(entry.accumulated) >= (low < kInfinityKey<Bits> ? low : kInfinityKey<Bits>);
+      } else if (purpose == Purpose::kCount) {
+        counts.above += entry.key > low;
+        counts.ties += entry.key == low;
+      } else if (purpose == Purpose::kTies) {
+        choose = entry.key == low;
+      } else {
+        const Bits magnitude = magnitude_key(entry.accumulated);
+        choose = entry.key > low || (entry.key == low && offset < ties_end);
+        counts.repeated += entry.was_sent && choose;
+        counts.displaced += entry.was_sent && !choose && (magnitude > low || (magnitude == low && offset < ties_end));
+      }
+      if (choose) chosen_.insert(offset);
+    };
+    if (selection.from_residual) each_of_residual(block, look);
+    else each_of_list(block, look);
+    return counts;
   }
 
   // Fills the list anew, with what may be sent by the narrower range: one more read of the residual.
   __device__ void collect(const Selection<Bits>& selection, uint32_t block) {
-    const Bits low = selection.low < kInfinityKey<Bits> ? selection.low : kInfinityKey<Bits>;
     chosen_.clear(warp_);
-    each_of_residual(block, [&](uint32_t offset, bool inside, const Entry& entry) {
-      if (inside && magnitude_key(entry.accumulated) >= low) chosen_.insert(offset);
-    });
+    visit(selection, block, Purpose::kCollect);
     const uint32_t entries = chosen_.rank(warp_);
     const bool tile_has_non_finite = has_non_finite(block);
     uint32_t begin = 0;
@@ -205,13 +225,8 @@ class Finish {
 
   // Entries above the k-th score and at it, of one block tile.
   __device__ void count(const Selection<Bits>& selection, uint32_t block) {
-    uint32_t above = 0, ties = 0;
-    each(selection, block, [&](uint32_t, bool inside, const Entry& entry) {
-      above += inside && entry.key > selection.low;
-      ties += inside && entry.key == selection.low;
-    });
-    above = warp_.sum(above);
-    ties = warp_.sum(ties);
+    const Counts counts = visit(selection, block, Purpose::kCount);
+    const uint32_t above = warp_.sum(counts.above), ties = warp_.sum(counts.ties);
     if (warp_.rank() == 0) {
       device_.above_before.store(block, above);
       device_.ties_before.store(block, ties);
@@ -222,32 +237,22 @@ class Finish {
   // tile's, none, or, in the one tile where they run out, those up to an offset.
   __device__ uint32_t end_of_ties(const Selection<Bits>& selection, uint32_t block, uint32_t before, uint32_t wanted) {
     if (before >= wanted) return 0;
-    if (device_.ties_before.load(block + 1) < wanted) return kEntries;
+    if (device_.ties_before.load_uniform(block + 1) < wanted) return kEntries;
     chosen_.clear(warp_);
-    each(selection, block, [&](uint32_t offset, bool inside, const Entry& entry) {
-      if (inside && entry.key == selection.low) chosen_.insert(offset);
-    });
+    visit(selection, block, Purpose::kTies);
     chosen_.rank(warp_);
     return chosen_.member(wanted - before - 1) + 1;
   }
 
   __device__ void pack(const Selection<Bits>& selection, uint32_t block) {
     const uint32_t wanted = static_cast<uint32_t>(device_.layout.k) - selection.above;
-    const uint32_t ties_before = device_.ties_before.load(block);
-    const uint32_t first = device_.above_before.load(block) + (ties_before < wanted ? ties_before : wanted);
+    const uint32_t ties_before = device_.ties_before.load_uniform(block);
+    const uint32_t first = device_.above_before.load_uniform(block) + (ties_before < wanted ? ties_before : wanted);
     const uint32_t ties_end = end_of_ties(selection, block, ties_before, wanted);
-    const auto is_sent = [&](Bits key, uint32_t offset) { return key > selection.low || (key == selection.low && offset < ties_end); };
 
     warp_.sync();
     chosen_.clear(warp_);
-    uint32_t repeated = 0, displaced = 0;
-    each(selection, block, [&](uint32_t offset, bool inside, const Entry& entry) {
-      if (!inside) return;
-      const bool sent = is_sent(entry.key, offset);
-      if (sent) chosen_.insert(offset);
-      repeated += entry.was_sent && sent;
-      displaced += entry.was_sent && !sent && is_sent(magnitude_key(entry.accumulated), offset);
-    });
+    const Counts counts = visit(selection, block, Purpose::kChoose, ties_end);
     chosen_.rank(warp_);
 
     const DevicePayloadWriter<T> writer(device_.payload, device_.layout);
@@ -269,12 +274,11 @@ class Finish {
     if (selection.from_residual) {
       each_chosen(block, has_non_finite(block), send);
     } else {
-      each_of_list(block, [&](uint32_t offset, bool, const Entry& entry) {
+      each_of_list(block, [&](uint32_t offset, const Entry& entry) {
         if (chosen_.contains(offset)) send(offset, entry.accumulated);
       });
     }
-    repeated = warp_.sum(repeated);
-    displaced = warp_.sum(displaced);
+    const uint32_t repeated = warp_.sum(counts.repeated), displaced = warp_.sum(counts.displaced);
     if (warp_.rank() == 0 && repeated > 0) device_.counters.add(kRepeated, repeated);
     if (warp_.rank() == 0 && displaced > 0) device_.counters.add(kDisplaced, displaced);
   }
@@ -344,7 +348,8 @@ class Finish {
 // share one score than the list holds, the residual takes the list's place and is read once more for every phase.
 // Places are counts of entries before, by index, so that neither tickets nor threads decide them.
 template <typename T, bool kHasFeedback>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ CompressDevice<T> device) {
+__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 2 : 3)
+    finish_kernel(const __grid_constant__ CompressDevice<T> device) {
   using Work = Finish<T, kHasFeedback>;
   REGTOPK_SHARED(typename Work::Shared, shared);
   REGTOPK_SHARED(Phases::Shared, phases);
@@ -355,7 +360,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 
 template <typename T>
 void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
-  const unsigned items = (device.blocks + kFinishWarps - 1) / kFinishWarps, most = static_cast<unsigned>(multiprocessors()) * 4;
+  const unsigned items = (device.blocks + kFinishWarps - 1) / kFinishWarps, most = static_cast<unsigned>(multiprocessors()) * 3;
   const unsigned blocks = items < most ? items : most;
   if (has_feedback) REGTOPK_LAUNCH((finish_kernel<T, true>), blocks, kThreads, stream, device);
   else REGTOPK_LAUNCH((finish_kernel<T, false>), blocks, kThreads, stream, device);

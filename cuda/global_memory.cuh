@@ -43,6 +43,11 @@ class Global {
     count(index, 1, Kind::kLoad);
     return pointer_[index];
   }
+  // Where all lanes of a warp load the same value: one access, which the hardware hands to every lane.
+  __device__ Value load_uniform(size_t index) const {
+    if (threadIdx.x % 32 == 0) count(index, 1, Kind::kLoad);
+    return pointer_[index];
+  }
   // Never from a register or a cache of this multiprocessor: for loops that wait.
   __device__ Value load_fresh(size_t index) const {
     count(index, 1, Kind::kLoad);

@@ -22,9 +22,11 @@ class PayloadReader {
 
   __device__ const PayloadLayout& layout() const { return layout_; }
   __device__ uint32_t first_entry(uint32_t tile) const {
-    if (tile >= layout_.tiles) return static_cast<uint32_t>(layout_.k);
-    const uint32_t entry = bytes_.at_byte<const uint32_t>(layout_.tile_starts_at).load(tile);
-    return entry < layout_.k ? entry : static_cast<uint32_t>(layout_.k);
+    return tile < layout_.tiles ? clamped(tile_starts().load(tile)) : clamped(0xffffffffu);
+  }
+  // The same with one tile for all lanes of a warp.
+  __device__ uint32_t uniform_first_entry(uint32_t tile) const {
+    return tile < layout_.tiles ? clamped(tile_starts().load_uniform(tile)) : clamped(0xffffffffu);
   }
   __device__ uint16_t offset_in_tile(uint32_t entry) const {
     return bytes_.at_byte<const uint16_t>(layout_.support_at).load(entry);
@@ -45,10 +47,11 @@ class PayloadReader {
   __device__ uint32_t bitmap_rank(const Group& group, uint32_t word_of_entry, uint32_t tile) const {
     constexpr uint32_t kWordsPerTile = kTileEntries / 32;
     uint32_t members = 0;
+#pragma unroll 1
     for (uint32_t word = tile * kWordsPerTile + group.rank(); word < word_of_entry; word += group.size()) {
       members += __popc(bitmap_word(word));
     }
-    return first_entry(tile) + group.sum(members);
+    return uniform_first_entry(tile) + group.sum(members);
   }
 
   // First entry of [begin, end) whose offset is not below `offset`.
@@ -76,11 +79,12 @@ class PayloadReader {
       set.rank(group);
       return first;
     }
-    const uint32_t begin = first_entry(tile), end = first_entry(tile + 1);
+    const uint32_t begin = uniform_first_entry(tile), end = uniform_first_entry(tile + 1);
     const uint32_t base = (block % kBlocksPerTile) * kEntries;
     group.sync();
     if (group.rank() == 0) smallest = end;
     set.clear(group);
+#pragma unroll 1  // accumulate holds 32 registers of loads in flight here
     for (uint32_t entry = begin + group.rank(); entry < end; entry += group.size()) {
       const uint32_t offset = offset_in_tile(entry) - base;  // wraps to a large number below the block
       if (offset < kEntries) {
@@ -93,6 +97,9 @@ class PayloadReader {
   }
 
  private:
+  __device__ Global<const uint32_t> tile_starts() const { return bytes_.at_byte<const uint32_t>(layout_.tile_starts_at); }
+  __device__ uint32_t clamped(uint32_t entry) const { return entry < layout_.k ? entry : static_cast<uint32_t>(layout_.k); }
+
   Global<const uint8_t> bytes_;
   PayloadLayout layout_;
 };
@@ -110,7 +117,7 @@ struct SentPayload {
   // k, or 0 where there is no payload of this bucket: none was given, or its header is that of another.
   __device__ uint32_t entries() const {
     if (!bytes) return 0;
-    const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
+    const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load_uniform(0);
     const bool is_ours = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == Traits<T>::kType &&
                          header.numel == static_cast<uint64_t>(numel) && header.k >= 1 && header.k <= static_cast<uint64_t>(numel) &&
                          header.k <= 0xffffffffull && (!feedback || header.k == static_cast<uint64_t>(feedback_entries));

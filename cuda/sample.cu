@@ -19,9 +19,9 @@ __device__ uint32_t scramble(uint32_t value) {
 template <typename T>
 __device__ uint32_t sent_among(const PayloadReader<T>& sent, uint32_t index, bool active, uint32_t& entry) {
   const uint32_t tile = index / kTileEntries, offset = index % kTileEntries;
+  const WarpGroup warp;
   uint32_t members = 0;
   if (sent.has_bitmap()) {
-    const WarpGroup warp;
     // Ranks in a bitmap cost a count of the bits before: the lanes count together, for one sector after the other.
     for (unsigned lane = 0; lane < kWarpThreads; lane += 2) {
       const uint32_t of_lane = __shfl_sync(kAllLanes, index, lane);
@@ -33,12 +33,19 @@ __device__ uint32_t sent_among(const PayloadReader<T>& sent, uint32_t index, boo
     entry += __popc(word & ((1u << (index % 32)) - 1));
     return (word >> (index % 32)) & 0xf;
   }
-  if (!active) return 0;
-  const uint32_t end = sent.first_entry(tile + 1);
-  entry = sent.lower_bound(sent.first_entry(tile), end, offset);
-  for (uint32_t next = entry; next < end && next < entry + kVectorEntries; ++next) {
-    const uint32_t distance = sent.offset_in_tile(next) - offset;
-    if (distance < kVectorEntries) members |= 1u << distance;
+  // One search for the two lanes of a sector.
+  uint32_t end = 0;
+  if (active && warp.rank() % 2 == 0) {
+    end = sent.first_entry(tile + 1);
+    entry = sent.lower_bound(sent.first_entry(tile), end, offset);
+  }
+  entry = __shfl_sync(kAllLanes, entry, warp.rank() & ~1u);
+  end = __shfl_sync(kAllLanes, end, warp.rank() & ~1u);
+  for (uint32_t next = entry; next < end; ++next) {
+    const uint32_t found = sent.offset_in_tile(next);
+    if (found >= offset + kVectorEntries) break;
+    if (found < offset) ++entry;
+    else members |= 1u << (found - offset);
   }
   return members;
 }

@@ -77,7 +77,7 @@ __device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, cons
   if (selection.from_residual && !selection.collected && fits) selection.task = Task::kCollect;
   else selection.task = selection.low == selection.high ? Task::kCount : Task::kNarrow;
   const bool by_list = selection.task == Task::kNarrow && !selection.from_residual;
-  const uint32_t list_size = device.counters.load(kListSize);
+  const uint32_t list_size = device.counters.load_uniform(kListSize);
   selection.items = by_list ? (list_size + kListChunk - 1) / kListChunk : (device.blocks + kFinishWarps - 1) / kFinishWarps;
 }
 
@@ -86,9 +86,9 @@ template <typename T, unsigned kThreads>
 __device__ Selection<typename Traits<T>::Bits> first_selection(
     const BlockGroup<kThreads>& group, Bin& found, Selection<typename Traits<T>::Bits> selection, const CompressDevice<T>& device) {
   using Bits = typename Traits<T>::Bits;
-  const uint32_t k = static_cast<uint32_t>(device.layout.k), hits = device.counters.load(kHits);
+  const uint32_t k = static_cast<uint32_t>(device.layout.k), hits = device.counters.load_uniform(kHits);
   const Bin bin = find_bin(group, found, hits < k ? k - hits : 0, [&](unsigned i) { return device.histogram.load(i); });
-  const bool listed = device.counters.load(kListSize) <= static_cast<uint64_t>(device.sampling.list_capacity);
+  const bool listed = device.counters.load_uniform(kListSize) <= static_cast<uint64_t>(device.sampling.list_capacity);
   selection.from_residual = !listed;
   selection.collected = 0;
   selection.first_ticket = 0;
