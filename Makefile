@@ -1,12 +1,16 @@
 # make train [ARGS="--method topk --steps 500"]   set up, train ResNet-18 with two workers, print a table and a figure's path
 # make test  [ARGS="-k payload"]                  set up, run the test suite
 # make setup                                      the set-up alone: a virtual environment, dependencies, the extension
+# make cuda                                       compile the CUDA kernels for every architecture and check them; needs nvcc, no GPU
 # make clean                                      remove what make made: environments, builds, runs and the downloaded data set
 #
+# REGTOPK_CUDA=auto|on|off builds the CUDA kernels into the extension where nvcc and a CUDA build of torch are (auto), always, never.
 # TORCH=2.13.0 uses another torch, in an environment of its own and without torchvision. PYTHON=... another interpreter.
 
 PYTHON ?= python3
 TORCH ?= 2.14.1
+REGTOPK_CUDA ?= auto
+export REGTOPK_CUDA
 ARGS ?=
 
 ifeq ($(TORCH),2.14.1)
@@ -19,12 +23,12 @@ endif
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/installed
-# The package holds one built extension: the stamp says for which torch.
-BUILT := build/built-for-torch-$(TORCH)
-SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+# The package holds one built extension: the stamp says for which torch, and with which wish for CUDA.
+BUILT := build/built-for-torch-$(TORCH)-cuda-$(REGTOPK_CUDA)
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
 WORKERS = $(or $(shell printf '%s\n' '$(ARGS)' | sed -n 's/.*--workers[ =]\{1,\}\([0-9][0-9]*\).*/\1/p'),2)
 
-.PHONY: setup train test clean
+.PHONY: setup train test cuda clean
 
 setup: $(BUILT)
 
@@ -38,6 +42,7 @@ $(INSTALLED): requirements.txt
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@rm -f build/built-for-torch-*
 	PATH="$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@cat build/torch-$(TORCH)*/kernels.txt
 	@touch $@
 
 train: setup
@@ -48,6 +53,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+cuda:
+	$(PYTHON) cuda/compile.py
 
 clean:
 	rm -rf .venv .venv-torch-* build runs data/cifar-10-* regtopk_torch.egg-info .pytest_cache .hypothesis

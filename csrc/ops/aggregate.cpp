@@ -27,23 +27,12 @@ void aggregate_cpu(
     c10::string_view distortion, int64_t step, int64_t plan) {
   constexpr const char* who = "aggregate_";
   AggregateArguments arguments{.layout = check_bucket(who, gradient, k)};
-  TORCH_CHECK_TYPE(payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
-  TORCH_CHECK_VALUE(
-      payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == arguments.layout.bytes && payloads.is_contiguous(), who,
-      ": expected payloads contiguous with shape [workers, ", arguments.layout.bytes, "], got shape ", payloads.sizes());
+  check_payloads(who, payloads, arguments.layout);
   arguments.workers = payloads.size(0);
   arguments.payloads = payloads.const_data_ptr<uint8_t>();
   arguments.distortion = distortion_of(who, distortion);
   if (feedback) {
-    TORCH_CHECK_TYPE(
-        feedback->scalar_type() == accumulate_dtype(gradient.scalar_type()), who, ": expected feedback of dtype ",
-        c10::toString(accumulate_dtype(gradient.scalar_type())), ", got ", c10::toString(feedback->scalar_type()));
-    TORCH_CHECK_VALUE(
-        feedback->dim() == 2 && feedback->size(1) == k && feedback->is_contiguous(), who,
-        ": expected feedback contiguous with shape [workers fed back, ", k, "], got shape ", feedback->sizes());
-    TORCH_CHECK_VALUE(
-        rank >= 0 && rank + feedback->size(0) <= arguments.workers, who, ": expected feedback for ranks below ", arguments.workers,
-        ", got ranks ", rank, " to ", rank + feedback->size(0) - 1);
+    check_feedback_rows(who, *feedback, accumulate_dtype(gradient.scalar_type()), arguments.layout, rank, arguments.workers);
     arguments.feedback = feedback->mutable_data_ptr();
     arguments.first_feedback_worker = rank;
     arguments.feedback_workers = feedback->size(0);

@@ -47,6 +47,26 @@ PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t 
   return PayloadLayout(gradient.numel(), k, type);
 }
 
+void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout) {
+  TORCH_CHECK_TYPE(payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
+  TORCH_CHECK_VALUE(
+      payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == layout.bytes && payloads.is_contiguous(), who,
+      ": expected payloads contiguous with shape [workers, ", layout.bytes, "], got shape ", payloads.sizes());
+}
+
+void check_feedback_rows(
+    const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers) {
+  TORCH_CHECK_TYPE(
+      feedback.scalar_type() == accumulate, who, ": expected feedback of dtype ", c10::toString(accumulate), ", got ",
+      c10::toString(feedback.scalar_type()));
+  TORCH_CHECK_VALUE(
+      feedback.dim() == 2 && feedback.size(1) == layout.k && feedback.is_contiguous(), who,
+      ": expected feedback contiguous with shape [workers fed back, ", layout.k, "], got shape ", feedback.sizes());
+  TORCH_CHECK_VALUE(
+      rank >= 0 && rank + feedback.size(0) <= workers, who, ": expected feedback for ranks below ", workers, ", got ranks ", rank, " to ",
+      rank + feedback.size(0) - 1);
+}
+
 PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type) {
   check_vector(who, name, payload, at::kByte, payload.numel());
   PayloadHeader header{};

@@ -24,6 +24,11 @@ double checked_mu(const char* who, double mu);
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel);
 // A contiguous gradient bucket of a supported dtype, not empty; returns the layout of its payload.
 PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k);
+// The payloads of all workers, one a row.
+void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout);
+// Rows of feedback for the entries of ranks rank … rank + rows - 1 of `workers`.
+void check_feedback_rows(
+    const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers);
 // A payload of the bucket that `layout` describes, of any k: the layout that its own header gives. Reads all of it.
 PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type);
 

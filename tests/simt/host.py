@@ -14,7 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
 KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "put_back"]
-HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "csrc/core/payload.cpp"]
+HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 DISTORTIONS = {"previous": 0, "current": 1}
@@ -129,6 +129,13 @@ class Kernels:
         for line in self._library.simt_traffic().decode().splitlines():
             kernel, loaded, stored = line.split()
             result[kernel] = (int(loaded), int(stored))
+
+    def fault(self, name):
+        """Run a kernel that is wrong on purpose (faults.cpp); return the error's text, or the number it gives."""
+        function = getattr(self._library, f"fault_{name}")
+        function.restype = ctypes.c_uint32 if name in ("unwritten_shared_memory", "last_block_wins") else ctypes.c_char_p
+        result = function()
+        return result.decode() if isinstance(result, bytes) else result
 
     def sampling(self, numel, k):
         numbers = _Sampling()

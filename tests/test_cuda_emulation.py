@@ -1,0 +1,361 @@
+"""Run the CUDA kernels in the host emulation and compare with reference.py: the same bytes, whatever the order of blocks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests and benchmarks are not installed
+from regtopk_torch import reference  # noqa: E402
+from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, copied  # noqa: E402
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return Kernels()
+
+
+def same_bits(left, right):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    return left.dtype == right.dtype and torch.equal(left.view(integers), right.view(integers))
+
+
+class Twin:
+    """One worker, once by the kernels and once by the reference; every step asserts that they agree."""
+
+    def __init__(self, kernels, numel, dtype, *, density, mu=None, distortion="previous"):
+        self.kernels, self.numel, self.dtype, self.mu, self.distortion = kernels, numel, dtype, mu, distortion
+        self.k = reference.entries_to_send(density, numel)
+        self.worker = reference.Worker(density, mu, distortion)
+        self.residual = aligned(numel, reference.accumulate_dtype(dtype)).zero_()
+        self.payload = self.feedback = None
+        self.steps = 0
+
+    def compress(self, gradient, *, sampling=None):
+        message = self.worker.compress(gradient)
+        expected = reference.encode(message, self.numel, step=self.steps, plan=77)
+        gradient, payload = copied(gradient), aligned(expected.numel(), torch.uint8).fill_(0xEE)
+        before = gradient.clone()
+        self.kernels.compress(
+            gradient, self.residual, payload, k=self.k, sent=self.payload, feedback=self.feedback, distortion=self.distortion,
+            mu=self.mu or 1.0, step=self.steps, plan=77, sampling=sampling,
+        )  # fmt: skip
+        assert torch.equal(payload, expected), f"payload differs from byte {int((payload != expected).nonzero()[0])} on"
+        assert same_bits(self.residual, self.worker.residual)
+        assert same_bits(gradient, before)
+        self.payload, self.steps = payload, self.steps + 1
+        return message
+
+
+def exchange(kernels, twins, messages, *, step):
+    """Aggregate by the kernels, with feedback for every rank; assert that reference agrees."""
+    numel, dtype, k, distortion = twins[0].numel, twins[0].dtype, twins[0].k, twins[0].distortion
+    total = reference.sum_in_rank_order(messages, numel)
+    average = reference.to_wire(total / torch.tensor(float(len(twins)), dtype=total.dtype), dtype)
+    bucket = aligned(numel, dtype).view(torch.uint8).fill_(0xEE).view(dtype)
+    rows = aligned(len(twins) * k, total.dtype).view(len(twins), k)
+    payloads = copied(torch.stack([twin.payload for twin in twins]))
+    status = kernels.aggregate(bucket, payloads, k=k, feedback=rows, distortion=distortion, step=step, plan=77)
+    assert status == PAYLOADS_VALID
+    assert same_bits(bucket, average)
+    for twin, row in zip(twins, rows, strict=True):
+        twin.worker.receive(total, void=False)
+        if twin.mu is not None:
+            assert same_bits(row, twin.worker.feedback)
+            twin.feedback = copied(row)
+    return bucket
+
+
+def gradients_of(numel, dtype, *, seed=0):
+    """One gradient a step: the same in every step, with heavy tails, and noise; so that entries are sent twice running."""
+    generator = torch.Generator().manual_seed(seed)
+    steady = torch.randn(numel, generator=generator) * torch.exp(torch.randn(numel, generator=generator))
+    while True:
+        yield (steady + 0.3 * torch.randn(numel, generator=generator)).to(dtype)
+
+
+def hard_inputs(numel):
+    """{name: gradient}: what a choice by bracket and histogram might stumble over."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(numel, generator=generator)
+    ramp = torch.linspace(1e-3, 1e3, numel)
+    mostly = torch.where(torch.rand(numel, generator=generator) < 0.99, torch.tensor(0.25), noise)
+    some, many = noise.clone(), noise.clone()
+    some[5 :: max(1, numel // 7)] = torch.inf
+    some[-1] = -torch.inf
+    some[numel // 2] = torch.nan
+    many[torch.rand(numel, generator=generator) < 0.6] = torch.nan
+    many[torch.rand(numel, generator=generator) < 0.5] = -torch.inf
+    return {
+        "all equal": torch.full((numel,), -0.5),
+        "all zero": torch.zeros(numel),
+        "one value in 99 %": mostly,
+        "one binade": (1 + torch.rand(numel, generator=generator)) * noise.sign(),
+        "layers 1e6 apart": noise * torch.logspace(-6, 6, 7).repeat_interleave(-(-numel // 7))[:numel],
+        "ascending": ramp,
+        "descending": ramp.flip(0),
+        "subnormal": noise * 1e-40,
+        "some not finite": some,
+        "many not finite": many,
+        "all nan": torch.full((numel,), torch.nan),
+    }
+
+
+def brackets_of(numel):
+    """{name: changes to Sampling}: brackets that hold the k-th score, that miss it, and lists that cannot hold it."""
+    sectors = max(1, numel // 8 // 4)
+    samples = 8 * sectors
+    return {
+        "everything": dict(sectors=0, rank_high=0, rank_low=0, list_capacity=numel),
+        "wide": dict(sectors=sectors, rank_high=1, rank_low=0, list_capacity=numel),
+        "too high": dict(sectors=sectors, rank_high=1, rank_low=1, list_capacity=numel),
+        "too low": dict(sectors=sectors, rank_high=samples, rank_low=samples, list_capacity=numel),
+        "too low, list too short": dict(sectors=sectors, rank_high=samples, rank_low=samples, list_capacity=numel // 2),
+        "list of one": dict(sectors=sectors, rank_high=0, rank_low=samples // 2, list_capacity=1),
+    }
+
+
+HARD, BRACKETS = list(hard_inputs(64)), list(brackets_of(64))
+
+
+@pytest.mark.parametrize("bracket", BRACKETS)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_inputs_give_the_reference_bytes_whatever_the_bracket(kernels, name, bracket):
+    numel = 20_003  # three block tiles, the last partial, and no multiple of 4
+    gradient = hard_inputs(numel)[name]
+    for density in (1 / numel, 0.01, 0.3, 1.0):
+        sampling = kernels.sampling(numel, 1).replace(**brackets_of(numel)[bracket])
+        twin = Twin(kernels, numel, torch.float32, density=density, mu=1.0)
+        for step in range(2):
+            message = twin.compress(gradient, sampling=sampling)
+            exchange(kernels, [twin], [message], step=step)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
+@pytest.mark.parametrize("numel, density", [(1, 1.0), (7, 0.3), (9_001, 0.02), (70_001, 0.002), (70_001, 0.2)])
+def test_steps_of_three_workers_equal_the_reference(kernels, numel, density, mu, distortion, dtype):
+    twins = [Twin(kernels, numel, dtype, density=density, mu=mu, distortion=distortion) for _ in range(3)]
+    gradients = [gradients_of(numel, dtype, seed=rank) for rank in range(3)]
+    for step in range(3):
+        messages = [twin.compress(next(gradient)) for twin, gradient in zip(twins, gradients, strict=True)]
+        exchange(kernels, twins, messages, step=step)
+    if mu is not None and numel > 1000:
+        assert messages[0].repeated + messages[0].displaced > 0  # or the merge of last step's entries is not seen
+
+
+def test_a_payload_tile_with_many_entries_and_one_with_none_are_read_alike(kernels):
+    numel = 3 * reference.TILE_ENTRIES + 11
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(1)) * 1e-3
+    gradient[reference.TILE_ENTRIES : reference.TILE_ENTRIES + 9000] += 5.0
+    twin = Twin(kernels, numel, torch.float32, density=0.04, mu=1.0)
+    for step in range(2):
+        exchange(kernels, [twin], [twin.compress(gradient)], step=step)
+
+
+def test_entries_displaced_at_the_threshold_are_counted_by_index(kernels):
+    # Equal magnitudes, and factors that hold back some of last step's: ties on both sides of the last one sent.
+    numel = 9_000
+    twin = Twin(kernels, numel, torch.float32, density=0.01, mu=1.0)
+    worker_gradient = torch.ones(numel)
+    twin.compress(worker_gradient)
+    exchange(kernels, [twin], [twin.worker.sent], step=0)
+    feedback = torch.linspace(0, 3, twin.k)
+    twin.feedback = copied(feedback)
+    twin.worker.feedback = feedback
+    gradient = torch.ones(numel) - twin.worker.residual  # every accumulated value is 1 again
+    message = twin.compress(gradient)
+    assert message.displaced > 0
+
+
+SCHEDULES = [
+    dict(order="descending", resident_blocks=1, multiprocessors=3),
+    dict(order="ascending", resident_blocks=3, multiprocessors=1),
+    *[dict(order="shuffled", seed=seed, resident_blocks=4, multiprocessors=3) for seed in range(3)],
+]
+
+
+@pytest.mark.parametrize("bracket", ["sampled", "too high", "list of one"])
+def test_the_order_of_blocks_and_threads_changes_no_byte(kernels, bracket):
+    numel = 100_003
+    sampling = kernels.sampling(numel, 100)
+    if bracket != "sampled":
+        sampling = sampling.replace(**brackets_of(numel)[bracket])
+    for schedule in SCHEDULES:
+        with kernels.schedule(**schedule):
+            twin = Twin(kernels, numel, torch.float32, density=0.001, mu=1.0)
+            gradient = gradients_of(numel, torch.float32)
+            for step in range(2):  # equal to the reference, and so to each other
+                exchange(kernels, [twin], [twin.compress(next(gradient), sampling=sampling)], step=step)
+
+
+def finish_bytes(kernels, numel, sampling):
+    gradient = copied(next(gradients_of(numel, torch.float32)))
+    residual, k = aligned(numel, torch.float32).zero_(), numel // 1000
+    payload = aligned(len(reference.encode(reference.Message(torch.arange(k), torch.zeros(k), False, 0, 0), numel)), torch.uint8)
+    with kernels.traffic() as traffic:
+        kernels.compress(gradient, residual, payload, k=k, sampling=sampling)
+    return sum(traffic["finish_kernel"]) / numel
+
+
+def test_a_miss_reads_the_residual_twice_more_and_a_held_bracket_never(kernels):
+    # Without this, a forced miss that missed nothing would make the tests above pass for nothing.
+    numel = 200_000
+    sampling = kernels.sampling(numel, numel // 1000)
+    assert finish_bytes(kernels, numel, sampling) < 1
+    assert 8 <= finish_bytes(kernels, numel, sampling.replace(rank_high=1, rank_low=1)) < 9
+
+
+@pytest.mark.parametrize("missed, most", [(False, 16.5), (True, 25.0)])
+def test_a_step_moves_no_more_bytes_than_promised(kernels, missed, most):
+    from benchmarks import traffic
+
+    for mu in (None, 1.0):
+        counted = traffic.measure(kernels, 4_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed)
+        assert counted["accumulate_kernel"][0] >= 8 and counted["accumulate_kernel"][1] >= 4  # nothing went uncounted
+        assert counted["aggregate_kernel"][1] >= 4
+        assert traffic.limit(torch.float32) == 16
+        assert traffic.total(counted) <= most
+
+
+# Aggregate and put back.
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2])
+def test_more_ranks_than_are_searched_together_are_added_in_order(kernels, density):
+    numel, workers = 5_000, 70
+    twins = [Twin(kernels, numel, torch.float32, density=density) for _ in range(workers)]
+    messages = []
+    for rank, twin in enumerate(twins):
+        message = twin.worker.compress(next(gradients_of(numel, torch.float32, seed=rank % 3)) * 10.0 ** (rank % 9 - 4))
+        twin.payload = reference.encode(message, numel, step=0, plan=77)
+        messages.append(message)
+    exchange(kernels, twins, messages, step=0)
+
+
+def test_feedback_is_written_for_the_ranks_asked_for(kernels):
+    numel, k = 10_000, 100
+    messages = [reference.Worker(0.01).compress(next(gradients_of(numel, torch.float32, seed=rank))) for rank in range(4)]
+    payloads = copied(torch.stack([reference.encode(message, numel) for message in messages]))
+    rows = aligned(2 * k, torch.float32).view(2, k)
+    assert kernels.aggregate(aligned(numel, torch.float32), payloads, k=k, feedback=rows, rank=1) == PAYLOADS_VALID
+    total = reference.sum_in_rank_order(messages, numel)
+    for row, message in zip(rows, messages[1:3], strict=True):
+        assert same_bits(row, reference.feedback_of(total[message.index], message.value, "previous"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_dense_variant_writes_what_was_sent_and_zero_elsewhere(kernels, dtype):
+    numel = 9_001
+    twin = Twin(kernels, numel, dtype, density=0.02)
+    message = twin.compress(next(gradients_of(numel, dtype)))
+    bucket = aligned(numel, dtype)
+    assert kernels.aggregate(bucket, twin.payload.view(1, -1), k=twin.k, plan=77) == PAYLOADS_VALID
+    expected = torch.zeros(numel, dtype=dtype)
+    expected[message.index] = message.value
+    assert same_bits(bucket, expected)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_put_back_returns_the_finite_values_to_the_residual(kernels, dtype, density):
+    numel = 70_001
+    twin = Twin(kernels, numel, dtype, density=density)
+    gradient = next(gradients_of(numel, dtype))
+    gradient[123], gradient[45_678] = torch.inf, torch.nan
+    assert twin.compress(gradient).non_finite
+    kernels.put_back(twin.residual, twin.payload, dtype=dtype)
+    twin.worker.put_back()
+    assert same_bits(twin.residual, twin.worker.residual)
+
+
+def payloads_of(numel, density, workers=2):
+    messages = [reference.Worker(density).compress(next(gradients_of(numel, torch.float32, seed=rank))) for rank in range(workers)]
+    return copied(torch.stack([reference.encode(message, numel, step=3, plan=5) for message in messages]))
+
+
+HEADER, STEP, PLAN, TILE_STARTS, SUPPORT = 1, 2, 3, 4, 5
+CORRUPTIONS = {  # byte, its new value's difference, what is reported
+    "magic": (0, HEADER), "version": (4, HEADER), "value type": (6, HEADER), "support": (7, HEADER), "step": (8, STEP),
+    "numel": (16, HEADER), "k": (24, HEADER), "plan": (32, PLAN), "repeated": (47, HEADER), "flags": (57, HEADER),
+    "reserved": (60, HEADER), "first tile start": (64, TILE_STARTS), "second tile start": (71, TILE_STARTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_payload_with_a_wrong_header_gives_nan_everywhere_and_names_its_rank(kernels, name):
+    numel, k = 70_000, 700
+    payloads = payloads_of(numel, 0.01)
+    byte, field = CORRUPTIONS[name]
+    payloads[1, byte] += 113
+    bucket, rows = aligned(numel, torch.float32), aligned(2 * k, torch.float32).view(2, k)
+    status = kernels.aggregate(bucket, payloads, k=k, feedback=rows, step=3, plan=5)
+    assert (status >> 8, status & 0xFF) == (1, field)
+    assert bucket.isnan().all() and rows.isnan().all()
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2])
+def test_the_device_refuses_the_payloads_that_the_cpu_refuses(kernels, density):
+    numel = 70_000
+    k = reference.entries_to_send(density, numel)
+    valid = payloads_of(numel, density)
+    values_at = valid.shape[1] - (-(-4 * k // 8) * 8)
+    generator = torch.Generator().manual_seed(9)
+    refused = 0
+    for trial in range(60):
+        payloads = copied(valid)
+        at = int(torch.randint(64, values_at if trial % 2 else 96, (1,), generator=generator))
+        payloads[trial % 2, at] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        bucket = aligned(numel, torch.float32)
+        status = kernels.aggregate(bucket, payloads, k=k, step=3, plan=5)  # raises where an access leaves its buffer
+        try:
+            expected = torch.empty(numel)
+            torch.ops.regtopk.aggregate_(expected, payloads, None, k=k, step=3, plan=5)
+        except ValueError:
+            refused += 1
+            assert status != PAYLOADS_VALID and status >> 8 == trial % 2
+            assert bucket.isnan().all()
+        else:
+            assert status == PAYLOADS_VALID
+            assert same_bits(bucket, expected)
+    assert refused > 20
+
+
+@pytest.mark.parametrize("byte", [0, 6, 16, 24])
+def test_a_last_payload_of_another_bucket_makes_a_payload_that_everyone_refuses(kernels, byte):
+    numel, k = 9_000, 90
+    gradient, residual = copied(next(gradients_of(numel, torch.float32))), aligned(numel, torch.float32).zero_()
+    sent = copied(payloads_of(numel, 0.01)[0])
+    payload = aligned(sent.numel(), torch.uint8)
+    kernels.compress(gradient, residual, payload, k=k, sent=sent, step=3, plan=5)
+    bucket = aligned(numel, torch.float32)
+    assert kernels.aggregate(bucket, payload.view(1, -1), k=k, step=3, plan=5) == PAYLOADS_VALID
+    sent[byte] += 1
+    kernels.compress(gradient, residual, payload, k=k, sent=sent, step=3, plan=5)
+    assert kernels.aggregate(bucket, payload.view(1, -1), k=k, step=3, plan=5) == HEADER
+    before = residual.clone()
+    kernels.put_back(residual, sent, dtype=torch.float32)
+    assert torch.equal(residual, before)
+
+
+# The emulation itself.
+
+
+def test_the_emulation_notices_what_a_device_would_not_forgive(kernels):
+    assert "outside the buffers" in kernels.fault("store_outside")
+    assert "read-only" in kernels.fault("store_to_read_only")
+    assert "only part of a block" in kernels.fault("barrier_of_half_a_block")
+    with kernels.schedule(resident_blocks=2):
+        assert "waits for another" in kernels.fault("wait_for_nothing")
+    assert kernels.fault("unwritten_shared_memory") != 0
+
+
+def test_schedules_run_blocks_in_different_orders(kernels):
+    seen = set()
+    for schedule in SCHEDULES:
+        with kernels.schedule(**schedule):
+            seen.add(kernels.fault("last_block_wins"))
+    assert len(seen) >= 3
