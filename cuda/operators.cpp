@@ -62,7 +62,7 @@ void compress_cuda(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
     const std::optional<at::Tensor>& feedback, int64_t k, double mu, c10::string_view distortion, int64_t step, int64_t plan) {
   constexpr const char* who = "compress_";
-  CompressLaunch arguments{.layout = check_bucket(who, gradient, k)};
+  CompressLaunch arguments{.layout = check_bucket(who, gradient, k), .sampling = {}};
   const int64_t numel = gradient.numel();
   const at::Device device = gradient.device();
   const at::ScalarType accumulate = accumulate_dtype(gradient.scalar_type());

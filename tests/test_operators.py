@@ -113,6 +113,9 @@ def test_aggregate_names_the_argument_that_breaks_its_contract(payloads, feedbac
         OPERATORS.aggregate_(torch.empty(NUMEL), payloads(compressed()), feedback, k=K, **options)
 
 
+@pytest.mark.skipif(
+    "without_cuda.cpp" not in torch._C._dispatch_dump("regtopk::compress_"), reason="this build has CUDA kernels; a build without them says so"
+)
 def test_cuda_tensors_get_one_clear_sentence():
     # The kernel that CUDA tensors reach in a build without CUDA kernels, called past the device dispatch.
     to_cuda = OPERATORS.compress_.default._op_dk

@@ -73,6 +73,11 @@ def test_local_exchange_names_what_does_not_fit():
     for dtype in (torch.int32, torch.complex64):
         with pytest.raises(TypeError, match="^LocalExchange: expected gradients of dtype float64, float32, bfloat16 or float16, got "):
             exchange.step([torch.zeros(3, dtype=dtype)] * 2)
+    with pytest.raises(ValueError) as caught:
+        exchange.step([torch.zeros(3, device="meta")] * 2)
+    assert str(caught.value) == (
+        "LocalExchange: expected gradients on the CPU, got meta; this version exchanges CPU gradients over gloo"
+    )
     # After all that the exchange still works, with what it held.
     assert exchange.step([torch.ones(2), torch.ones(2)]).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="LocalExchange: expected a parameter of 2 entries, as in the last step, got 3; reset the state"):

@@ -80,6 +80,7 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
       layout.numel() == buffer.numel(), worker_->who(), ": expected a bucket that holds its parameters' ", layout.numel(),
       " entries, got ", buffer.numel());
 
+  worker_->check_exchangeable(buffer);
   const std::shared_ptr<Plan> plan = worker_->begin(layout);
   if (plan->agreed_version != options_version_) {
     agree_on(plan->hash, layout, bucket.isLast(), false);

@@ -55,6 +55,8 @@ std::vector<at::Tensor> LocalExchange::step(
     }
   }
 
+  for (const at::Tensor& gradient : first) worker(0).check_exchangeable(gradient);
+
   std::vector<at::Tensor> averages(first.size());
   for (const auto& bucket : buckets) {
     TORCH_CHECK_VALUE(!bucket.empty(), "LocalExchange: expected buckets of at least one parameter, got an empty one");

@@ -61,8 +61,14 @@ void Worker::settle() {
   void_step_ = -1;
 }
 
+void Worker::check_exchangeable(const at::Tensor& gradient) const {
+  value_type_of(who_.c_str(), gradient.scalar_type());
+  // The exchange reads payload headers on the host and its groups are gloo's.
+  TORCH_CHECK_VALUE(
+      gradient.is_cpu(), who_, ": expected gradients on the CPU, got ", gradient.device(), "; this version exchanges CPU gradients over gloo");
+}
+
 std::shared_ptr<Plan> Worker::begin(const Layout& layout) {
-  value_type_of(who_.c_str(), layout.dtype);
   const std::lock_guard lock(mutex_);
   note_parameters(layout);
   return store_.plan_for(who_, layout, [this](int64_t numel) {

@@ -45,6 +45,8 @@ class Worker {
   int64_t step() const;
   void set_step(int64_t step);  // the number of the last step done
 
+  // Raises TypeError or ValueError unless a bucket's gradient has a dtype and a device that can be exchanged.
+  void check_exchangeable(const at::Tensor& gradient) const;
   // The plan for a bucket that is about to be exchanged. A step begins when a parameter already seen comes back;
   // what a void step sent then returns to the residuals.
   std::shared_ptr<Plan> begin(const Layout& layout);
