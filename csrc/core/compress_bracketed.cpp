@@ -21,8 +21,8 @@
 namespace regtopk {
 namespace {
 
-// Below this many listed entries a second thread costs more than it saves.
-constexpr int64_t kListedWorthThreads = 1 << 15;
+// Below this many listed entries waking a second thread costs more than it saves.
+constexpr int64_t kListedWorthThreads = 1 << 17;
 
 template <typename T>
 class BracketedCompressor {
@@ -36,7 +36,7 @@ class BracketedCompressor {
         feedback_(static_cast<const float*>(arguments.feedback)) {}
 
   void run() {
-    bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_, parallel_for_);
+    bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_);
     list_entries(kernels_.accumulate);
     if (listed_ < layout_.k) recover();
     choose();
@@ -182,28 +182,39 @@ class BracketedCompressor {
     for (ListedEntries& range : ranges_) range.non_finite |= non_finite;
   }
 
+  // Counts of the scores by the upper bits of their keys. Entries that are not finite may be in any of the last bins: they
+  // were all listed, so that the one that is looked for is below.
   std::vector<int64_t> histogram_of_scores(int shift) const {
     std::vector<int64_t> total(size_t{1} << (31 - shift), 0);
     std::mutex mutex;
     parallel_for_(layout_.tiles, [&](int64_t begin, int64_t end) {
-      // Two tables, used in turn: equal keys in a row do not wait for each other's count.
-      std::vector<int64_t> even(total.size(), 0), odd(total.size(), 0);
-      const float* const values = residual_ + begin * kTileEntries;
-      const int64_t entries = std::min(end * kTileEntries, layout_.numel) - begin * kTileEntries;
-      for (int64_t at = 0; at + 1 < entries; at += 2) {
-        ++even[magnitude_key(values[at]) >> shift];
-        ++odd[magnitude_key(values[at + 1]) >> shift];
-      }
-      if (entries % 2 != 0) ++even[magnitude_key(values[entries - 1]) >> shift];
-      for (int64_t tile = begin; feedback_ != nullptr && tile < end; ++tile) {
+      // Tables used in turn: with one, equal keys in a row would wait for each other's count.
+      constexpr int64_t kTables = 4;
+      std::vector<uint32_t> tables(total.size() * kTables, 0);
+      const auto count_of = [&](float value, int64_t table) -> uint32_t& {
+        return tables[((std::bit_cast<uint32_t>(value) & 0x7fffffffu) >> shift) * kTables + table];
+      };
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const float* const values = residual_ + tile * kTileEntries;
+        const int64_t entries = layout_.tile_entries(tile);
+        int64_t at = 0;
+        for (; at + kTables <= entries; at += kTables) {
+          for (int64_t table = 0; table < kTables; ++table) ++count_of(values[at + table], table);
+        }
+        for (; at < entries; ++at) ++count_of(values[at], 0);
+        if (feedback_ == nullptr) continue;
         arguments_.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
-          const float value = residual_[tile * kTileEntries + offset];
-          --even[magnitude_key(value) >> shift];
-          ++even[magnitude_key(regularised_score(value, feedback_[entry], arguments_.distortion, arguments_.mu)) >> shift];
+          --count_of(values[offset], 0);
+          ++count_of(regularised_score(values[offset], feedback_[entry], arguments_.distortion, arguments_.mu), 0);
         });
       }
       const std::lock_guard lock(mutex);
-      for (size_t bin = 0; bin < total.size(); ++bin) total[bin] += even[bin] + odd[bin];
+      for (size_t bin = 0; bin < total.size(); ++bin) {
+        // Wraps around where an entry left another table than it was counted in; the sum does not.
+        uint32_t sum = 0;
+        for (int64_t table = 0; table < kTables; ++table) sum += tables[bin * kTables + table];
+        total[bin] += sum;
+      }
     });
     return total;
   }

@@ -14,7 +14,15 @@ constexpr int64_t kSectorEntries = 8;  // 32 bytes of fp32
 constexpr int64_t kSectorsPerTile = kTileEntries / kSectorEntries;
 constexpr uint32_t kInfinityKey = 0x7f800000u;
 constexpr double kDeviations = 5.0;
-constexpr int64_t kSectorsWorthThreads = 1024;
+constexpr int64_t kPrefetched = 32;  // sectors: each is a miss of the caches and of the TLB
+
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  static_cast<void>(address);
+#endif
+}
 
 // The strata of a bucket: `width` consecutive sectors each, a power of two that divides a tile.
 struct Strata {
@@ -23,6 +31,7 @@ struct Strata {
     const int64_t wanted = std::clamp<int64_t>(numel / 32, 1024, 65536) / kSectorEntries;
     const int64_t ideal_width = std::max<int64_t>(1, (sectors + wanted - 1) / wanted);
     width = std::min<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(ideal_width))), kSectorsPerTile);
+    width_bits = std::countr_zero(static_cast<uint64_t>(width));
     count = sectors / width;
     if (sectors % width != 0 && chosen_sector(count) < sectors) ++count;
   }
@@ -34,35 +43,37 @@ struct Strata {
   }
 
   int64_t width, count;
+  int width_bits;
 };
 
+// Runs on the calling thread: it takes about a fiftieth of the pass that follows, and waking a thread may take longer.
 template <typename T>
-void sample_keys(const CompressArguments& arguments, const Strata& strata, uint32_t* keys, const ParallelFor& parallel_for) {
+void sample_keys(const CompressArguments& arguments, const Strata& strata, uint32_t* keys) {
   const T* const gradient = static_cast<const T*>(arguments.gradient);
   const float* const residual = static_cast<const float*>(arguments.residual);
   const float* const feedback = static_cast<const float*>(arguments.feedback);
-  const int64_t strata_per_tile = kSectorsPerTile / strata.width;
-  const auto sample_tiles = [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * strata_per_tile, strata.count);
-    for (int64_t stratum = begin * strata_per_tile; stratum < last; ++stratum) {
-      const int64_t first = strata.chosen_sector(stratum) * kSectorEntries;
-      for (int64_t at = 0; at < kSectorEntries; ++at) {
-        keys[stratum * kSectorEntries + at] = magnitude_key(residual[first + at] + Traits<T>::load(gradient[first + at]));
-      }
+  for (int64_t stratum = 0; stratum < strata.count; ++stratum) {
+    if (stratum + kPrefetched < strata.count) {
+      const int64_t later = strata.chosen_sector(stratum + kPrefetched) * kSectorEntries;
+      prefetch(gradient + later);
+      prefetch(residual + later);
     }
-    for (int64_t tile = begin; feedback != nullptr && tile < end; ++tile) {
-      arguments.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
-        const int64_t index = tile * kTileEntries + offset, sector = index / kSectorEntries;
-        const int64_t stratum = sector / strata.width;
-        if (stratum >= strata.count || strata.chosen_sector(stratum) != sector) return;
-        const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
-        keys[stratum * kSectorEntries + index % kSectorEntries] =
-            magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
-      });
+    const int64_t first = strata.chosen_sector(stratum) * kSectorEntries;
+    for (int64_t at = 0; at < kSectorEntries; ++at) {
+      keys[stratum * kSectorEntries + at] = magnitude_key(residual[first + at] + Traits<T>::load(gradient[first + at]));
     }
-  };
-  if (strata.count < kSectorsWorthThreads) serial_for(arguments.layout.tiles, sample_tiles);
-  else parallel_for(arguments.layout.tiles, sample_tiles);
+  }
+  if (feedback == nullptr) return;
+  for (int64_t tile = 0; tile < arguments.layout.tiles; ++tile) {
+    arguments.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+      const int64_t index = tile * kTileEntries + offset, sector = index / kSectorEntries;
+      const int64_t stratum = sector >> strata.width_bits;
+      if (stratum >= strata.count || strata.chosen_sector(stratum) != sector) return;
+      const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
+      keys[stratum * kSectorEntries + index % kSectorEntries] =
+          magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
+    });
+  }
 }
 
 // Variance of the number of sampled keys at or above `threshold`. Neighbours are alike in many gradients (rows of an
@@ -82,14 +93,14 @@ double variance_above(const uint32_t* keys, int64_t sectors, uint32_t threshold)
 }  // namespace
 
 template <typename T>
-Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& parallel_for) {
+Bracket sample_bracket(const CompressArguments& arguments) {
   const PayloadLayout& layout = arguments.layout;
   if (layout.numel < 4096) return {};
   const Strata strata(layout.numel);
   const int64_t count = strata.count * kSectorEntries;
   const Scratch memory(count * static_cast<int64_t>(sizeof(uint32_t)));
   uint32_t* const keys = memory.array<uint32_t>();
-  sample_keys<T>(arguments, strata, keys, parallel_for);
+  sample_keys<T>(arguments, strata, keys);
   const RankedKeys ranked(keys, count);
 
   const double rank = static_cast<double>(layout.k) * static_cast<double>(count) / static_cast<double>(layout.numel);
@@ -107,8 +118,8 @@ Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& pa
   return bracket;
 }
 
-template Bracket sample_bracket<float>(const CompressArguments&, const ParallelFor&);
-template Bracket sample_bracket<BFloat16>(const CompressArguments&, const ParallelFor&);
-template Bracket sample_bracket<Half>(const CompressArguments&, const ParallelFor&);
+template Bracket sample_bracket<float>(const CompressArguments&);
+template Bracket sample_bracket<BFloat16>(const CompressArguments&);
+template Bracket sample_bracket<Half>(const CompressArguments&);
 
 }  // namespace regtopk
