@@ -22,7 +22,8 @@ Sampling sampling_of(int64_t numel, int64_t k) {
   sampling.sectors = std::min(kSampledSectors, numel / (8 * kSampledAtMost));
   const double samples = static_cast<double>(sampling.sectors * 8), density = static_cast<double>(k) / static_cast<double>(numel);
   const double expected = samples * density, margin = 5.0 * std::sqrt(expected * (1.0 - density)) + 2.0;
-  sampling.rank_high = std::max<int64_t>(0, static_cast<int64_t>(expected - margin));
+  // A high end that is too low costs another look at the list, not at the residual; so there is always one.
+  sampling.rank_high = std::max<int64_t>(1, static_cast<int64_t>(expected - margin));
   const int64_t rank_low = static_cast<int64_t>(std::ceil(expected + margin));
   sampling.rank_low = rank_low <= sampling.sectors * 8 ? rank_low : 0;
   // Twice the width of the bracket leaves room for the error of the sample and for entries that RegTop-k holds back.
