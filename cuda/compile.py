@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -97,20 +98,20 @@ def complaints(rows, loads):
     return found
 
 
-def compile_one(nvcc, source, architecture, flags, folder):
+def compile_one(nvcc, source, architecture, folder):
     """Return (ptxas rows, PTX loads) of one source for one architecture; CalledProcessError with nvcc's words if it fails."""
     ptx = folder / f"{source}-{architecture}.ptx"
     # Through PTX, so that one front end run serves both readings.
-    front = [nvcc, *flags, f"-arch=compute_{architecture}", "-ptx", str(ROOT / "cuda" / f"{source}.cu"), "-o", str(ptx)]
+    front = [nvcc, *FLAGS, f"-arch=compute_{architecture}", "-ptx", str(ROOT / "cuda" / f"{source}.cu"), "-o", str(ptx)]
     subprocess.run(front, check=True, capture_output=True, text=True)
     back = [nvcc, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
     log = subprocess.run(back, check=True, capture_output=True, text=True)
     return parse_ptxas(log.stdout + log.stderr), parse_ptx(ptx.read_text())
 
 
-def compile_all(nvcc="nvcc", architectures=ARCHITECTURES, *, sources=SOURCES, extra_flags=(), jobs=1):
+def compile_all(nvcc="nvcc", architectures=ARCHITECTURES, *, sources=SOURCES, jobs=1):
     """Compile, or take the results of the same sources, flags and compiler from build/cuda. Return (rows, complaints)."""
-    digest = hashlib.sha256(repr((architectures, sources, FLAGS, extra_flags)).encode())
+    digest = hashlib.sha256(repr((architectures, sources, FLAGS)).encode())
     digest.update(pathlib.Path(__file__).read_bytes())
     digest.update(subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout)
     for path in sorted([*ROOT.glob("cuda/*.cu*"), *ROOT.glob("cuda/*.h"), *ROOT.glob("csrc/core/*.h")]):
@@ -119,9 +120,9 @@ def compile_all(nvcc="nvcc", architectures=ARCHITECTURES, *, sources=SOURCES, ex
     report = folder / "report.json"
     if not report.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(jobs) as pool:
+        with tempfile.TemporaryDirectory() as products, ThreadPoolExecutor(jobs) as pool:
             tasks = [
-                pool.submit(compile_one, nvcc, source, architecture, [*FLAGS, *extra_flags], folder)
+                pool.submit(compile_one, nvcc, source, architecture, pathlib.Path(products))
                 for source in sources for architecture in architectures
             ]  # fmt: skip
             results = [task.result() for task in tasks]

@@ -45,7 +45,7 @@ def build():
         linked = library.with_suffix(f".{os.getpid()}")
         subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-o", str(linked), *objects], check=True)
         linked.rename(library)  # another process never sees half of it
-        for path in objects:
+        for path in [*objects, *(old for old in BUILD.glob("libregtopk_simt-*.so") if old != library)]:
             os.unlink(path)
     return library
 
