@@ -17,7 +17,8 @@ compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
 
 NVCC = os.environ.get("NVCC", "nvcc")
-CMAKE = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+# The one that builds the extension comes with the environment; another on PATH may be too old to build CUDA.
+CMAKE = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
 needs_nvcc = pytest.mark.skipif(
     shutil.which(NVCC) is None, reason="no nvcc on PATH: THE CUDA KERNELS WERE NOT COMPILED; install the CUDA toolkit or set NVCC"
 )
