@@ -19,7 +19,7 @@ def disagree(rank, case, entry):
     dtype = torch.float64 if odd and case == "dtype" else torch.float32
     torch.manual_seed(0)
     if case == "model":
-        # DDP itself compares shapes; two parameters that swap sizes only within a bucket pass unnoticed by counts.
+        # One rank has a parameter fewer that requires a gradient.
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         if odd:
             model[1].bias.requires_grad_(False)
