@@ -1,5 +1,6 @@
 #include "exchange.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
@@ -127,6 +128,7 @@ Exchange::FuturePtr Exchange::submit(
        .deadline = issued + timeout_,
        .complete = [=, worker = worker_, timeout = timeout_](Completer::Outcome outcome) {
          const at::NoGradGuard no_grad;
+         at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
          bool finished = false;
          try {
            worker->count_seconds(

@@ -5,6 +5,10 @@
 
 #include <cmath>
 
+#ifndef _OPENMP
+#error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
+#endif
+
 namespace regtopk {
 
 ValueType value_type_of(const char* who, at::ScalarType dtype) {

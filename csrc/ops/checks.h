@@ -32,8 +32,7 @@ void check_feedback_rows(
 // A payload of the bucket that `layout` describes, of any k: the layout that its own header gives. Reads all of it.
 PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type);
 
-// at::parallel_for, one tile a grain. at::parallel_for is a template that runs its body on the calling thread unless the
-// including file is compiled with OpenMP, and this build does not do that: the operators use one thread.
+// at::parallel_for, one tile a grain: torch.set_num_threads threads, the calling one among them.
 ParallelFor torch_parallel_for();
 
 }  // namespace regtopk
