@@ -1,6 +1,8 @@
 """Compress and aggregate against the plain PyTorch reference: the same bits, whatever the input."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +116,22 @@ def test_the_number_of_threads_does_not_change_a_byte(threads):
         compare([[gradient("few values", 400_000, torch.float32, step + r) for r in range(2)] for step in range(3)], 0.01, 1.0, "previous")
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_operators_use_as_many_threads_as_torch_is_told_to():
+    program = """
+import os, torch
+from regtopk_torch import _C
+threads = lambda: len(os.listdir("/proc/self/task"))
+for wanted in (1, 2, 3):
+    torch.set_num_threads(wanted)
+    gradient, residual, payload = (torch.empty(numel) for numel in (400_000, 400_000, _C.payload_bytes(400_000, 400, torch.float32)))
+    before = threads()
+    torch.ops.regtopk.compress_(gradient, residual, payload.view(torch.uint8)[: payload.numel()], None, None, k=400)
+    print(threads() - before)
+"""
+    started = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert started == ["0", "1", "1"]
 
 
 def test_a_step_worked_by_hand():
