@@ -26,6 +26,7 @@ from training import batch, loss_of, make_model, make_state
 import regtopk_torch as rt
 
 SECONDS = 20
+GROUP_SECONDS = 4 * SECONDS  # an end that waits for the group counts as a hang
 
 # What lives until the interpreter's own end, in half of the cycles; in the others a state dies before.
 kept = []
@@ -34,7 +35,7 @@ kept = []
 def prepare(rank, folder, cycle):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(os.path.join(folder, f"store{cycle}"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=SECONDS / 2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=GROUP_SECONDS))
     model = make_model()
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.008)
     state = make_state("regtopk", 0.05)
