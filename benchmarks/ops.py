@@ -7,13 +7,14 @@ the same residual and gradient, restored before the clock starts; a round gives 
     chain              what a plain hook calls: add, abs, topk, gather, index_fill, zero, index_add
     torch.topk         torch.topk(residual.abs(), k) alone
     topk               compress_ and aggregate_ of one payload; the last step's payload is given
-    regtopk            the same with the last step's feedback, mu = 1
+    regtopk            the same with the last step's feedback and recording the next one, mu = 1
     topk, 8 payloads   as topk, and aggregate_ adds 8 payloads
 
 Every row has median, quartiles and n of the seconds, and of three ratios: to the floor, of the chain to the candidate, and to topk.
 """
 
 import argparse
+import random
 import statistics
 import time
 
@@ -60,6 +61,7 @@ class Bucket:
         ops.compress_(first, self.initial_residual, self.sent[0], None, None, k=self.k)
         feedback = torch.empty(1, self.k, device=device)
         ops.aggregate_(first, self.sent, feedback, k=self.k)
+        self.next_feedback = torch.empty_like(feedback)
         self.feedback = feedback[0] * torch.rand(self.k, generator=generator).to(device)
         # The payloads of the other workers are there already; rank 0's is this step's.
         self.payloads = {1: torch.zeros_like(self.sent), 8: torch.zeros(8, payload_bytes, dtype=torch.uint8, device=device)}
@@ -88,9 +90,9 @@ class Bucket:
 
     def exchange(self, candidate):
         payloads = self.payloads[PAYLOADS[candidate]]
-        feedback = self.feedback if candidate == "regtopk" else None
+        feedback, next_feedback = (self.feedback, self.next_feedback) if candidate == "regtopk" else (None, None)
         ops.compress_(self.gradient, self.residual, payloads[0], self.sent[0], feedback, k=self.k, mu=1.0)
-        ops.aggregate_(self.gradient, payloads, None, k=self.k)
+        ops.aggregate_(self.gradient, payloads, next_feedback, k=self.k)
 
     def candidates(self):
         exchanges = {name: lambda name=name: self.exchange(name) for name in PAYLOADS}
@@ -113,9 +115,10 @@ def time_rounds(bucket, device, seconds_per_case):
     times = {name: [] for name in candidates}
     started, rounds = time.perf_counter(), 0
     while rounds < 8 or (rounds < 201 and time.perf_counter() - started < seconds_per_case):
-        for name, candidate in candidates.items():
+        # In another order each time: what ran before leaves the caches and the clock in another state.
+        for name in random.sample(sorted(candidates), len(candidates)):
             bucket.restore()
-            taken = seconds(candidate, device)
+            taken = seconds(candidates[name], device)
             if rounds > 0:
                 times[name].append(taken)
         rounds += 1
@@ -171,6 +174,7 @@ def parse():
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
+    random.seed(0)
     names = list(INPUTS) if options.inputs == "all" else options.inputs.split(",")
     with Recorder(options.out, 0, device=options.device, threads=options.threads, torch=torch.__version__) as recorder:
         for variant in options.variants.split(","):

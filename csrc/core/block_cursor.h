@@ -39,9 +39,35 @@ class BlockCursor {
       const int64_t end = payload.first_entry(first.tile + 1);
       entry_ = std::lower_bound(offsets + entry_, offsets + end, first.first_offset) - offsets;
     } else {
-      const uint8_t* const bitmap = payload.bitmap(first.tile);
-      for (int64_t byte = 0; byte < first.first_offset / 8; ++byte) entry_ += std::popcount(bitmap[byte]);
+      entry_ += count_bits(payload.bitmap(first.tile), first.first_offset / 8);
     }
+  }
+
+  // Calls function(entry, position) for the entries of a block whose offsets are in offsets[begin, end), which ascend.
+  // Blocks must be visited as by visit().
+  template <typename Function>
+  void visit_listed(const Block& block, const uint16_t* offsets, int64_t begin, int64_t end, Function&& function) {
+    int64_t position = begin;
+    if (payload_->layout().support == Support::kOffsets) {
+      visit(block, [&](int64_t entry, int64_t offset) {
+        while (position < end && offsets[position] < offset) ++position;
+        if (position < end && offsets[position] == offset) function(entry, position);
+      });
+      return;
+    }
+    // Many entries: asking for the listed ones is less work than walking through all.
+    const uint8_t* const bitmap = payload_->bitmap(block.tile);
+    int64_t byte = block.first_offset / 8;
+    const int64_t bytes_end = byte + (block.entries + 7) / 8;
+    for (; position < end; ++position) {
+      const int64_t at = offsets[position] / 8;
+      const unsigned bit = offsets[position] % 8u;
+      if ((bitmap[at] >> bit & 1u) == 0) continue;
+      entry_ += count_bits(bitmap + byte, at - byte);
+      byte = at;
+      function(entry_ + std::popcount(bitmap[at] & ((1u << bit) - 1u)), position);
+    }
+    entry_ += count_bits(bitmap + byte, bytes_end - byte);
   }
 
   // Calls function(entry, offset in the tile) for the entries of a block, ascending. Blocks must be visited in order,

@@ -13,6 +13,7 @@
 
 #include <limits>
 #include <mutex>
+#include <numeric>
 
 #include "listed_entries.h"
 #include "ranked_keys.h"
@@ -65,8 +66,6 @@ class BracketedCompressor {
   ListedEntries list_range(Kernel kernel, int64_t begin, int64_t end) const {
     ListedEntries range(begin);
     range.expect(static_cast<int64_t>(bracket_.expected * static_cast<double>((end - begin) * kBlockEntries)));
-    BlockList of_block;
-    const ListArrays list{of_block.values, of_block.keys, of_block.offsets};
     const int64_t most = 2 * layout_.k + kTileEntries;
     uint32_t list_from = bracket_.low;
     std::optional<BlockCursor> sent;
@@ -81,9 +80,9 @@ class BracketedCompressor {
            .first_offset = static_cast<uint32_t>(block.first_offset),
            .list_from = list_from,
            .sent_above = bracket_.high,
-           .out = list,
+           .out = range.next_block(),
            .non_finite = &range.non_finite});
-      range.add_block(list, listed);
+      range.add_block(listed);
       if (sent) regularise(range, number, before, list_from, *sent);
       if (range.size() < layout_.k) continue;
       // k entries of this range come before any later one with the key `low`: ties need no further listing.
@@ -99,11 +98,9 @@ class BracketedCompressor {
     const Block block = block_at(number);
     const ListArrays list = range.from(0);
     const int64_t tile_index = block.tile * kTileEntries;
-    int64_t position = begin;
     bool too_small = false;
-    sent.visit(block, [&](int64_t entry, int64_t offset) {
-      while (position < range.size() && list.offsets[position] < offset) ++position;
-      if (position == range.size() || list.offsets[position] != offset) return;
+    sent.visit_listed(block, list.offsets, begin, range.size(), [&](int64_t entry, int64_t position) {
+      const int64_t offset = list.offsets[position];
       const float accumulated = list.values[position];
       const uint32_t magnitude = list.keys[position];
       uint32_t score = magnitude;
@@ -221,22 +218,26 @@ class BracketedCompressor {
 
   // Finds the last entry sent in the total order, boundary_key_ and boundary_index_, and where each block's entries begin.
   void choose() {
-    int64_t above_high = 0;
-    for (const ListedEntries& range : ranges_) {
-      int64_t above, equal;
-      kernels_.count_keys(range.keys(), range.size(), bracket_.high, &above, &equal);
-      above_high += above;
-    }
+    const int64_t ranges = static_cast<int64_t>(ranges_.size());
+    std::vector<int64_t> above_high_of(ranges);
+    for_listed(ranges, [&](int64_t begin, int64_t end) {
+      for (int64_t range = begin; range < end; ++range) {
+        int64_t equal;
+        kernels_.count_keys(ranges_[range].keys(), ranges_[range].size(), bracket_.high, &above_high_of[range], &equal);
+      }
+    });
+    const int64_t above_high = std::accumulate(above_high_of.begin(), above_high_of.end(), int64_t{0});
     const bool among_high = above_high >= layout_.k;
     const uint32_t low = among_high ? bracket_.high + 1 : 0;
     const uint32_t high = among_high ? 0x7fffffffu : bracket_.high;
-    const Scratch memory(((among_high ? above_high : listed_ - above_high) + kListSlack) * static_cast<int64_t>(sizeof(uint32_t)));
+    const int64_t count = among_high ? above_high : listed_ - above_high;
+    const Scratch memory((count + kListSlack) * static_cast<int64_t>(sizeof(uint32_t)));
     uint32_t* const candidates = memory.array<uint32_t>();
     int64_t gathered = 0;
     for (const ListedEntries& range : ranges_) {
       gathered += kernels_.gather_keys(range.keys(), range.size(), low, high, candidates + gathered);
     }
-    boundary_key_ = RankedKeys(candidates, gathered).exactly(layout_.k - (among_high ? 0 : above_high));
+    boundary_key_ = RankedKeys(candidates, count).exactly(layout_.k - (among_high ? 0 : above_high));
     place_blocks();
   }
 
@@ -253,7 +254,7 @@ class BracketedCompressor {
         position += listed;
       }
     }
-    for_blocks([&](int64_t begin, int64_t end) {
+    for_listed(blocks, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         int64_t above, ties;
         kernels_.count_keys(list_of(placed_[block]).keys, placed_[block].listed, boundary_key_, &above, &ties);
@@ -279,11 +280,11 @@ class BracketedCompressor {
     }
   }
 
+  // Work that grows with the listed entries, cut into `count` parts.
   template <typename Body>
-  void for_blocks(const Body& body) const {
-    const int64_t blocks = Block::count(layout_.numel);
-    if (listed_ < kListedWorthThreads) serial_for(blocks, body);
-    else parallel_for_(blocks, body);
+  void for_listed(int64_t count, const Body& body) const {
+    if (listed_ < kListedWorthThreads) serial_for(count, body);
+    else parallel_for_(count, body);
   }
 
   // A block: where its list is, and what of it is sent.
@@ -306,7 +307,7 @@ class BracketedCompressor {
   void pack() {
     PayloadWriter<T> writer(arguments_.payload, layout_);
     const bool bitmap = layout_.support == Support::kBitmap;
-    for_blocks([&](int64_t begin, int64_t end) {
+    for_listed(Block::count(layout_.numel), [&](int64_t begin, int64_t end) {
       for (int64_t number = begin; number < end; ++number) {
         const Placed& placed = placed_[number];
         const int64_t tile = block_at(number).tile;

@@ -17,13 +17,6 @@ struct SentAgain {
   uint32_t magnitude, score;  // keys of |a| and of the regularised score
 };
 
-// Where a kernel lists one block, whose entries may all be listed. Only what is used of it is ever touched.
-struct BlockList {
-  float values[kBlockEntries + kListSlack];
-  uint32_t keys[kBlockEntries + kListSlack];
-  uint16_t offsets[kBlockEntries + kListSlack];
-};
-
 class ListedEntries {
  public:
   explicit ListedEntries(int64_t first_block) : first_block_(first_block) {}
@@ -35,15 +28,21 @@ class ListedEntries {
   const uint32_t* keys() const { return arrays_.keys; }
   ListArrays from(int64_t position) const { return {arrays_.values + position, arrays_.keys + position, arrays_.offsets + position}; }
 
-  // Room for `expected` entries in all; more are possible.
+  // Makes room for `expected` entries in all; more are possible.
   void expect(int64_t expected) {
-    if (expected + kListSlack > capacity_) grow_to(expected + kListSlack);
+    const int64_t wanted = expected + kBlockEntries + kListSlack;
+    if (wanted > capacity_) grow_to(wanted);
   }
 
-  // Appends the next block's entries.
-  void add_block(const ListArrays& list, int64_t listed) {
-    if (size_ + listed + kListSlack > capacity_) grow_to(std::max(size_ + listed + kListSlack, capacity_ + capacity_ / 2));
-    copy(list, listed, from(size_));
+  // Where a kernel lists the next block, whose entries may all be listed. Only what is used of it is ever touched.
+  ListArrays next_block() {
+    const int64_t wanted = size_ + kBlockEntries + kListSlack;
+    if (wanted > capacity_) grow_to(std::max(wanted, capacity_ + capacity_ / 2));
+    return from(size_);
+  }
+
+  // Appends the block that was listed there.
+  void add_block(int64_t listed) {
     per_block_.push_back(static_cast<uint32_t>(listed));
     size_ += listed;
   }

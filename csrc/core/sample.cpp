@@ -64,14 +64,32 @@ void sample_keys(const CompressArguments& arguments, const Strata& strata, uint3
     }
   }
   if (feedback == nullptr) return;
+  const auto patch = [&](int64_t stratum, int64_t index, int64_t entry) {
+    const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
+    keys[stratum * kSectorEntries + index % kSectorEntries] =
+        magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
+  };
+  if (arguments.sent->layout().support == Support::kBitmap) {
+    // Many entries: a sector is one byte of the bitmap, and bits are counted up to it. Tiles follow each other.
+    static_assert(kSectorEntries == 8 && kTileEntries % 8 == 0);
+    const uint8_t* const bitmap = arguments.sent->bitmap(0);
+    int64_t entry = 0, counted = 0;
+    for (int64_t stratum = 0; stratum < strata.count; ++stratum) {
+      const int64_t sector = strata.chosen_sector(stratum);
+      entry += count_bits(bitmap + counted, sector - counted);
+      counted = sector;
+      int64_t of_bit = entry;
+      for (unsigned bits = bitmap[sector]; bits != 0; bits &= bits - 1) {
+        patch(stratum, sector * kSectorEntries + std::countr_zero(bits), of_bit++);
+      }
+    }
+    return;
+  }
   for (int64_t tile = 0; tile < arguments.layout.tiles; ++tile) {
     arguments.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
       const int64_t index = tile * kTileEntries + offset, sector = index / kSectorEntries;
       const int64_t stratum = sector >> strata.width_bits;
-      if (stratum >= strata.count || strata.chosen_sector(stratum) != sector) return;
-      const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
-      keys[stratum * kSectorEntries + index % kSectorEntries] =
-          magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
+      if (stratum < strata.count && strata.chosen_sector(stratum) == sector) patch(stratum, index, entry);
     });
   }
 }
