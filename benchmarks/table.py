@@ -1,0 +1,68 @@
+"""Print logs of benchmarks.ops as Markdown tables, from the logs alone: python -m benchmarks.table FILE.jsonl ... [--write README.md]
+
+Every figure is the median over the rounds of one run of a ratio taken within each round.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from experiments.record import read_log
+
+BEGIN, END = "<!-- python -m benchmarks.table: begin -->", "<!-- end -->"
+COLUMNS = ("variant", "dtype", "entries", "density", "input", "Top-k", "RegTop-k", "8 payloads", "chain / Top-k", "chain / RegTop-k", "n")
+
+
+def format_rows(records):
+    """Return the table's lines for the records of one log, one per case in the log's order."""
+    cases = {}
+    for row in records:
+        key = (row["variant"] if row["device"] == "cpu" else row["device"], row["dtype"], row["size"], row["density"], row["input"])
+        cases.setdefault(key, {})[row["candidate"]] = row
+    lines = []
+    for (variant, dtype, size, density, name), rows in cases.items():
+        to_floor = [f"{rows[candidate]['to_floor']['median']:.2f}" for candidate in ("topk", "regtopk", "topk, 8 payloads")]
+        chain = [f"{rows[candidate]['chain_to']['median']:.1f}" for candidate in ("topk", "regtopk")]
+        cells = [variant, dtype, f"{size:,}", f"{density:g}", name, *to_floor, *chain, str(rows["topk"]["seconds"]["n"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def format_tables(logs, relative_to="."):
+    """Return the Markdown text for `logs`: one table, and below it how each log was made, with links from a folder."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    origins = []
+    for log in logs:
+        header, records = read_log(log)
+        lines += format_rows(records)
+        commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["dirty"] else "")
+        origins.append(
+            f"[{Path(log).name}]({Path(os.path.relpath(log, relative_to)).as_posix()}): torch {header['torch']}, {header['threads']} threads, "
+            f"{header['processor']['model']}, commit {commit}"
+        )
+    return "\n".join([*lines, "", *(f"{origin}  " for origin in origins)]).rstrip()
+
+
+def replace(document, text):
+    """Return `document` with what stands between the two marks replaced by `text`; ValueError where they are missing."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"benchmarks.table: expected the marks {BEGIN!r} and {END!r}, got a document without")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", metavar="FILE.jsonl", help="logs, in the order of the table's rows")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
+    options = parser.parse_args()
+    text = format_tables(options.logs, options.write.parent if options.write else ".")
+    if options.write is None:
+        print(text)
+    else:
+        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
