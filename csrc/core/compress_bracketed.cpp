@@ -72,7 +72,7 @@ class BracketedCompressor {
     const int64_t most = 2 * layout_.k + kTileEntries;
     uint32_t list_from = bracket_.low;
     std::optional<BlockCursor> sent;
-    if (arguments_.sent != nullptr) sent.emplace(*arguments_.sent, block_at(begin));
+    if (feedback_ != nullptr) sent.emplace(*arguments_.sent, block_at(begin));
     for (int64_t number = begin; number < end; ++number) {
       const Block block = block_at(number);
       const int64_t before = range.size();
@@ -95,7 +95,7 @@ class BracketedCompressor {
     return range;
   }
 
-  // Replaces the keys of the block's listed entries that were sent in the last step, and notes both keys. Entries that
+  // RegTop-k: replaces the keys of the block's listed entries that were sent in the last step, and notes both. Entries that
   // are not listed matter neither way: a factor never raises a score.
   void regularise(ListedEntries& range, int64_t number, int64_t begin, uint32_t list_from, BlockCursor& sent) const {
     const Block block = block_at(number);
@@ -106,10 +106,7 @@ class BracketedCompressor {
       const int64_t offset = list.offsets[position];
       const float accumulated = list.values[position];
       const uint32_t magnitude = list.keys[position];
-      uint32_t score = magnitude;
-      if (feedback_ != nullptr) {
-        score = magnitude_key(regularised_score(accumulated, feedback_[entry], arguments_.distortion, arguments_.mu));
-      }
+      const uint32_t score = magnitude_key(regularised_score(accumulated, feedback_[entry], arguments_.distortion, arguments_.mu));
       range.sent_again.push_back({tile_index + offset, magnitude, score});
       if (magnitude > bracket_.high && score <= bracket_.high) take_back(tile_index + offset, accumulated);
       list.keys[position] = score;
@@ -333,6 +330,9 @@ class BracketedCompressor {
         if (is_chosen(sent.score, sent.index)) ++header.repeated;
         else if (is_chosen(sent.magnitude, sent.index)) ++header.displaced;
       }
+    }
+    if (arguments_.sent != nullptr && feedback_ == nullptr) {
+      header.repeated = static_cast<uint64_t>(count_common(*arguments_.sent, PayloadView(arguments_.payload, layout_), parallel_for_));
     }
     writer.set_header(header);
   }

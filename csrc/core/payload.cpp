@@ -1,5 +1,6 @@
 #include "payload.h"
 
+#include <atomic>
 #include <mutex>
 
 namespace regtopk {
@@ -116,6 +117,28 @@ std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLay
     }
   });
   return first_error;
+}
+
+int64_t count_common(const PayloadView& one, const PayloadView& other, const ParallelFor& parallel_for) {
+  const bool bitmaps = one.layout().support == Support::kBitmap && other.layout().support == Support::kBitmap;
+  std::atomic<int64_t> total = 0;
+  parallel_for(one.layout().tiles, [&](int64_t begin, int64_t end) {
+    uint8_t marks[kTileEntries / 8];
+    int64_t common = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (bitmaps) {
+        const int64_t bytes = (one.layout().tile_entries(tile) + 7) / 8;
+        for (int64_t byte = 0; byte < bytes; ++byte) marks[byte] = one.bitmap(tile)[byte] & other.bitmap(tile)[byte];
+        common += count_bits(marks, bytes);
+        continue;
+      }
+      std::memset(marks, 0, sizeof marks);
+      one.for_each_entry(tile, [&](int64_t, int64_t offset) { marks[offset / 8] |= static_cast<uint8_t>(1u << (offset % 8)); });
+      other.for_each_entry(tile, [&](int64_t, int64_t offset) { common += marks[offset / 8] >> (offset % 8) & 1; });
+    }
+    total += common;
+  });
+  return total;
 }
 
 template <typename T>

@@ -190,6 +190,9 @@ struct PayloadError {
 // that passes stays in bounds.
 std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLayout& layout, const ParallelFor& parallel_for);
 
+// Number of entries that two valid payloads of one bucket have in common.
+int64_t count_common(const PayloadView& one, const PayloadView& other, const ParallelFor& parallel_for);
+
 // Packs `layout.k` entries given by ascending gradient index, and the reverse.
 template <typename T>
 void encode(const PayloadLayout& layout, const PayloadHeader& header, const int64_t* indices, const T* values, uint8_t* bytes);
