@@ -84,8 +84,8 @@ class Recorder:
 
     def __init__(self, path, seed, **values):
         """Create the file `path`, which must not exist, and write the header; `values` are added to it."""
+        commit, dirty = describe_commit()  # before there is the log, which may be a new file in the repository
         self._file = open(path, "x", encoding="utf-8")
-        commit, dirty = describe_commit()
         self.header = {
             "event": "header",
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
