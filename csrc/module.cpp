@@ -1,4 +1,5 @@
 // The extension module: the only file that sees Python.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
@@ -43,9 +44,9 @@ void delete_without_gil(Exchange* exchange) {
 
 std::shared_ptr<Exchange> open_exchange(
     const c10::intrusive_ptr<c10d::ProcessGroup>& payload_group, const c10::intrusive_ptr<c10d::ProcessGroup>& control_group,
-    const Options& options, double timeout_seconds) {
+    const Options& options, double timeout_seconds, Exchange::Scale scale) {
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_seconds * 1000));
-  std::shared_ptr<Exchange> exchange(new Exchange(payload_group, control_group, options, timeout), &delete_without_gil);
+  std::shared_ptr<Exchange> exchange(new Exchange(payload_group, control_group, options, timeout, std::move(scale)), &delete_without_gil);
   const std::lock_guard lock(open_exchanges_mutex);
   std::erase_if(open_exchanges, [](const auto& weak) { return weak.expired(); });
   open_exchanges.push_back(exchange);
@@ -133,7 +134,8 @@ PYBIND11_MODULE(_C, module) {
            py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"));
 
   py::class_<Exchange, std::shared_ptr<Exchange>>(module, "Exchange")
-      .def(py::init(&open_exchange), py::arg("payload_group"), py::arg("control_group"), py::arg("options"), py::arg("timeout_seconds"))
+      .def(py::init(&open_exchange), py::arg("payload_group"), py::arg("control_group"), py::arg("options"), py::arg("timeout_seconds"),
+           py::arg("scale"))
       .def("run", [](Exchange& exchange, c10d::GradBucket& bucket) {
         Exchange::FuturePtr future;
         {

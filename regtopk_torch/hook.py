@@ -17,8 +17,8 @@ def sparse_hook(state, bucket):
     Args:
         state (TopKState or RegTopKState): options, residuals and history of this worker.
         bucket (torch.distributed.GradBucket): its buffer of shape [J] holds fp64, fp32, bf16 or fp16 gradients on the
-            CPU and is overwritten with the average over workers of what they sent, Z / N. A sparse_coo buffer goes
-            through a plain all-reduce.
+            CPU and is overwritten with the average over workers of what they sent, Z / N, and with zero for parameters
+            whose gradients are zero on all of them. A sparse_coo buffer goes through a plain all-reduce.
 
     Returns:
         torch.futures.Future: of the bucket's own buffer.
@@ -28,7 +28,8 @@ def sparse_hook(state, bucket):
 
     Raises:
         TypeError: `bucket` is not a GradBucket, or its dtype is not supported.
-        ValueError: options, model or step differ between ranks; the message names the ranks and both values.
+        ValueError: options, model, step or the GradScaler's scale differ between ranks; the message names the ranks and
+            both values.
         torch.distributed.DistBackendError: a rank did not answer within the group's timeout.
     """
     if not isinstance(state, TopKState):

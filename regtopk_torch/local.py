@@ -34,7 +34,7 @@ class LocalExchange:
         """N."""
         return self._num_workers
 
-    def step(self, gradients, buckets=None):
+    def step(self, gradients, buckets=None, *, scale=1.0):
         """Exchange one step and return the average of what the workers sent, Z / N.
 
         Args:
@@ -42,15 +42,18 @@ class LocalExchange:
                 fp64, fp32, bf16 or fp16, on the CPU, of equal shapes and dtypes for all workers. Only read.
             buckets (list of list of int, optional): the parameters of each bucket, in the order in which DDP lays them
                 out; default, all parameters in one bucket. May change from step to step: residuals follow their parameters.
+            scale (float): what all gradients were multiplied by, as by a GradScaler; the averages are multiples by it too,
+                the residuals that this class returns are not.
 
         Returns:
-            A new tensor, or list of tensors, in the shape of one worker's gradients; None for parameters in no bucket.
+            A new tensor, or list of tensors, in the shape of one worker's gradients; None for parameters in no bucket, zero
+            for parameters whose gradients are zero in all entries on all workers: their residuals wait.
         """
         single = all(isinstance(gradient, torch.Tensor) for gradient in gradients)
         per_worker = [[gradient] for gradient in gradients] if single else [list(gradient) for gradient in gradients]
         if buckets is None:
             buckets = [list(range(len(per_worker[0])))] if per_worker else []
-        averages = self._exchange.step([[g.detach() for g in worker] for worker in per_worker], buckets)
+        averages = self._exchange.step([[g.detach() for g in worker] for worker in per_worker], buckets, float(scale))
         return averages[0] if single else averages
 
     def stats(self, rank=None):

@@ -20,7 +20,7 @@ Tensors are on the CPU and flat, shape [J] unless said otherwise.
 
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -162,6 +162,13 @@ class Worker:
             index = self.sent.index
             self.feedback = feedback_of(total[index], self.sent.value.to(total.dtype), self.distortion)
 
+    def take_back(self, idle):
+        """What was sent for entries of `idle`, bool [J], returns to the residual, and out of the history (+)."""
+        taken = idle[self.sent.index]
+        self.residual[self.sent.index[taken]] += self.sent.value[taken].to(self.residual.dtype)
+        self.sent = replace(self.sent, index=self.sent.index[~taken], value=self.sent.value[~taken])
+        self.feedback = None if self.feedback is None else self.feedback[~taken]
+
     def put_back(self):
         """A void step was applied nowhere: its finite values return to the residual, its history is forgotten (+)."""
         value = self.sent.value.to(self.residual.dtype)
@@ -190,21 +197,39 @@ def sum_in_rank_order(messages, numel):
     return total
 
 
+def idle_entries(gradients, sizes):
+    """The entries, bool [J], of parameters of these sizes whose gradients are zero in all entries on all workers (+).
+
+    DDP throws the result away for a parameter that no worker used, and writes it for one whose gradient happens to be zero.
+    With zero as the result, and what was sent taken back, nothing is lost or applied twice in either case.
+    """
+    zero = torch.stack(gradients).eq(0).all(dim=0)
+    return torch.cat([part.all().expand(len(part)) for part in zero.split(sizes)])
+
+
 @dataclass
 class Exchange:
-    """N workers, one bucket: `average = exchange.step([gradient_0, ...])`, gradients of shape [J]."""
+    """N workers, one bucket: `average = exchange.step([gradient_0, ...])`, gradients of shape [J].
+
+    `sizes` are the numbers of entries of the bucket's parameters; without them, as the operators, which know no parameters,
+    it treats a gradient of zero as any other.
+    """
 
     workers: list = field(default_factory=list)
+    sizes: list | None = None
 
     def step(self, gradients):
-        """Return Z / N in the gradient's dtype (eq. 1)."""
+        """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
         messages = [worker.compress(gradient) for worker, gradient in zip(self.workers, gradients, strict=True)]
         total = sum_in_rank_order(messages, gradients[0].numel())
         void = any(message.non_finite for message in messages)
+        idle = idle_entries(gradients, self.sizes) if self.sizes else torch.zeros(gradients[0].numel(), dtype=torch.bool)
         for worker in self.workers:
             worker.receive(total, void=void)
+            worker.take_back(idle)
         # By a tensor: dividing by a number may multiply by its rounded inverse.
-        return to_wire(total / torch.tensor(float(len(messages)), dtype=total.dtype), gradients[0].dtype)
+        average = to_wire(total / torch.tensor(float(len(messages)), dtype=total.dtype), gradients[0].dtype)
+        return torch.where(idle, torch.zeros_like(average), average)
 
 
 def encode(message, numel, *, step=0, plan=0):

@@ -18,9 +18,15 @@ class TopKState:
         density (float): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5), at
             least 1. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
         process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
+        grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
+            rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
+            their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype, and what rounding cuts off stays in the residual.
+
+    A parameter whose gradient is zero in all entries on all ranks gets zero, and its residuals wait: whether DDP throws the
+    result away (find_unused_parameters, for one that no rank used) or writes it, nothing is lost.
 
     Raises:
         TypeError, ValueError: an option out of range; a group that this rank is not in.
@@ -29,10 +35,10 @@ class TopKState:
 
     _method = "topk"
 
-    def __init__(self, density=0.001, *, process_group=None):
-        self._open(density=density, mu=1.0, distortion="previous", process_group=process_group)
+    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None):
+        self._open(density=density, mu=1.0, distortion="previous", process_group=process_group, grad_scaler=grad_scaler)
 
-    def _open(self, *, density, mu, distortion, process_group):
+    def _open(self, *, density, mu, distortion, process_group, grad_scaler):
         who = type(self).__name__
         options = check_options(who, method=self._method, density=density, mu=mu, distortion=distortion)
         self._density, self._mu, self._distortion = float(density), float(mu), distortion
@@ -40,6 +46,8 @@ class TopKState:
             raise RuntimeError(
                 f"{who}: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
             )
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         group = dist.group.WORLD if process_group is None else process_group
         if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
             raise ValueError(
@@ -55,7 +63,11 @@ class TopKState:
 
         self._payload_group = own_group()
         self._exchange = _C.Exchange(
-            payload_group=self._payload_group, control_group=own_group(), options=options, timeout_seconds=timeout.total_seconds()
+            payload_group=self._payload_group,
+            control_group=own_group(),
+            options=options,
+            timeout_seconds=timeout.total_seconds(),
+            scale=None if grad_scaler is None else grad_scaler.get_scale,
         )
 
     @property
@@ -77,7 +89,7 @@ class TopKState:
         magnitude would have sent and the RegTop-k factor did not), bytes_sent and bytes_dense (what this rank puts on the
         network: (N - 1) payloads, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds, exchange_seconds
         (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers, residual_norm (2-norm
-        in fp64; reads every residual).
+        in fp64, of unscaled gradient; reads every residual).
         """
         return _with_ratios(self._exchange.statistics(), len(self._ranks), self._exchange.residual_norm())
 
@@ -112,7 +124,7 @@ class TopKState:
 
         Call it on every rank after the last step, then `optimizer.step()`: what was held back is applied. Every parameter
         that requires a gradient gets one, in its own dtype and shape, replacing what `.grad` held; an all-reduce in fp32 (or
-        fp64) per parameter.
+        fp64) per parameter. The gradients are unscaled: no GradScaler takes part in that step.
         """
         pieces = self._exchange.export_pieces()
         with torch.no_grad():
@@ -152,7 +164,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group: as for TopKState.
+        density, process_group, grad_scaler: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.
@@ -162,8 +174,8 @@ class RegTopKState(TopKState):
 
     _method = "regtopk"
 
-    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None):
-        self._open(density=density, mu=mu, distortion=distortion, process_group=process_group)
+    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None):
+        self._open(density=density, mu=mu, distortion=distortion, process_group=process_group, grad_scaler=grad_scaler)
 
     @property
     def mu(self):

@@ -28,8 +28,8 @@ def test_what_a_void_step_sent_returns_to_the_residual(method, dtype, bad):
     assert after[0].tolist() == [before[0][0] + 0.5, before[0][1], before[0][2] + 0.25, before[0][3] + 8.0]
     assert after[1].tolist() == (before[1] + second[1]).tolist()
     # The next step sends what the void one tried to.
-    third = exchange.step([torch.zeros(4, dtype=dtype)] * 2)
-    assert third.isfinite().all() and third[3] == (after[0][3] + after[1][3]) / 2
+    third = exchange.step([torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype)] * 2)
+    assert third.isfinite().all() and third[3] == (after[0][3] + after[1][3]) / 2 + 1
     stats = exchange.stats()
     assert stats["void_steps"] == 1 and stats["history_dropped"] == 4
 

@@ -34,13 +34,14 @@ std::string round_trip(double value) {
 
 Exchange::Exchange(
     c10::intrusive_ptr<c10d::ProcessGroup> payload_group, c10::intrusive_ptr<c10d::ProcessGroup> control_group, Options options,
-    std::chrono::milliseconds timeout)
+    std::chrono::milliseconds timeout, Scale scale)
     : payload_group_(std::move(payload_group)),
       control_group_(std::move(control_group)),
       timeout_(timeout),
       worker_(std::make_shared<Worker>(
           std::move(options), c10::str("rank ", payload_group_->getRank(), ": sparse_hook"), payload_group_->getRank(),
-          payload_group_->getSize())) {}
+          payload_group_->getSize())),
+      scale_(std::move(scale)) {}
 
 Exchange::~Exchange() { shutdown(); }
 
@@ -66,13 +67,14 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
   const at::NoGradGuard no_grad;
   at::Tensor& buffer = bucket.getBufferRef();
   const Layout layout = layout_of(bucket);
+  const double scale = scale_ ? scale_() : 1.0;
   for (const Parameter& parameter : layout.parameters) {
     // DDP hands complex gradients over as twice as many real ones; only the parameter tells.
     if (parameter.owner.is_complex()) value_type_of(worker_->who().c_str(), parameter.owner.scalar_type());
   }
 
   if (buffer.is_sparse()) {
-    worker_->begin_without_plan(layout);
+    worker_->begin_without_plan(layout, scale);
     const int64_t hash = layout.hash();
     if (agreed_sparse_tensors_.insert(hash).second) agree_on(hash, layout, bucket.isLast(), true);
     return all_reduce(buffer, nullptr);
@@ -82,28 +84,28 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
       " entries, got ", buffer.numel());
 
   worker_->check_exchangeable(buffer);
-  const std::shared_ptr<Plan> plan = worker_->begin(layout);
+  const std::shared_ptr<Plan> plan = worker_->begin(layout, scale);
   if (plan->agreed_version != options_version_) {
     agree_on(plan->hash, layout, bucket.isLast(), false);
     plan->agreed_version = options_version_;
   }
   if (dense_) return all_reduce(buffer, plan);
 
-  const at::Tensor payload = worker_->compress(*plan, buffer);
-  const at::Tensor payloads = at::empty({worker_->workers(), payload.numel()}, payload.options());
-  const auto fail = [worker = worker_, plan, payload] { worker->finish_in_vain(*plan, payload); };
+  const at::Tensor message = worker_->compress(*plan, buffer);
+  const at::Tensor messages = at::empty({worker_->workers(), message.numel()}, message.options());
+  const auto fail = [worker = worker_, plan, message] { worker->finish_in_vain(*plan, message); };
   c10::intrusive_ptr<c10d::Work> work;
   try {
-    work = all_gather(*payload_group_, payloads, payload);
+    work = all_gather(*payload_group_, messages, message);
   } catch (...) {
     fail();
     throw;
   }
   return submit(
       work, buffer,
-      [worker = worker_, plan, payload, payloads, buffer] {
-        const at::Tensor feedback = worker->aggregate(*plan, payload, payloads, buffer, worker->rank(), 1);
-        worker->finish(*plan, payload, feedback.defined() ? feedback[0] : feedback, payloads);
+      [worker = worker_, plan, message, messages, buffer] {
+        const at::Tensor feedback = worker->aggregate(*plan, message, messages, buffer, worker->rank(), 1);
+        worker->finish(*plan, message, feedback.defined() ? feedback[0] : feedback, messages);
       },
       fail);
 }
@@ -178,6 +180,7 @@ void Exchange::shutdown() {
   }
   payload_group_.reset();
   control_group_.reset();
+  scale_ = nullptr;
 }
 
 }  // namespace regtopk

@@ -11,6 +11,7 @@
 #include <torch/csrc/distributed/c10d/comm.hpp>
 
 #include <chrono>
+#include <functional>
 #include <memory>
 
 #include "completer.h"
@@ -21,13 +22,15 @@ namespace regtopk {
 class Exchange {
  public:
   using FuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
+  // What the gradients of the step under way were multiplied by; may take a lock of its caller's language.
+  using Scale = std::function<double()>;
 
   // `payload_group` carries payloads and dense all-reduces, `control_group` the fingerprints. Both belong to this
   // exchange: gloo matches collectives by the order in which they are issued, and messages of unequal size on one group,
-  // as when ranks disagree, abort the process.
+  // as when ranks disagree, abort the process. Without `scale` the gradients are not scaled.
   Exchange(
       c10::intrusive_ptr<c10d::ProcessGroup> payload_group, c10::intrusive_ptr<c10d::ProcessGroup> control_group, Options options,
-      std::chrono::milliseconds timeout);
+      std::chrono::milliseconds timeout, Scale scale);
   // Stops; the GIL must not be held.
   ~Exchange();
 
@@ -55,6 +58,7 @@ class Exchange {
   const std::chrono::milliseconds timeout_;
   // Shared with pending tasks, which may outlive this object by a moment.
   const std::shared_ptr<Worker> worker_;
+  Scale scale_;
   bool dense_ = false;
   int64_t options_version_ = 0;
   std::unordered_set<int64_t> agreed_sparse_tensors_;  // layouts of sparse-tensor buckets that were agreed on

@@ -39,7 +39,7 @@ Worker& LocalExchange::worker(int64_t rank) {
 }
 
 std::vector<at::Tensor> LocalExchange::step(
-    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets) {
+    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets, double scale) {
   TORCH_CHECK_VALUE(
       static_cast<int64_t>(gradients.size()) == workers(), "LocalExchange: expected the gradients of ", workers(), " workers, got ",
       gradients.size());
@@ -76,14 +76,14 @@ std::vector<at::Tensor> LocalExchange::step(
     std::vector<std::shared_ptr<Plan>> plans;
     std::vector<at::Tensor> own;
     for (int64_t rank = 0; rank < workers(); ++rank) {
-      plans.push_back(worker(rank).begin(layout));
+      plans.push_back(worker(rank).begin(layout, scale));
       own.push_back(worker(rank).compress(*plans[rank], flat(gradients[rank])));
     }
-    const at::Tensor payloads = at::stack(own);
+    const at::Tensor messages = at::stack(own);
     const at::Tensor average = at::empty({layout.numel()}, first[bucket.front()].options());
-    const at::Tensor feedback = worker(0).aggregate(*plans[0], own[0], payloads, average, 0, workers());
+    const at::Tensor feedback = worker(0).aggregate(*plans[0], own[0], messages, average, 0, workers());
     for (int64_t rank = 0; rank < workers(); ++rank) {
-      worker(rank).finish(*plans[rank], own[rank], feedback.defined() ? feedback[rank] : feedback, payloads);
+      worker(rank).finish(*plans[rank], own[rank], feedback.defined() ? feedback[rank] : feedback, messages);
     }
     int64_t offset = 0;
     for (const int64_t parameter : bucket) {

@@ -14,9 +14,10 @@ class LocalExchange {
   LocalExchange(Options options, int64_t workers);
 
   // gradients[worker][parameter], of equal shapes for all workers; buckets[i] lists the parameters of bucket i in the
-  // order in which their gradients lie in it. Returns the average of every listed parameter, undefined for others.
+  // order in which their gradients lie in it; all gradients were multiplied by `scale`, and so are the averages. Returns the
+  // average of every listed parameter, undefined for others.
   std::vector<at::Tensor> step(
-      const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets);
+      const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets, double scale);
 
   Worker& worker(int64_t rank);
   int64_t workers() const { return static_cast<int64_t>(workers_.size()); }

@@ -5,10 +5,12 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <limits>
 #include <string>
 #include <unordered_set>
+#include <utility>
 
 #include "../ops/checks.h"
 #include "../ops/operators.h"
@@ -84,10 +86,39 @@ void Plan::remember(at::Tensor payload, at::Tensor feedback_of_payload, int64_t 
   sent_step = step;
 }
 
+int64_t Plan::take_back(const std::vector<int64_t>& parameters) {
+  if (parameters.empty()) return 0;
+  const auto [indices, values] = decode(sent, numel, sent_k, layout.dtype);
+  const at::Tensor offsets = parameter_offsets(layout);
+  const at::Tensor bounds = at::searchsorted(indices, offsets.to(indices.device())).cpu();
+  const int64_t* const bound = bounds.const_data_ptr<int64_t>();
+  const at::Tensor taken = at::zeros({sent_k}, indices.options().dtype(at::kBool));
+  int64_t count = 0;
+  for (const int64_t parameter : parameters) {
+    taken.slice(0, bound[parameter], bound[parameter + 1]).fill_(true);
+    count += bound[parameter + 1] - bound[parameter];
+  }
+  if (count == 0) return 0;
+  const auto packed = [&](const at::Tensor& which) {
+    return encode(indices.masked_select(which), values.masked_select(which), numel, sent_step, hash);
+  };
+  put_back_(residual, packed(taken), layout.dtype);
+  if (count == sent_k) {
+    sent.reset();
+    feedback.reset();
+  } else {
+    const at::Tensor others = taken.logical_not();
+    sent = packed(others);
+    if (feedback.defined()) feedback = feedback.masked_select(others);
+  }
+  sent_k -= count;
+  return count;
+}
+
 int64_t Plan::forget() {
+  const bool put_back = std::exchange(in_vain, false);
   if (!sent.defined()) return 0;
-  if (in_vain) put_back_(residual, sent, layout.dtype);
-  in_vain = false;
+  if (put_back) put_back_(residual, sent, layout.dtype);
   sent.reset();
   feedback.reset();
   return sent_k;
@@ -182,6 +213,15 @@ std::unordered_map<ParameterKey, Piece> ResidualStore::pieces() const {
     for (size_t i = 0; i < split_pieces.size(); ++i) pieces[plan->layout.parameters[i].key] = std::move(split_pieces[i]);
   }
   return pieces;
+}
+
+void ResidualStore::multiply(double factor, bool feedback_too) {
+  const auto scale = [&](at::Tensor& residual, at::Tensor& feedback) {
+    if (residual.defined()) residual.mul_(factor);
+    if (feedback_too && feedback.defined()) feedback.mul_(factor);
+  };
+  for (const auto& plan : plans_) scale(plan->residual, plan->feedback);
+  for (auto& [key, piece] : waiting_) scale(piece.residual, piece.feedback);
 }
 
 void ResidualStore::import_pieces(std::unordered_map<ParameterKey, Piece> pieces) {

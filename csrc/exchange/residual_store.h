@@ -60,6 +60,9 @@ struct Plan {
   int64_t agreed_version = -1;  // options version that all ranks agreed on for this plan
 
   void remember(at::Tensor payload, at::Tensor feedback_of_payload, int64_t step);
+  // Takes what was sent for these parameters, given by place in the layout, back into the residual and out of the history.
+  // Returns the entries taken back.
+  int64_t take_back(const std::vector<int64_t>& parameters);
   // Forgets the history; puts `sent` back first if it was in vain. Returns the entries whose history was dropped.
   int64_t forget();
 };
@@ -78,6 +81,8 @@ class ResidualStore {
 
   // All pieces, of plans and waiting ones, as views.
   std::unordered_map<ParameterKey, Piece> pieces() const;
+  // Multiplies all residuals, and the feedback where it is a gradient and not a ratio.
+  void multiply(double factor, bool feedback_too);
   // Replaces everything by these pieces.
   void import_pieces(std::unordered_map<ParameterKey, Piece> pieces);
 

@@ -7,10 +7,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <limits>
+#include <numeric>
 
 #include "../core/payload.h"
 #include "../ops/checks.h"
+#include "message.h"
 
 namespace regtopk {
 namespace {
@@ -25,6 +26,8 @@ PayloadHeader header_of(const at::Tensor& payload) {
   return header;
 }
 
+Messages messages_of(const Plan& plan) { return {plan.layout, payload_bytes(plan.numel, plan.k, plan.layout.dtype)}; }
+
 }  // namespace
 
 Worker::Worker(Options options, std::string who, int64_t rank, int64_t workers)
@@ -35,16 +38,31 @@ int64_t Worker::step() const {
   return step_;
 }
 
+double Worker::scale() const {
+  const std::lock_guard lock(mutex_);
+  return scale_;
+}
+
 void Worker::set_step(int64_t step) {
   const std::lock_guard lock(mutex_);
   step_ = step;
   step_begun_ = false;
 }
 
-void Worker::note_parameters(const Layout& layout) {
+void Worker::check_scale(double scale) const {
+  // Inside these bounds a residual keeps its bits through changes of the scale by powers of two: its entries stay normal.
+  constexpr double kLargest = 0x1p64;
+  TORCH_CHECK_VALUE(
+      scale >= 1 / kLargest && scale <= kLargest, who_, ": expected a gradient scale between 2^-64 and 2^64, got ", scale,
+      "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
+}
+
+void Worker::note_parameters(const Layout& layout, double scale) {
   const auto seen = [this](const Parameter& parameter) { return seen_.contains(parameter.key); };
-  if (!step_begun_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
+  if (!step_begun_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
     settle();
+    if (scale != scale_) store_.multiply(scale / scale_, feedback_has_scale());
+    scale_ = scale;
     seen_.clear();
     step_begun_ = true;
     ++step_;
@@ -68,52 +86,74 @@ void Worker::check_exchangeable(const at::Tensor& gradient) const {
       gradient.is_cpu(), who_, ": expected gradients on the CPU, got ", gradient.device(), "; this version exchanges CPU gradients over gloo");
 }
 
-std::shared_ptr<Plan> Worker::begin(const Layout& layout) {
+std::shared_ptr<Plan> Worker::begin(const Layout& layout, double scale) {
+  check_scale(scale);
   const std::lock_guard lock(mutex_);
-  note_parameters(layout);
+  note_parameters(layout, scale);
   return store_.plan_for(who_, layout, [this](int64_t numel) {
     const double wanted = std::floor(options_.density * static_cast<double>(numel) + 0.5);
     return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
   });
 }
 
-void Worker::begin_without_plan(const Layout& layout) {
+void Worker::begin_without_plan(const Layout& layout, double scale) {
+  check_scale(scale);
   const std::lock_guard lock(mutex_);
-  note_parameters(layout);
+  note_parameters(layout, scale);
 }
 
 CompressOptions Worker::operator_options(const Plan& plan) const { return {plan.k, options_.mu, options_.distortion}; }
 
 at::Tensor Worker::compress(Plan& plan, const at::Tensor& gradient) {
   const Clock::time_point start = Clock::now();
-  const at::Tensor payload =
-      at::empty({payload_bytes(plan.numel, plan.k, plan.layout.dtype)}, gradient.options().dtype(at::kByte));
+  const Messages messages = messages_of(plan);
+  const at::Tensor message = at::empty({messages.bytes()}, gradient.options().dtype(at::kByte));
   const auto optional = [](const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
-  compress_(gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), operator_options(plan), step(), plan.hash);
+  compress_(
+      gradient, plan.residual, messages.payload_of(message), optional(plan.sent), optional(plan.feedback), operator_options(plan), step(),
+      plan.hash);
+  messages.write_tail(message, gradient, scale());
   count_seconds(&Statistics::compress_seconds, seconds_since(start));
-  return payload;
+  return message;
 }
 
 at::Tensor Worker::aggregate(
-    const Plan& plan, const at::Tensor& own_payload, const at::Tensor& payloads, const at::Tensor& gradient, int64_t first, int64_t count) {
+    const Plan& plan, const at::Tensor& own_message, const at::Tensor& messages, const at::Tensor& gradient, int64_t first, int64_t count) {
   const Clock::time_point start = Clock::now();
+  const Messages form = messages_of(plan);
+  for (int64_t rank = 1; rank < workers_; ++rank) {
+    const double one = form.scale_of(messages[0]), other = form.scale_of(messages[rank]);
+    TORCH_CHECK_VALUE(
+        one == other, who_, ": expected the same gradient scale on every rank, got ", one, " on rank 0 and ", other, " on rank ", rank,
+        "; give every rank's state a GradScaler with the same arguments, or none");
+  }
   std::optional<at::Tensor> feedback;
   if (options_.regularised) feedback = at::empty({count, plan.k}, plan.residual.options());
-  const int64_t step = static_cast<int64_t>(header_of(own_payload).step);
-  aggregate_(gradient, payloads, feedback, operator_options(plan), first, step, plan.hash);
+  const int64_t step = static_cast<int64_t>(header_of(own_message).step);
+  aggregate_(gradient, form.payload_of(messages), feedback, operator_options(plan), first, step, plan.hash);
+  // DDP throws the result away for a parameter that no rank used, and writes it for one whose gradient happens to be zero.
+  // Zero is right for both once finish() takes back what was sent.
+  for (const int64_t idle : form.idle_parameters(messages)) {
+    const auto& parameters = plan.layout.parameters;
+    const auto offset = std::accumulate(
+        parameters.begin(), parameters.begin() + idle, int64_t{0}, [](int64_t sum, const Parameter& p) { return sum + p.numel; });
+    gradient.narrow(0, offset, parameters[idle].numel).zero_();
+  }
   count_seconds(&Statistics::aggregate_seconds, seconds_since(start));
   return feedback.value_or(at::Tensor());
 }
 
-void Worker::finish(Plan& plan, const at::Tensor& payload, const at::Tensor& feedback, const at::Tensor& payloads) {
+void Worker::finish(Plan& plan, const at::Tensor& message, const at::Tensor& feedback, const at::Tensor& messages) {
+  const Messages form = messages_of(plan);
   bool is_void = false;
-  for (int64_t rank = 0; rank < workers_; ++rank) is_void |= (header_of(payloads[rank]).flags & kFlagNonFinite) != 0;
-  const PayloadHeader own = header_of(payload);
+  for (int64_t rank = 0; rank < workers_; ++rank) is_void |= (header_of(messages[rank]).flags & kFlagNonFinite) != 0;
+  const PayloadHeader own = header_of(message);
   const double bucket_bytes = static_cast<double>(plan.numel * static_cast<int64_t>(c10::elementSize(plan.layout.dtype)));
 
   const std::lock_guard lock(mutex_);
   const int64_t step = static_cast<int64_t>(own.step);
-  plan.remember(payload, feedback, step);
+  plan.remember(form.payload_of(message), feedback, step);
+  statistics_.history_dropped += plan.take_back(form.idle_parameters(messages));
   if (is_void && void_step_ != step) {
     void_step_ = step;
     ++statistics_.void_steps;
@@ -122,13 +162,13 @@ void Worker::finish(Plan& plan, const at::Tensor& payload, const at::Tensor& fee
   statistics_.sent_entries += plan.k;
   statistics_.repeated += static_cast<int64_t>(own.repeated);
   statistics_.displaced += static_cast<int64_t>(own.displaced);
-  statistics_.bytes_sent += static_cast<double>((workers_ - 1) * payload.numel());
+  statistics_.bytes_sent += static_cast<double>((workers_ - 1) * message.numel());
   statistics_.bytes_dense += 2.0 * static_cast<double>(workers_ - 1) / static_cast<double>(workers_) * bucket_bytes;
 }
 
-void Worker::finish_in_vain(Plan& plan, const at::Tensor& payload) {
+void Worker::finish_in_vain(Plan& plan, const at::Tensor& message) {
   const std::lock_guard lock(mutex_);
-  plan.remember(payload, at::Tensor(), static_cast<int64_t>(header_of(payload).step));
+  plan.remember(messages_of(plan).payload_of(message), at::Tensor(), static_cast<int64_t>(header_of(message).step));
   plan.in_vain = true;
 }
 
@@ -161,14 +201,19 @@ double Worker::residual_norm() const {
     const double norm = at::linalg_vector_norm(piece.residual, 2, std::nullopt, false, at::kDouble).item<double>();
     sum_of_squares += norm * norm;
   }
-  return std::sqrt(sum_of_squares);
+  return std::sqrt(sum_of_squares) / scale_;
 }
 
 std::unordered_map<ParameterKey, Piece> Worker::export_pieces() {
   const std::lock_guard lock(mutex_);
   settle();
   auto pieces = store_.pieces();
-  for (auto& [key, piece] : pieces) piece = piece.clone();
+  for (auto& [key, piece] : pieces) {
+    piece = piece.clone();
+    if (scale_ == 1) continue;
+    piece.residual.div_(scale_);
+    if (feedback_has_scale() && piece.feedback.defined()) piece.feedback.div_(scale_);
+  }
   return pieces;
 }
 
@@ -178,6 +223,7 @@ void Worker::import_pieces(std::unordered_map<ParameterKey, Piece> pieces) {
   seen_.clear();
   step_begun_ = false;
   void_step_ = -1;
+  scale_ = 1;
 }
 
 }  // namespace regtopk

@@ -43,39 +43,46 @@ class Worker {
   int64_t rank() const { return rank_; }
   int64_t workers() const { return workers_; }
   int64_t step() const;
+  double scale() const;             // of the residuals: that of the gradients of the step
   void set_step(int64_t step);  // the number of the last step done
 
   // Raises TypeError or ValueError unless a bucket's gradient has a dtype and a device that can be exchanged.
   void check_exchangeable(const at::Tensor& gradient) const;
-  // The plan for a bucket that is about to be exchanged. A step begins when a parameter already seen comes back;
-  // what a void step sent then returns to the residuals.
-  std::shared_ptr<Plan> begin(const Layout& layout);
+  // The plan for a bucket that is about to be exchanged; `scale` is what the bucket's gradients were multiplied by. A step
+  // begins when a parameter already seen comes back or the scale is another one; what a void step sent then returns to the
+  // residuals, and the residuals take on the scale.
+  std::shared_ptr<Plan> begin(const Layout& layout, double scale);
   // Counts a bucket that holds no plan (sparse tensors), so that steps are recognised.
-  void begin_without_plan(const Layout& layout);
+  void begin_without_plan(const Layout& layout, double scale);
 
-  // From the bucket's gradient to this worker's payload, a new tensor of bytes; the gradient is only read.
+  // From the bucket's gradient to this worker's message, a new tensor of bytes; the gradient is only read.
   at::Tensor compress(Plan& plan, const at::Tensor& gradient);
-  // Writes the average of `payloads` [N, bytes], of the step that the own payload names, to `gradient`. Returns the
-  // feedback of ranks [first, first + count), one row each, or an undefined tensor for Top-k.
+  // Writes the average of what `messages` [N, bytes] hold, of the step that the own message names, to `gradient`: zero for
+  // parameters whose gradients are zero on all ranks. Returns the feedback of ranks [first, first + count), one row each, or
+  // an undefined tensor for Top-k. ValueError if the ranks' scales differ.
   at::Tensor aggregate(
-      const Plan& plan, const at::Tensor& own_payload, const at::Tensor& payloads, const at::Tensor& gradient, int64_t first, int64_t count);
-  // Ends the bucket: keeps the history, counts, and notes from the headers whether the step is void.
-  void finish(Plan& plan, const at::Tensor& payload, const at::Tensor& feedback, const at::Tensor& payloads);
-  // The payload reached nobody: what it took returns to the residual at the next step.
-  void finish_in_vain(Plan& plan, const at::Tensor& payload);
+      const Plan& plan, const at::Tensor& own_message, const at::Tensor& messages, const at::Tensor& gradient, int64_t first, int64_t count);
+  // Ends the bucket: keeps the history, counts, notes from the headers whether the step is void, and takes back what was
+  // sent for parameters whose gradients are zero on all ranks.
+  void finish(Plan& plan, const at::Tensor& message, const at::Tensor& feedback, const at::Tensor& messages);
+  // The message reached nobody: what it took returns to the residual at the next step.
+  void finish_in_vain(Plan& plan, const at::Tensor& message);
   // Counts a bucket exchanged by a dense all-reduce; its history, if any, ends.
   void finish_dense(Plan* plan, double bucket_bytes);
   void count_seconds(double Statistics::* which, double seconds);
 
   Statistics statistics() const;
+  // These are in units of the gradient before scaling.
   double residual_norm() const;  // in fp64; reads every residual
   std::unordered_map<ParameterKey, Piece> export_pieces();
   void import_pieces(std::unordered_map<ParameterKey, Piece> pieces);
 
  private:
   CompressOptions operator_options(const Plan& plan) const;
-  void note_parameters(const Layout& layout);
+  void check_scale(double scale) const;
+  void note_parameters(const Layout& layout, double scale);
   void settle();
+  bool feedback_has_scale() const { return options_.regularised && options_.distortion == "current"; }
 
   const Options options_;
   const std::string who_;
@@ -86,6 +93,7 @@ class Worker {
   ResidualStore store_;
   Statistics statistics_;
   std::unordered_set<ParameterKey> seen_;
+  double scale_ = 1;  // of the residuals
   int64_t step_ = -1;
   bool step_begun_ = false;
   int64_t void_step_ = -1;
