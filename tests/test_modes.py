@@ -1,114 +1,47 @@
-"""DDP's other modes: replicas stay identical and no gradient mass is lost.
+"""DDP's modes: equal to the one-process simulation bit for bit, replicas identical after every step, no gradient mass lost.
 
-Mass: over all ranks and steps, everything given to the exchange equals everything it handed out plus what is kept.
+Mass: what all ranks gave to the exchange equals N times what appeared in `.grad`, and so reached the optimizer, plus what
+all ranks keep. It is counted in `.grad` because DDP throws a result away for a parameter that no rank used.
 """
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.utils.checkpoint
 from processes import run_workers
 from torch.nn.parallel import DistributedDataParallel
-from training import BUCKET_CAP_MB, batch, loss_of, make_model, make_optimizer, make_state
+from training import BUCKET_CAP_MB, WIDTH, batch, loss_of, make_model, make_optimizer, make_state
 
 import regtopk_torch as rt
 
-STEPS = 8
+STEPS = 9
 
 
-class WithUnused(nn.Module):
-    """A branch that only rank `user` takes; None: nobody."""
+class WithBranch(nn.Module):
+    """A model whose branch some ranks take in some steps: `takers(step)` is a set of ranks."""
 
-    def __init__(self, rank, user):
+    def __init__(self, rank, takers):
         super().__init__()
-        self.model = make_model()
-        self.branch = nn.Linear(24, 24)
-        self.takes_branch = rank == user
+        torch.manual_seed(1)
+        self.model, self.branch = make_model(), nn.Linear(WIDTH, WIDTH)
+        self.rank, self.takers, self.step = rank, takers, 0
 
     def forward(self, x):
-        return self.model(self.branch(x) if self.takes_branch else x)
+        return self.model(self.branch(x) if self.rank in self.takers(self.step) else x)
 
 
-class Ledger:
-    """What went into the exchange and what came out, by parameter, in fp64."""
+class WithDeadBranch(WithBranch):
+    """The branch is always used, and its gradient is zero for a rank that does not take it."""
 
-    def __init__(self, module):
-        self.names = {parameter: name for name, parameter in module.named_parameters()}
-        self.given = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in module.named_parameters()}
-        self.handed_out = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in module.named_parameters()}
-
-    def add(self, sums, bucket):
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            # A bucket holds each gradient in its parameter's memory order, whatever shape it shows.
-            sums[self.names[parameter]] += gradient.flatten().as_strided(parameter.size(), parameter.stride()).double()
-
-
-def booked_hook(books, bucket):
-    """sparse_hook that enters the bucket in a ledger before and after."""
-    state, ledger = books
-    ledger.add(ledger.given, bucket)
-
-    def book(done):
-        ledger.add(ledger.handed_out, bucket)  # the result is the bucket's own buffer
-        return done.value()
-
-    return rt.sparse_hook(state, bucket).then(book)
-
-
-def train(rank, mode, method):
-    torch.manual_seed(0)
-    options = {
-        "static_graph": {"static_graph": True},
-        "batched_grad_copy": {"batched_grad_copy": True},
-        "batched_grad_copy, bucket view": {"batched_grad_copy": True, "gradient_as_bucket_view": True},
-        "unused on one rank": {"find_unused_parameters": True},
-        "unused skipped": {"find_unused_parameters": True, "skip_all_reduce_unused_params": True},
-    }.get(mode, {})
-    if mode == "unused on one rank":
-        module = WithUnused(rank, 0)
-    elif mode == "unused skipped":
-        module = WithUnused(rank, None)
-    else:
-        module = make_model()
-    if mode == "frozen":
-        module.layers[0].weight.requires_grad_(False)
-    if mode == "channels_last":
-        module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)).to(memory_format=torch.channels_last)
-    if mode == "two dtypes":
-        module = nn.Sequential(nn.Linear(24, 24), Cast(), nn.Linear(24, 24).double())
-    ddp = DistributedDataParallel(module, bucket_cap_mb=BUCKET_CAP_MB, **options)
-    state = make_state(method, 0.05)
-    ledger = Ledger(module)
-    ddp.register_comm_hook((state, ledger), booked_hook)
-    optimizer = make_optimizer(module)
-
-    def loss(step):
-        x = batch(rank, step)
-        if mode == "channels_last":
-            x = x.reshape(8, 1, 4, 6)
-            return (ddp(x) - x).square().mean()
-        return loss_of(ddp, x)
-
-    def step_once(step):
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
-
-    if mode == "no_sync":
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            with ddp.no_sync():
-                loss(step).backward()
-            loss(step + 100).backward()
-            optimizer.step()
-    elif mode == "join":
-        with ddp.join():
-            for step in range(STEPS - 3 * rank):
-                step_once(step)
-    else:
-        for step in range(STEPS):
-            step_once(step)
-    kept = {name: entry.get("residual") for name, entry in state.state_dict(ddp)["parameters"].items()}
-    return [p.detach().clone() for p in module.parameters()], ledger.given, ledger.handed_out, kept, state.stats()
+    def forward(self, x):
+        taken = float(self.rank in self.takers(self.step))
+        return self.model(x + taken * self.branch(x))
 
 
 class Cast(nn.Module):
@@ -116,32 +49,357 @@ class Cast(nn.Module):
         return x.double()
 
 
+class Images(nn.Module):
+    """Two convolutions around a batch norm, channels last."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.layers(x.reshape(-1, 1, 4, 6)).flatten(1)
+
+
+class OneParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class ManyParameters(nn.Module):
+    """300 parameters of 1 to 24 entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList(torch.full((1 + 7 * i % WIDTH,), 0.01 * i % 1) for i in range(300))
+
+    def forward(self, x):
+        return x * sum(nn.functional.pad(part, (0, WIDTH - len(part))) for part in self.parts)
+
+
+class Checkpointed(nn.Module):
+    """Activation checkpointing; the re-entrant form runs its hooks in a backward pass of its own."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.model, self.reentrant = make_model(), reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.model, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def frozen():
+    model = make_model()
+    model.layers[0].weight.requires_grad_(False)
+    return model
+
+
+def two_dtypes():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), Cast(), nn.Linear(WIDTH, WIDTH).double())
+
+
+def always(step):
+    return {0, 1, 2, 3}
+
+
+def now_and_then(step):
+    return [{0, 1, 2, 3}, set(), {1}, set(), set()][step % 5]
+
+
+def all_or_nobody(step):
+    return {0, 1, 2, 3} if step % 3 == 0 else set()
+
+
+@dataclasses.dataclass
+class Mode:
+    model: Callable = lambda rank: make_model()
+    options: dict = dataclasses.field(default_factory=dict)
+    world_size: int = 2
+    wrap: Callable = lambda module, **options: DistributedDataParallel(module, **options)
+    no_sync: bool = False
+    join: bool = False
+    set_to_none: bool = True
+    new_group_at: int = -1
+    group: tuple = ()  # of these ranks; the others do nothing
+
+
+UNUSED = {"find_unused_parameters": True}
+COMPILED = {"bucket_cap_mb": 1}  # dynamo splits the graph by DDP's buckets and takes no less
+MODES = {
+    "plain": Mode(),
+    "plain, three ranks": Mode(world_size=3),
+    "bucket view": Mode(options={"gradient_as_bucket_view": True}),
+    "bucket view, gradients zeroed in place": Mode(options={"gradient_as_bucket_view": True}, set_to_none=False),
+    "static graph": Mode(options={"static_graph": True}),
+    "static graph, unused": Mode(lambda rank: WithBranch(rank, lambda step: set()), {"static_graph": True}),
+    "batched grad copy": Mode(options={"batched_grad_copy": True}),
+    "batched grad copy, bucket view": Mode(options={"batched_grad_copy": True, "gradient_as_bucket_view": True}),
+    "no_sync": Mode(no_sync=True),
+    "no_sync, bucket view": Mode(options={"gradient_as_bucket_view": True}, no_sync=True),
+    "no_sync, unused": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, no_sync=True),
+    "join": Mode(join=True),
+    "join, three ranks": Mode(join=True, world_size=3),
+    "join, unused": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, join=True),
+    "join, unused, gradients zeroed in place": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, join=True, set_to_none=False),
+    "used by one rank": Mode(lambda rank: WithBranch(rank, lambda step: {0}), UNUSED),
+    "used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED),
+    "used now and then, four ranks": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, world_size=4),
+    "used now and then, one bucket": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED | {"bucket_cap_mb": 100}),
+    "used now and then, bucket view": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED | {"gradient_as_bucket_view": True}),
+    "used now and then, gradients zeroed in place": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, set_to_none=False),
+    "used now and then, bucket view, zeroed in place": Mode(
+        lambda rank: WithBranch(rank, now_and_then), UNUSED | {"gradient_as_bucket_view": True}, set_to_none=False
+    ),
+    "used now and then, batched grad copy": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED | {"batched_grad_copy": True}),
+    "used now and then, skipped": Mode(lambda rank: WithBranch(rank, all_or_nobody), UNUSED | {"skip_all_reduce_unused_params": True}),
+    "always used, looked for": Mode(lambda rank: WithBranch(rank, always), UNUSED),
+    "used with a gradient of zero": Mode(lambda rank: WithDeadBranch(rank, now_and_then)),
+    "used with a gradient of zero, looked for": Mode(lambda rank: WithDeadBranch(rank, now_and_then), UNUSED),
+    "frozen": Mode(lambda rank: frozen()),
+    "channels_last and buffers": Mode(lambda rank: Images()),
+    "channels_last and buffers of each rank": Mode(lambda rank: Images(), {"forward_sync_buffers": False}),
+    "two dtypes": Mode(lambda rank: two_dtypes()),
+    "one parameter": Mode(lambda rank: OneParameter()),
+    "300 parameters": Mode(lambda rank: ManyParameters()),
+    "activation checkpointing": Mode(lambda rank: Checkpointed(False)),
+    "re-entrant activation checkpointing": Mode(lambda rank: Checkpointed(True), {"static_graph": True}),
+    "another process group": Mode(new_group_at=5),
+    "subgroup": Mode(world_size=3, group=(0, 2)),
+    "compiled inside": Mode(
+        options=COMPILED, wrap=lambda module, **options: DistributedDataParallel(torch.compile(module, backend="eager"), **options)
+    ),
+    "compiled outside": Mode(
+        options=COMPILED, wrap=lambda module, **options: torch.compile(DistributedDataParallel(module, **options), backend="eager")
+    ),
+}
+
+
+class Books:
+    """What each bucket of each step was given and handed out: by index of the parameter, flat, in memory order."""
+
+    def __init__(self, module):
+        self.indices = {parameter: index for index, parameter in enumerate(module.parameters())}
+        self.steps = []
+
+    def begin_bucket(self, bucket):
+        layout = [self.indices[parameter] for parameter in bucket.parameters()]
+        if not self.steps or layout[0] in self.steps[-1]["given"]:
+            self.steps.append({"layouts": [], "given": {}, "handed_out": {}})
+        step = self.steps[-1]
+        step["layouts"].append(layout)
+        self.enter(step["given"], layout, bucket)
+        return step["handed_out"], layout
+
+    @staticmethod
+    def enter(page, layout, bucket):
+        # A bucket holds each gradient in its parameter's memory order, whatever shape it shows.
+        page.update((index, gradient.flatten().clone()) for index, gradient in zip(layout, bucket.gradients(), strict=True))
+
+
+def booked_hook(state_and_books, bucket):
+    """sparse_hook that enters the bucket in the books before and after."""
+    state, books = state_and_books
+    page, layout = books.begin_bucket(bucket)
+
+    def book(done):
+        books.enter(page, layout, bucket)  # the result is the bucket's own buffer
+        return done.value()
+
+    return rt.sparse_hook(state, bucket).then(book)
+
+
+def in_memory_order(tensor, like):
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    flat.as_strided(like.size(), like.stride()).copy_(tensor)
+    return flat
+
+
+def train(rank, name, method, entry):
+    """Return (books, digests of the parameters after each step, applied gradient by index, residual by index, stats)."""
+    mode = MODES[name]
+    group = dist.new_group(list(mode.group)) if mode.group else None
+    if mode.group and rank not in mode.group:
+        return None
+    torch.manual_seed(0)
+    module = mode.model(rank)
+    ddp = mode.wrap(module, **{"bucket_cap_mb": BUCKET_CAP_MB, "process_group": group, **mode.options})
+    plain = ddp if isinstance(ddp, DistributedDataParallel) else ddp._orig_mod
+    state = make_state(method, 0.05, process_group=group)
+    books = Books(module)
+    if entry == "attach":
+        rt.attach(plain, state)
+    else:
+        plain.register_comm_hook((state, books), booked_hook)
+    optimizer = make_optimizer(module)
+    digests, applied = [], [torch.zeros(p.numel(), dtype=torch.float64) for p in module.parameters()]
+    with ddp.join() if mode.join else contextlib.nullcontext():
+        for step in range(STEPS - 4 * rank if mode.join else STEPS):
+            module.step = step
+            if step == mode.new_group_at:
+                plain._update_process_group(dist.new_group())
+            optimizer.zero_grad(set_to_none=mode.set_to_none)
+            if mode.no_sync:
+                with plain.no_sync():
+                    loss_of(ddp, batch(rank, step + 100)).backward()
+                module.step = step + 1
+            loss_of(ddp, batch(rank, step)).backward()
+            for total, parameter in zip(applied, module.parameters(), strict=True):
+                if parameter.grad is not None:
+                    total += in_memory_order(parameter.grad, parameter).double()
+            optimizer.step()
+            digests.append(digest(module))
+    saved = state.state_dict(plain)["parameters"]
+    kept = {
+        index: in_memory_order(saved[name]["residual"], parameter)
+        for index, (name, parameter) in enumerate(plain.module.named_parameters())
+        if "residual" in saved.get(name, {})
+    }
+    return books.steps, [*digests, digest(module)], applied, kept, state.stats()
+
+
+def digest(module):
+    hashed = hashlib.sha256()
+    for parameter in module.parameters():
+        hashed.update(parameter.detach().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
+
+def train_by_both_entries(rank, name, method):
+    return [train(rank, name, method, entry) for entry in ("register_comm_hook", "attach")]
+
+
 @pytest.mark.parametrize("method", ["topk", "regtopk"])
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "plain", "static_graph", "batched_grad_copy", "batched_grad_copy, bucket view", "no_sync", "join", "unused on one rank",
-        "unused skipped", "frozen", "channels_last", "two dtypes",
-    ],
-)  # fmt: skip
-def test_replicas_stay_identical_and_nothing_is_lost(mode, method):
-    results = run_workers(train, 2, mode, method)
-    parameters = [result[0] for result in results]
-    assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
-    given, handed_out = (sum_by_name(result[i] for result in results) for i in (1, 2))
-    kept = sum_by_name({name: r for name, r in result[3].items() if r is not None} for result in results)
-    assert kept
-    for name in given:
-        # Every rank is handed the average, so both together the sum. fp32 sums of about 20 terms.
-        total = handed_out[name] + kept.get(name, torch.zeros_like(given[name])).double()
-        torch.testing.assert_close(total, given[name], rtol=1e-5, atol=1e-6)
-    assert any(residual.any() for residual in kept.values())
-    assert {result[4]["steps"] for result in results} == {STEPS}
+@pytest.mark.parametrize("name", list(MODES))
+def test_a_mode_equals_the_simulation_keeps_replicas_equal_and_loses_nothing(name, method):
+    mode = MODES[name]
+    results = [both for both in run_workers(train_by_both_entries, mode.world_size, name, method) if both[0]]
+    by_hook, attached = zip(*results, strict=True)
+    check_replicas(by_hook, mode)
+    exchange = check_against_simulation([result[0] for result in by_hook], method)
+    for rank, (one, other) in enumerate(results):
+        assert other[1] == one[1], "attach and register_comm_hook give the same bits"
+        for kept in (one[3], other[3]):
+            check_equal(kept, exchange.residuals(rank))
+        for statistic in ("steps", "entries", "sent_entries", "repeated", "displaced", "rebuilds", "history_dropped", "bytes_sent"):
+            assert one[4][statistic] == other[4][statistic] == exchange.stats(rank)[statistic], statistic
+    check_mass(by_hook)
+    assert any(residual.any() for residual in by_hook[0][3].values()), "a run that keeps nothing tests nothing"
 
 
-def sum_by_name(dicts):
-    total = {}
-    for one in dicts:
-        for name, tensor in one.items():
-            total[name] = total[name] + tensor if name in total else tensor
-    return total
+def check_replicas(results, mode):
+    digests = [result[1] for result in results]
+    if mode.join:
+        assert len({len(one) for one in digests}) > 1, "expected uneven inputs"
+        assert len({one[-1] for one in digests}) == 1
+        digests = [one[:-1] for one in digests]
+    for step in zip(*digests, strict=not mode.join):
+        assert len(set(step)) == 1
+    assert len(set(digests[0])) > 5, "expected the parameters to move"
+
+
+def check_against_simulation(books, method):
+    """Feed the simulation what the ranks' buckets held; its averages must be what DDP was handed, bit for bit."""
+    exchange = rt.LocalExchange(len(books), 0.05, method=method, mu=1.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for steps in zip(*books, strict=True):
+            assert all(step["layouts"] == steps[0]["layouts"] for step in steps)
+            parameters = 1 + max(max(layout) for layout in steps[0]["layouts"])
+            gradients = [[step["given"].get(index, torch.empty(0)) for index in range(parameters)] for step in steps]
+            averages = exchange.step(gradients, steps[0]["layouts"])
+            for step in steps:
+                check_equal(step["handed_out"], {index: averages[index] for index in step["handed_out"]})
+    finally:
+        torch.set_num_threads(threads)
+    return exchange
+
+
+def check_equal(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def check_mass(results):
+    """`results` of one run; rank 0 takes part in every step and has every average in `.grad`."""
+    applied = [len(results) * total for total in results[0][2]]
+    for index, total in enumerate(applied):
+        given = sum(step["given"][index].double() for result in results for step in result[0] if index in step["given"])
+        kept = sum(result[3][index].double() for result in results if index in result[3])
+        # fp32: each of about 10 steps rounds once when it adds to the residual and once when it divides by N.
+        torch.testing.assert_close(total + kept, torch.zeros_like(total) + given, rtol=1e-5, atol=1e-6)
+
+
+def train_two_models(rank, method):
+    """Two models under DDP in one process, trained by one loss, with a state each."""
+    modules = make_model(), make_model()
+    models = [DistributedDataParallel(module, bucket_cap_mb=BUCKET_CAP_MB) for module in modules]
+    states = [make_state(method, 0.05), make_state(method, 0.05)]
+    books = [Books(module) for module in modules]
+    for model, state, book in zip(models, states, books, strict=True):
+        model.register_comm_hook((state, book), booked_hook)
+    optimizers = [make_optimizer(module) for module in modules]
+    digests, applied = [], [[torch.zeros(p.numel(), dtype=torch.float64) for p in module.parameters()] for module in modules]
+    for step in range(STEPS):
+        x = batch(rank, step)
+        (loss_of(models[0], x) + models[1](models[0](x)).square().mean()).backward()
+        for module, totals in zip(modules, applied, strict=True):
+            for total, parameter in zip(totals, module.parameters(), strict=True):
+                total += parameter.grad.flatten().double()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        digests.append([digest(module) for module in modules])
+    results = []
+    for index, (state, module) in enumerate(zip(states, modules, strict=True)):
+        saved = state.state_dict(module)["parameters"].values()
+        kept = {i: entry["residual"].flatten() for i, entry in enumerate(saved)}
+        results.append((books[index].steps, [one[index] for one in digests], applied[index], kept))
+    return results
+
+
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+def test_two_models_in_one_backward_keep_their_residuals_apart(method):
+    for results in zip(*run_workers(train_two_models, 2, method), strict=True):
+        check_replicas(results, Mode())
+        exchange = check_against_simulation([result[0] for result in results], method)
+        for rank, result in enumerate(results):
+            check_equal(result[3], exchange.residuals(rank))
+        check_mass(results)
+
+
+def use_the_python_reducer(rank):
+    torch._dynamo.config.optimize_ddp = "python_reducer"
+    messages = []
+    for compiled in (False, True):
+        for entry in ("register_comm_hook", "attach"):
+            ddp = DistributedDataParallel(make_model())
+            state = make_state("topk", 0.1)
+            if entry == "attach":
+                rt.attach(ddp, state)
+            else:
+                ddp.register_comm_hook(state, rt.sparse_hook)
+            try:
+                if compiled:
+                    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                        loss_of(torch.compile(ddp, backend="eager"), batch(rank, 0)).backward()
+                else:
+                    loss_of(ddp, batch(rank, 0)).backward()
+                messages.append("no error")
+            except Exception as error:
+                messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def test_compiled_autograds_python_reducer_is_an_error_that_says_what_to_set():
+    for messages in run_workers(use_the_python_reducer, 2):
+        assert len(messages) == 4
+        for message in messages:
+            assert "expected a torch.distributed.GradBucket, got tuple" in message
+            assert "set torch._dynamo.config.optimize_ddp" in message
