@@ -42,12 +42,12 @@ class TopKState:
         who = type(self).__name__
         options = check_options(who, method=self._method, density=density, mu=mu, distortion=distortion)
         self._density, self._mu, self._distortion = float(density), float(mu), distortion
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
                 f"{who}: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
             )
-        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
-            raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         group = dist.group.WORLD if process_group is None else process_group
         if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
             raise ValueError(

@@ -6,7 +6,6 @@ all ranks keep. It is counted in `.grad` because DDP throws a result away for a 
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
+from books import (
+    Books, add_gradients, booked_hook, check_against_simulation, check_equal, check_mass, digest, nothing_applied, residuals_of,
+)  # fmt: skip
 from processes import run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import BUCKET_CAP_MB, WIDTH, batch, loss_of, make_model, make_optimizer, make_state
@@ -180,46 +182,6 @@ MODES = {
 }
 
 
-class Books:
-    """What each bucket of each step was given and handed out: by index of the parameter, flat, in memory order."""
-
-    def __init__(self, module):
-        self.indices = {parameter: index for index, parameter in enumerate(module.parameters())}
-        self.steps = []
-
-    def begin_bucket(self, bucket):
-        layout = [self.indices[parameter] for parameter in bucket.parameters()]
-        if not self.steps or layout[0] in self.steps[-1]["given"]:
-            self.steps.append({"layouts": [], "given": {}, "handed_out": {}})
-        step = self.steps[-1]
-        step["layouts"].append(layout)
-        self.enter(step["given"], layout, bucket)
-        return step["handed_out"], layout
-
-    @staticmethod
-    def enter(page, layout, bucket):
-        # A bucket holds each gradient in its parameter's memory order, whatever shape it shows.
-        page.update((index, gradient.flatten().clone()) for index, gradient in zip(layout, bucket.gradients(), strict=True))
-
-
-def booked_hook(state_and_books, bucket):
-    """sparse_hook that enters the bucket in the books before and after."""
-    state, books = state_and_books
-    page, layout = books.begin_bucket(bucket)
-
-    def book(done):
-        books.enter(page, layout, bucket)  # the result is the bucket's own buffer
-        return done.value()
-
-    return rt.sparse_hook(state, bucket).then(book)
-
-
-def in_memory_order(tensor, like):
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    flat.as_strided(like.size(), like.stride()).copy_(tensor)
-    return flat
-
-
 def train(rank, name, method, entry):
     """Return (books, digests of the parameters after each step, applied gradient by index, residual by index, stats)."""
     mode = MODES[name]
@@ -237,7 +199,7 @@ def train(rank, name, method, entry):
     else:
         plain.register_comm_hook((state, books), booked_hook)
     optimizer = make_optimizer(module)
-    digests, applied = [], [torch.zeros(p.numel(), dtype=torch.float64) for p in module.parameters()]
+    digests, applied = [], nothing_applied(module)
     with ddp.join() if mode.join else contextlib.nullcontext():
         for step in range(STEPS - 4 * rank if mode.join else STEPS):
             module.step = step
@@ -249,25 +211,10 @@ def train(rank, name, method, entry):
                     loss_of(ddp, batch(rank, step + 100)).backward()
                 module.step = step + 1
             loss_of(ddp, batch(rank, step)).backward()
-            for total, parameter in zip(applied, module.parameters(), strict=True):
-                if parameter.grad is not None:
-                    total += in_memory_order(parameter.grad, parameter).double()
+            add_gradients(applied, module)
             optimizer.step()
             digests.append(digest(module))
-    saved = state.state_dict(plain)["parameters"]
-    kept = {
-        index: in_memory_order(saved[name]["residual"], parameter)
-        for index, (name, parameter) in enumerate(plain.module.named_parameters())
-        if "residual" in saved.get(name, {})
-    }
-    return books.steps, [*digests, digest(module)], applied, kept, state.stats()
-
-
-def digest(module):
-    hashed = hashlib.sha256()
-    for parameter in module.parameters():
-        hashed.update(parameter.detach().reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
+    return books.steps, [*digests, digest(module)], applied, residuals_of(state, plain.module), state.stats()
 
 
 def train_by_both_entries(rank, name, method):
@@ -288,7 +235,9 @@ def test_a_mode_equals_the_simulation_keeps_replicas_equal_and_loses_nothing(nam
             check_equal(kept, exchange.residuals(rank))
         for statistic in ("steps", "entries", "sent_entries", "repeated", "displaced", "rebuilds", "history_dropped", "bytes_sent"):
             assert one[4][statistic] == other[4][statistic] == exchange.stats(rank)[statistic], statistic
-    check_mass(by_hook)
+    # fp32: each of about 10 steps rounds once when it adds to the residual and once when it divides by N. Rank 0 takes part
+    # in every step and has every average in `.grad`.
+    check_mass([result[0] for result in by_hook], [result[3] for result in by_hook], by_hook[0][2])
     assert any(residual.any() for residual in by_hook[0][3].values()), "a run that keeps nothing tests nothing"
 
 
@@ -303,39 +252,6 @@ def check_replicas(results, mode):
     assert len(set(digests[0])) > 5, "expected the parameters to move"
 
 
-def check_against_simulation(books, method):
-    """Feed the simulation what the ranks' buckets held; its averages must be what DDP was handed, bit for bit."""
-    exchange = rt.LocalExchange(len(books), 0.05, method=method, mu=1.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for steps in zip(*books, strict=True):
-            assert all(step["layouts"] == steps[0]["layouts"] for step in steps)
-            parameters = 1 + max(max(layout) for layout in steps[0]["layouts"])
-            gradients = [[step["given"].get(index, torch.empty(0)) for index in range(parameters)] for step in steps]
-            averages = exchange.step(gradients, steps[0]["layouts"])
-            for step in steps:
-                check_equal(step["handed_out"], {index: averages[index] for index in step["handed_out"]})
-    finally:
-        torch.set_num_threads(threads)
-    return exchange
-
-
-def check_equal(left, right):
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def check_mass(results):
-    """`results` of one run; rank 0 takes part in every step and has every average in `.grad`."""
-    applied = [len(results) * total for total in results[0][2]]
-    for index, total in enumerate(applied):
-        given = sum(step["given"][index].double() for result in results for step in result[0] if index in step["given"])
-        kept = sum(result[3][index].double() for result in results if index in result[3])
-        # fp32: each of about 10 steps rounds once when it adds to the residual and once when it divides by N.
-        torch.testing.assert_close(total + kept, torch.zeros_like(total) + given, rtol=1e-5, atol=1e-6)
-
-
 def train_two_models(rank, method):
     """Two models under DDP in one process, trained by one loss, with a state each."""
     modules = make_model(), make_model()
@@ -345,23 +261,20 @@ def train_two_models(rank, method):
     for model, state, book in zip(models, states, books, strict=True):
         model.register_comm_hook((state, book), booked_hook)
     optimizers = [make_optimizer(module) for module in modules]
-    digests, applied = [], [[torch.zeros(p.numel(), dtype=torch.float64) for p in module.parameters()] for module in modules]
+    digests, applied = [], [nothing_applied(module) for module in modules]
     for step in range(STEPS):
         x = batch(rank, step)
         (loss_of(models[0], x) + models[1](models[0](x)).square().mean()).backward()
         for module, totals in zip(modules, applied, strict=True):
-            for total, parameter in zip(totals, module.parameters(), strict=True):
-                total += parameter.grad.flatten().double()
+            add_gradients(totals, module)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         digests.append([digest(module) for module in modules])
-    results = []
-    for index, (state, module) in enumerate(zip(states, modules, strict=True)):
-        saved = state.state_dict(module)["parameters"].values()
-        kept = {i: entry["residual"].flatten() for i, entry in enumerate(saved)}
-        results.append((books[index].steps, [one[index] for one in digests], applied[index], kept))
-    return results
+    return [
+        (book.steps, [one[index] for one in digests], applied[index], residuals_of(state, module))
+        for index, (book, state, module) in enumerate(zip(books, states, modules, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("method", ["topk", "regtopk"])
@@ -371,7 +284,7 @@ def test_two_models_in_one_backward_keep_their_residuals_apart(method):
         exchange = check_against_simulation([result[0] for result in results], method)
         for rank, result in enumerate(results):
             check_equal(result[3], exchange.residuals(rank))
-        check_mass(results)
+        check_mass([result[0] for result in results], [result[3] for result in results], results[0][2])
 
 
 def use_the_python_reducer(rank):
