@@ -26,6 +26,9 @@ def sparse_hook(state, bucket):
     One all-gather per bucket, issued before this function returns; the first use of a bucket layout also waits for an
     all-gather in which the ranks compare their options.
 
+    A hook cannot see two things. Under `join(divide_by_initial_world_size=False)` the average still divides by N. And what
+    was left in `.grad` from an earlier step is given again: clear gradients between steps, or accumulate under `no_sync`.
+
     Raises:
         TypeError: `bucket` is not a GradBucket, or its dtype is not supported.
         ValueError: options, model, step or the GradScaler's scale differ between ranks; the message names the ranks and

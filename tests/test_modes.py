@@ -6,6 +6,7 @@ all ranks keep. It is counted in `.grad` because DDP throws a result away for a 
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Callable
 
 import pytest
@@ -285,6 +286,35 @@ def test_two_models_in_one_backward_keep_their_residuals_apart(method):
         for rank, result in enumerate(results):
             check_equal(result[3], exchange.residuals(rank))
         check_mass([result[0] for result in results], [result[3] for result in results], results[0][2])
+
+
+def shrink_the_group(rank, entry):
+    """DDP goes on with ranks 0 and 1; the state was made for three."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    ddp = DistributedDataParallel(make_model(), process_group=group)
+    state = make_state("topk", 0.1, process_group=group)
+    if entry == "attach":
+        rt.attach(ddp, state)
+    else:
+        ddp.register_comm_hook(state, rt.sparse_hook)
+    loss_of(ddp, batch(rank, 0)).backward()
+    norm = state.stats()["residual_norm"]
+    pair = dist.new_group([0, 1])
+    if rank == 2:
+        return "left", norm, norm
+    ddp._update_process_group(pair)
+    try:
+        for step in range(3):
+            loss_of(ddp, batch(rank, step)).backward()
+    except Exception as error:
+        return str(error), norm, state.stats()["residual_norm"]
+
+
+@pytest.mark.parametrize("entry", ["register_comm_hook", "attach"])
+def test_a_group_of_other_ranks_than_the_states_ends_in_an_error(entry):
+    for message, before, after in run_workers(shrink_the_group, 3, entry)[:2]:
+        assert "sparse_hook: expected" in message and "all 3 ranks" in message and "within 2 s" in message
+        assert before > 0 and after > 0
 
 
 def use_the_python_reducer(rank):
