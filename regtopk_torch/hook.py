@@ -48,7 +48,8 @@ def sparse_hook(state, bucket):
 def attach(ddp, state):
     """Register the exchange on `ddp` without Python in the backward pass.
 
-    Equivalent to `ddp.register_comm_hook(state, sparse_hook)`, bit for bit.
+    Equivalent to `ddp.register_comm_hook(state, sparse_hook)`, bit for bit. Of a state with a GradScaler its `get_scale` is
+    called once per bucket.
 
     Args:
         ddp (DistributedDataParallel): a model without a communication hook.
