@@ -120,11 +120,11 @@ class TopKState:
         self._exchange.import_pieces(pieces, step)
 
     def flush(self, module):
-        """Write the average of all residuals to the parameters' gradients and clear the residuals; a collective.
+        """Write the unscaled average of all residuals to the parameters' gradients and clear the residuals; a collective.
 
         Call it on every rank after the last step, then `optimizer.step()`: what was held back is applied. Every parameter
         that requires a gradient gets one, in its own dtype and shape, replacing what `.grad` held; an all-reduce in fp32 (or
-        fp64) per parameter. The gradients are unscaled: no GradScaler takes part in that step.
+        fp64) per parameter.
         """
         pieces = self._exchange.export_pieces()
         with torch.no_grad():
