@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <numeric>
 
 #include "../core/payload.h"
 #include "../ops/checks.h"
@@ -133,10 +132,10 @@ at::Tensor Worker::aggregate(
   aggregate_(gradient, form.payload_of(messages), feedback, operator_options(plan), first, step, plan.hash);
   // DDP throws the result away for a parameter that no rank used, and writes it for one whose gradient happens to be zero.
   // Zero is right for both once finish() takes back what was sent.
+  int64_t offset = 0, next = 0;
   for (const int64_t idle : form.idle_parameters(messages)) {
     const auto& parameters = plan.layout.parameters;
-    const auto offset = std::accumulate(
-        parameters.begin(), parameters.begin() + idle, int64_t{0}, [](int64_t sum, const Parameter& p) { return sum + p.numel; });
+    for (; next < idle; ++next) offset += parameters[next].numel;
     gradient.narrow(0, offset, parameters[idle].numel).zero_();
   }
   count_seconds(&Statistics::aggregate_seconds, seconds_since(start));
