@@ -21,12 +21,13 @@ except ImportError as error:
     ) from error
 
 from regtopk_torch import fake  # noqa: F401  (registers the fake kernels)
+from regtopk_torch.directory import CheckpointError, load, save
 from regtopk_torch.hook import attach, sparse_hook
 from regtopk_torch.local import LocalExchange
 from regtopk_torch.states import RegTopKState, TopKState
 
 __version__ = "0.1.0"
-__all__ = ["LocalExchange", "RegTopKState", "TopKState", "attach", "sparse_hook"]
+__all__ = ["CheckpointError", "LocalExchange", "RegTopKState", "TopKState", "attach", "load", "save", "sparse_hook"]
 
 # An instruction set that REGTOPK_CPU names in vain is an error now, not in the middle of a backward pass.
 _C.cpu_variant()

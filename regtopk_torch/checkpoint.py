@@ -61,7 +61,8 @@ def from_state_dict(who, state_dict, named_keys, header):
         raise ValueError(f"{who}: expected a state dict of version {VERSION}, got version {state_dict.get('version')}")
     for name in ("world_size", "rank"):
         if state_dict.get(name) != header[name]:
-            raise ValueError(f"{who}: expected a state dict of {name} {header[name]}, got {name} {state_dict.get(name)}")
+            advice = "; load the list of all its ranks' state dicts to redistribute them" if name == "world_size" else ""
+            raise ValueError(f"{who}: expected a state dict of {name} {header[name]}, got {name} {state_dict.get(name)}{advice}")
     step = state_dict.get("step")
     if not isinstance(step, int) or step < -1:
         raise ValueError(f"{who}: expected step to be an integer of at least -1, got {step!r}")
@@ -83,6 +84,60 @@ def from_state_dict(who, state_dict, named_keys, header):
         if "residual" in entry:
             pieces[key] = _piece(f"{who}: {name}", entry, parameter, keep_feedback=same_feedback)
     return pieces, step
+
+
+def shares(rank, world_size, saved_world_size):
+    """Return [(saved rank n, weight w)]: what rank m of M ranks takes over of the residuals of N.
+
+    What is to be conserved is the update that the residuals stand for: an average divides by the number of ranks, so
+
+        sum over m of residual'_m / M  ==  sum over n of residual_n / N.
+
+    The N ranks are laid out on a line and cut into M equal parts: rank m takes r'_m = sum over n of w_mn r_n, where w_mn is the
+    part's overlap with rank n, [n / N, (n + 1) / N) with [m / M, (m + 1) / M), times M. The weights of one m add up to 1, so
+    that a residual keeps its size against one rank's gradient, and those of one n to M / N, which is the equation. Where M is a
+    multiple of N all weights are 1: every rank takes a copy, and no bit changes.
+    """
+    weights = []
+    for saved in range(rank * saved_world_size // world_size, saved_world_size):
+        begin = max(rank * saved_world_size, saved * world_size)
+        overlap = min((rank + 1) * saved_world_size, (saved + 1) * world_size) - begin
+        if overlap <= 0:
+            break
+        weights.append((saved, overlap / saved_world_size))
+    return weights
+
+
+def from_state_dicts(read, saved_world_size, named_keys, header):
+    """Return (pieces, step, entries of history that were dropped) from the state dicts of a group of `saved_world_size` ranks.
+
+    Args:
+        read (function): of a saved rank, to (how messages name its state dict, the state dict); called once for each rank
+            that this one needs, one after the other.
+
+    In a group of the same size that is this rank's own, bit for bit. Otherwise residuals are redistributed (see `shares`): added
+    up in fp64 and rounded once, so that in exact arithmetic, per entry, with u = 2**-24 (0 for fp64 gradients),
+    |sum_m r'_m / M - sum_n r_n / N| <= u sum_m |r'_m| / M + 2**-50 sum_n |r_n| / N. What a rank sent last has no counterpart in a group of another
+    size: the histories are dropped, and those of a saved rank counted on the first rank that takes over its residual.
+    """
+    rank, world_size = header["rank"], header["world_size"]
+    if saved_world_size == world_size:
+        who, state_dict = read(rank)
+        return *from_state_dict(who, state_dict, named_keys, header), 0
+    sums, steps, dropped = {}, set(), 0
+    for saved, weight in shares(rank, world_size, saved_world_size):
+        who, state_dict = read(saved)
+        pieces, step = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
+        steps.add(step)
+        for key, (residual, sent_index, _, _) in pieces.items():
+            share = residual.double() * weight
+            sums[key] = sums[key].add_(share) if key in sums else share
+            if sent_index is not None and saved * world_size // saved_world_size == rank:
+                dropped += len(sent_index)
+    if len(steps) > 1:
+        raise ValueError(f"{who}: expected state dicts of one step, got steps {sorted(steps)}")
+    dtypes = {key: accumulate_dtype(parameter.dtype) for _, parameter, key in named_keys}
+    return {key: (total.to(dtypes[key]), None, None, None) for key, total in sums.items()}, steps.pop(), dropped
 
 
 def _piece(where, entry, parameter, *, keep_feedback):

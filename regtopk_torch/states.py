@@ -69,6 +69,7 @@ class TopKState:
             timeout_seconds=timeout.total_seconds(),
             scale=None if grad_scaler is None else grad_scaler.get_scale,
         )
+        self._history_dropped = 0  # by loading
 
     @property
     def density(self):
@@ -91,7 +92,9 @@ class TopKState:
         (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers, residual_norm (2-norm
         in fp64, of unscaled gradient; reads every residual).
         """
-        return _with_ratios(self._exchange.statistics(), len(self._ranks), self._exchange.residual_norm())
+        statistics = self._exchange.statistics()
+        statistics["history_dropped"] += self._history_dropped
+        return _with_ratios(statistics, len(self._ranks), self._exchange.residual_norm())
 
     def state_dict(self, module):
         """Return this rank's residuals, history and step as a dict that `torch.load(weights_only=True)` reads.
@@ -109,15 +112,26 @@ class TopKState:
         """Replace residuals, history and step by those of `state_dict`, made on the same rank of a world of the same size.
 
         A run that saves, loads and goes on equals one that never stopped, bit for bit, where the bucket layout is the same;
-        in another layout the residuals are the same and k per bucket follows the layout.
+        in another layout the residuals are the same and k per bucket follows the layout. Given the list of the state dicts of
+        all ranks, in rank order, that world may have had another size: the residuals are redistributed so that the average
+        they stand for stays (`checkpoint.shares`), and the history is dropped, which `stats()["history_dropped"]` counts.
 
         Raises:
             TypeError, ValueError: of another model, shape, rank, world size or version. The state is unchanged then.
         """
-        pieces, step = checkpoint.from_state_dict(
-            f"{type(self).__name__}.load_state_dict", state_dict, _named_keys(module), self._checkpoint_header()
-        )
+        who = f"{type(self).__name__}.load_state_dict"
+        if isinstance(state_dict, (list, tuple)):
+            self._import(
+                *checkpoint.from_state_dicts(
+                    lambda rank: (f"{who}: rank {rank}", state_dict[rank]), len(state_dict), _named_keys(module), self._checkpoint_header()
+                )
+            )
+        else:
+            self._import(*checkpoint.from_state_dict(who, state_dict, _named_keys(module), self._checkpoint_header()))
+
+    def _import(self, pieces, step, history_dropped=0):
         self._exchange.import_pieces(pieces, step)
+        self._history_dropped += history_dropped
 
     def flush(self, module):
         """Write the unscaled average of all residuals to the parameters' gradients and clear the residuals; a collective.
