@@ -44,6 +44,10 @@ def parse(arguments):
     add("--name", "run folder below runs/ (METHOD-dDENSITY-nWORKERS-sSEED); a taken name gets -2, -3, ...")
     add("--bucket-cap-mb", "DDP's bucket size in MiB (%(default)g: the whole model is one bucket, so that k counts the "
         "whole model, as in the paper; DDP's own default is 25)", type=float, default=1024.0, metavar="MIB")  # fmt: skip
+    add("--checkpoint", "folder for checkpoints, which every worker must see: the job saves a step folder below it every "
+        "--checkpoint-every steps, keeps the newest two, and starts from the newest that is complete (default: none)",
+        metavar="DIR")  # fmt: skip
+    add("--checkpoint-every", "steps between checkpoints (%(default)s)", type=int, default=100, metavar="STEPS")
     add("--threads", "CPU threads per worker (the cores divided by the workers of this host)", type=int)
     add("--timeout", "seconds a worker waits for another before it fails (%(default)g)", type=float, default=120.0)
     options = parser.parse_args(arguments)
@@ -54,6 +58,7 @@ def parse(arguments):
         ("momentum", 0 <= options.momentum < 1, "0 <= momentum < 1"),
         ("seed", options.seed >= 0, "at least 0"),
         ("evaluate_every", options.evaluate_every >= 1, "at least 1"),
+        ("checkpoint_every", options.checkpoint_every >= 1, "at least 1"),
         ("bucket_cap_mb", options.bucket_cap_mb > 0, "a number above 0"),
         ("threads", options.threads is None or options.threads >= 1, "at least 1"),
         ("timeout", options.timeout > 0, "a number above 0"),
@@ -80,6 +85,8 @@ def together(action, group=None):
         result = action()
     except (ValueError, ImportError, OSError) as caught:
         error = f"rank {dist.get_rank()}: {caught}"
+    except RuntimeError as caught:  # what the ranks have agreed on already, naming one of them
+        error = str(caught)
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error, group=group)
     if any(errors):
@@ -143,13 +150,58 @@ def prepare(options):
     return resnet18(num_classes=10), state, dataset
 
 
+def resume(options, model, state, data_name):
+    """Return (step folders, what the newest complete one handed back or None); (None, None) without --checkpoint. Collective.
+
+    The state, where there is one, is loaded.
+    """
+    if options.checkpoint is None:
+        return None, None
+    import torch.distributed as dist
+
+    from experiments.checkpoints import StepFolders
+
+    names = ["method", "batch_size", "learning_rate", "momentum", "seed"]
+    names += {"dense": [], "topk": ["density"], "regtopk": ["density", "mu", "distortion"]}[options.method]
+    folders = StepFolders(options.checkpoint, {"data": data_name, **{name: getattr(options, name) for name in names}})
+    newest = folders.newest()
+    if newest is None:
+        return folders, None
+    step, folder = newest
+    if step > options.steps:
+        raise ValueError(f"--steps: expected at least the {step} steps of the checkpoint {folder}, got {options.steps}")
+    resumed = folders.load(folder, state, model)
+    if dist.get_rank() == 0:
+        print(f"resumed from {folder}", flush=True)
+    return folders, resumed
+
+
+def open_log(options, data_name, resumed):
+    """Return a recorder on rank 0, None elsewhere: of a new run folder, or of the log of the run that is resumed, cut off
+    where its checkpoint was taken."""
+    import torch.distributed as dist
+
+    from experiments.record import LOG_NAME, Recorder, create_run_folder, portable
+
+    if dist.get_rank() != 0:
+        return None
+    workers = dist.get_world_size()
+    if resumed is not None:
+        path = RUNS / resumed["run"] / LOG_NAME
+        return Recorder.resume(path, resumed["log_position"], step=resumed["step"], workers=workers)
+    density = "" if options.method == "dense" else f"-d{options.density:g}"
+    folder = create_run_folder(options.name or f"{options.method}{density}-n{workers}-s{options.seed}", RUNS)
+    settings = {key: portable(value) if isinstance(value, str) else value for key, value in vars(options).items()}
+    return Recorder(folder / LOG_NAME, options.seed, workers=workers, data=data_name, options=settings)
+
+
 def main():
     options = parse(sys.argv[1:])
     import torch
     import torch.distributed as dist
 
     from experiments.plot import draw
-    from experiments.record import LOG_NAME, Recorder, count_cores, create_run_folder, portable
+    from experiments.record import count_cores
     from experiments.table import format_table
     from experiments.train import train
 
@@ -158,20 +210,15 @@ def main():
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
     model, state, dataset = prepare(options)
-    recorder = folder = None
-    if dist.get_rank() == 0:
-        density = "" if options.method == "dense" else f"-d{options.density:g}"
-        name = options.name or f"{options.method}{density}-n{dist.get_world_size()}-s{options.seed}"
-        folder = create_run_folder(name, RUNS)
-        settings = {key: portable(value) if isinstance(value, str) else value for key, value in vars(options).items()}
-        recorder = Recorder(
-            folder / LOG_NAME, options.seed, workers=dist.get_world_size(), data=dataset.name, options=settings
-        )
-        print(f"data: {dataset.name}; log: {folder / LOG_NAME}", flush=True)
-    result = train(options, model, state, dataset, recorder)
+    folders, resumed = together(lambda: resume(options, model, state, dataset.name))
+    recorder = together(lambda: open_log(options, dataset.name, resumed))
+    if recorder is not None:
+        print(f"data: {dataset.name}; log: {recorder.path}", flush=True)
+    result = train(options, model, state, dataset, recorder, folders, resumed)
     if recorder is not None:
         recorder.write("result", **result)
         recorder.close()
+        folder = recorder.path.parent
         print(format_table(folder))
         print(f"figure: {draw([folder], folder / 'curves.png')}")
     dist.barrier()

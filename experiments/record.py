@@ -99,6 +99,30 @@ class Recorder:
         }
         self._write_line(self.header)
 
+    @classmethod
+    def resume(cls, path, position, **values):
+        """Go on with the log at `path` from byte `position`: cut off what follows and append an event "resume" with `values`."""
+        size = os.path.getsize(path)
+        if size < position:
+            raise ValueError(f"Recorder: expected at least {position} bytes in the log {path} to go on with, got {size}")
+        recorder = cls.__new__(cls)
+        recorder.header, _ = read_log(path)
+        os.truncate(path, position)
+        recorder._file = open(path, "a", encoding="utf-8")
+        recorder.write("resume", time=datetime.now(timezone.utc).isoformat(timespec="seconds"), **values)
+        return recorder
+
+    @property
+    def path(self):
+        """The log."""
+        return Path(self._file.name)
+
+    def position(self):
+        """Return the log's length in bytes, all of them synchronised to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def write(self, event, **values):
         """Append {"event": event, ...values}; raise ValueError for a number that is not finite."""
         self._write_line({"event": event, **values})

@@ -76,14 +76,33 @@ def check_replicas(model):
         )
 
 
-def read_statistics(state, model, steps):
-    """Return state.stats(); for dense (`state` None) the bytes of a ring all-reduce per step, under the same keys."""
+def read_statistics(state, model, steps, before=None):
+    """Return state.stats(); for dense (`state` None) the bytes of a ring all-reduce per step, under the same keys.
+
+    `before` is what a run that was resumed had counted until then: it is added.
+    """
     if state is not None:
-        return state.stats()
+        return add_statistics(before or {}, state.stats())
     workers = dist.get_world_size()
     entries = sum(parameter.numel() for parameter in model.parameters()) * steps
     volume = round(2 * (workers - 1) / workers * entries * 4)
     return {"steps": steps, "workers": workers, "entries": entries, "bytes_sent": volume, "bytes_dense": volume}
+
+
+def add_statistics(before, now):
+    """Return `now` with the sums of `before` added; ratios and norms are those of `now`, or follow from the sums."""
+    total = dict(now)
+    for name in before.keys() - {"workers", "residual_norm", "density"}:
+        total[name] = now[name] + before[name]
+    total["density"] = total["sent_entries"] / total["entries"] if total["entries"] else 0.0
+    return total
+
+
+def share_of_statistics(ranks, rank, world_size):
+    """Return what one rank takes over of the statistics of all ranks of an earlier run: its own, in another world the mean."""
+    if len(ranks) == world_size:
+        return ranks[rank]
+    return {name: sum(statistics[name] for statistics in ranks) / len(ranks) for name in ranks[0]}
 
 
 def describe_progress(losses, accuracy, statistics):
@@ -92,11 +111,14 @@ def describe_progress(losses, accuracy, statistics):
     return f"loss {sum(losses) / len(losses):.3f}  accuracy {accuracy:.1%}  bytes saved {saved:.2%}"
 
 
-def train(options, model, state, dataset, recorder):
+def train(options, model, state, dataset, recorder, folders=None, resumed=None):
     """Train `model` in place, test it, and return the result as a dict, the same on every rank but for its own times.
 
     Collective. `recorder` is None except on rank 0: it gets every step's loss (rank 0's batch, nats) and seconds, and
-    every test's accuracy and bytes. The seconds leave the tests out.
+    every test's accuracy and bytes. The seconds leave tests and checkpoints out.
+
+    `folders` (checkpoints.StepFolders), where given, gets a checkpoint every `options.checkpoint_every` steps; `resumed` is what
+    such a checkpoint handed back: the run goes on after its step. The state must have been loaded then; the model is here.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ddp = DistributedDataParallel(model, bucket_cap_mb=options.bucket_cap_mb)
@@ -105,13 +127,24 @@ def train(options, model, state, dataset, recorder):
 
         ddp.register_comm_hook(state, rt.sparse_hook)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=options.learning_rate, momentum=options.momentum)
+    before = None
+    if resumed is not None:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        if state is not None:
+            before = share_of_statistics(resumed["statistics"], rank, world_size)
     batches = Batches(dataset, options.batch_size, options.seed, rank, world_size)
     losses, step_seconds = deque(maxlen=LOSS_STEPS), []
-    bar = tqdm(total=options.steps, unit="step", disable=rank != 0 or not sys.stderr.isatty())
+    first_step, accuracy = 1, None
+    if resumed is not None:
+        first_step, accuracy = resumed["step"] + 1, resumed["accuracy"]
+        losses.extend(resumed["losses"])
+        step_seconds += resumed["step_seconds"]
+    bar = tqdm(total=options.steps, initial=first_step - 1, unit="step", disable=rank != 0 or not sys.stderr.isatty())
 
     def test(step, count):
         accuracy = evaluate(model, dataset, count)
-        statistics = read_statistics(state, model, step) if step else {"bytes_sent": 0, "bytes_dense": 0}
+        statistics = read_statistics(state, model, step, before) if step else {"bytes_sent": 0, "bytes_dense": 0}
         if recorder is not None:
             sent, dense = statistics["bytes_sent"], statistics["bytes_dense"]
             recorder.write("test", step=step, accuracy=accuracy, images=count, bytes_sent=sent, bytes_dense=dense)
@@ -119,9 +152,26 @@ def train(options, model, state, dataset, recorder):
                 print(f"step {step}/{options.steps}  {describe_progress(losses, accuracy, statistics)}", flush=True)
         return accuracy
 
+    def save(step):
+        statistics = [None] * world_size
+        dist.all_gather_object(statistics, read_statistics(state, model, step, before))
+        training = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "accuracy": accuracy,
+            "losses": list(losses),
+            "step_seconds": step_seconds,
+            "statistics": statistics,
+            "run": None if recorder is None else recorder.path.parent.name,
+            "log_position": None if recorder is None else recorder.position(),
+        }
+        folders.save(step, training, state, ddp)
+
     subset = min(SUBSET_IMAGES, len(dataset.test_images))
-    accuracy = test(0, subset)
-    for step in range(1, options.steps + 1):
+    if resumed is None:
+        accuracy = test(0, subset)
+    for step in range(first_step, options.steps + 1):
         start = time.perf_counter()
         images, labels = batches[step - 1]
         optimizer.zero_grad(set_to_none=True)
@@ -138,16 +188,18 @@ def train(options, model, state, dataset, recorder):
             recorder.write("step", step=step, loss=losses[-1], seconds=round(step_seconds[-1], 6))
         if step % options.evaluate_every == 0 and step < options.steps:
             accuracy = test(step, subset)
+        if folders is not None and step % options.checkpoint_every == 0:
+            save(step)
         if not bar.disable:
             if step % BAR_STEPS == 0 or step == options.steps:
-                statistics = read_statistics(state, model, step)
+                statistics = read_statistics(state, model, step, before)
                 bar.set_postfix_str(describe_progress(losses, accuracy, statistics), refresh=False)
             bar.update()
     accuracy = test(options.steps, len(dataset.test_images))
     bar.close()
     check_replicas(model)
     statistics = [None] * world_size
-    dist.all_gather_object(statistics, read_statistics(state, model, options.steps))
+    dist.all_gather_object(statistics, read_statistics(state, model, options.steps, before))
     return {
         "accuracy": accuracy,
         "test_images": len(dataset.test_images),

@@ -30,11 +30,14 @@ _CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that was not written, or not loaded, as a whole; raised on every rank of the group."""
+    """A checkpoint that was not written, or not loaded, as a whole; raised on every rank of the group.
 
+    `agreed` (bool): whether every rank has said how it fared; False where one did not answer within the group's timeout.
+    """
 
-class _Unanswered(CheckpointError):
-    """Some rank did not say how it fared."""
+    def __init__(self, message, *, agreed=True):
+        super().__init__(message)
+        self.agreed = agreed
 
 
 def save(state, module, directory):
@@ -87,10 +90,10 @@ def save(state, module, directory):
     try:
         _, files = group.agree("write its file", write_mine)
         group.agree("see the manifest", write_manifest)
-    except _Unanswered:
-        raise  # rank 0 may still write the manifest: a file too many costs space, one too few the checkpoint
-    except CheckpointError:
-        if not _names(directory / MANIFEST, path.name):  # the disk may have failed after the manifest was in its place
+    except CheckpointError as error:
+        # Not where a manifest may name it: rank 0, if it did not answer, may still write one, and the disk may have failed
+        # after the manifest was in its place. A file too many costs space, one too few the checkpoint.
+        if error.agreed and not _names(directory / MANIFEST, path.name):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
@@ -242,8 +245,8 @@ class _Group:
             dist.all_gather_object(reports, report, group=self._group)
         except RuntimeError as lost:
             reason = f"; this rank failed too: {_message(error)}" if error else ""
-            raise _Unanswered(
-                f"{self.who}: expected all {self.size} ranks to {what} within {self._timeout:g} s, got: {lost}{reason}"
+            raise CheckpointError(
+                f"{self.who}: expected all {self.size} ranks to {what} within {self._timeout:g} s, got: {lost}{reason}", agreed=False
             ) from lost
         errors = [each["error"] for each in reports if each["error"] is not None]
         if errors:

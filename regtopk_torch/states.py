@@ -139,16 +139,28 @@ class TopKState:
         Call it on every rank after the last step, then `optimizer.step()`: what was held back is applied. Every parameter
         that requires a gradient gets one, in its own dtype and shape, replacing what `.grad` held; an all-reduce in fp32 (or
         fp64) per parameter.
+
+        Raises:
+            torch.distributed.DistBackendError: a rank did not answer within the group's timeout; the residuals stay.
         """
         pieces = self._exchange.export_pieces()
         with torch.no_grad():
             for _, parameter, key in _named_keys(module):
                 residual = pieces[key][0] if key in pieces else torch.zeros(parameter.numel(), dtype=checkpoint.accumulate_dtype(parameter.dtype))
-                dist.all_reduce(residual, group=self._payload_group)
+                self._sum_over_ranks(residual)
                 average = torch.empty_like(parameter)
                 average.copy_(checkpoint.in_shape_of(residual.div_(len(self._ranks)), parameter))
                 parameter.grad = average
         self.reset()
+
+    def _sum_over_ranks(self, residual):
+        try:
+            dist.all_reduce(residual, group=self._payload_group)
+        except RuntimeError as error:
+            raise dist.DistBackendError(
+                f"rank {dist.get_rank(self._payload_group)}: flush: expected the residuals of all {len(self._ranks)} ranks within "
+                f"{_timeout(self._payload_group).total_seconds():g} s, got: {error}"
+            ) from error
 
     def reset(self):
         """Drop residuals and history: gradient that was held back is lost. The step number stays."""

@@ -1,0 +1,147 @@
+"""Workers that are killed or stopped: the job resumes to the same bits, and nobody waits for ever."""
+
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import restarts
+import torch
+import torch.distributed as dist
+from processes import run_workers, run_workers_and_report
+from torch.nn.parallel import DistributedDataParallel
+from training import batch, loss_of, make_model, make_state
+
+import regtopk_torch as rt
+
+TESTS = Path(__file__).resolve().parent
+
+# Killed
+
+WORKERS, EVERY, STEPS_PER_KILL = 2, 3, 8
+# Otherwise a restarted worker may find the address of a dead one in the store that torchrun keeps (pytorch issue 135712).
+RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+KILL_WITHIN_SECONDS = 0.03  # of the report of a step: a step takes a few milliseconds, a checkpoint after it 10 to 30
+
+
+def kill_workers(job, pipe, kills, draw, deadline):
+    """Kill a random worker at a random moment of a random step, once per start of the job; return [(rank, step)]."""
+    done, partial, victim = [], b"", None
+    while len(done) < kills:
+        assert job.poll() is None, f"expected a job that still runs, got one that ended after {len(done)} of {kills} kills"
+        assert time.monotonic() < deadline, f"expected {kills} kills in time, got {len(done)}"
+        if not select.select([pipe], [], [], 1.0)[0]:
+            continue
+        *lines, partial = (partial + os.read(pipe, 1 << 16)).split(b"\n")
+        for restart, rank, step, pid in (map(int, line.split()) for line in lines):
+            if restart != len(done):
+                continue  # written before the last kill took effect
+            if victim is None:
+                victim = draw.randrange(WORKERS), step + draw.randrange(STEPS_PER_KILL)
+            if (rank, step) == victim:
+                handle = os.pidfd_open(pid)  # unlike a number, never another process
+                select.select([], [], [], draw.uniform(0, KILL_WITHIN_SECONDS))
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+                os.close(handle)
+                done.append(victim)
+                victim = None
+    return done
+
+
+def undisturbed(rank, directory, steps):
+    return restarts.run(rank, directory, steps, EVERY, before_step=lambda step: None)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_job_whose_workers_are_killed_ends_with_the_bits_of_an_undisturbed_one(tmp_path, kills):
+    seed, steps = 5, (kills + 2) * STEPS_PER_KILL
+    print(f"seed {seed}")
+    ((expected, _), *_) = run_workers(undisturbed, WORKERS, tmp_path / "undisturbed", steps)
+    os.mkfifo(tmp_path / "progress")
+    pipe = os.open(tmp_path / "progress", os.O_RDWR | os.O_NONBLOCK)
+    deadline = time.monotonic() + 60 + 15 * kills
+    environment = {**os.environ, **RESTARTING, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    command += ["--max-restarts", str(kills), str(TESTS / "restarts.py"), str(tmp_path), str(steps), str(EVERY)]
+    with open(tmp_path / "output", "wb") as output:
+        job = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            killed = kill_workers(job, pipe, kills, random.Random(seed), deadline)
+            status = job.wait(max(1.0, deadline - time.monotonic()))
+        finally:
+            if job.poll() is None:
+                job.terminate()  # torchrun ends its workers
+                job.wait(40)
+            os.close(pipe)
+            print((tmp_path / "output").read_text()[-6000:])
+    print(f"killed (rank, step): {killed}")
+    assert status == 0 and len(killed) == kills
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert result["restarts"] == kills and result["resumed_from"] is not None
+    assert all(map(torch.equal, result["parameters"], expected))
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == [f"step-{step:08d}" for step in range(EVERY, steps + 1, EVERY)][-2:]
+
+
+# Stopped
+
+PATIENCE = timedelta(seconds=2)
+
+
+def stop_rank_1(rank, moment, directory):
+    """Rank 1 stops for good at a moment; return rank 0's error and how long it took to come."""
+    pids = [None, None]
+    dist.all_gather_object(pids, os.getpid())
+    group = dist.new_group([0, 1], timeout=PATIENCE)
+    model = make_model()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=100, process_group=group)
+    state = make_state("regtopk", 0.02, process_group=group)
+    ddp.register_comm_hook(state, rt.sparse_hook)
+    if moment != "first exchange":
+        for step in range(2):
+            loss_of(ddp, batch(rank, step)).backward()
+        rt.save(state, ddp, directory)
+    dist.barrier()
+    start = time.monotonic()
+    try:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if moment in ("first exchange", "exchange"):
+            loss_of(ddp, batch(rank, 2)).backward()
+        elif moment == "save":
+            rt.save(state, ddp, directory)
+        elif moment == "load":
+            rt.load(state, ddp, directory)
+        else:
+            state.flush(ddp)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "moment, message",
+    [
+        # Within the hook's own future, torch puts a RuntimeError around the exchange's.
+        ("first exchange", "rank 0: sparse_hook: expected all 2 ranks to exchange the same bucket within 2 s, got: "),
+        ("exchange", "DistBackendError: rank 0: sparse_hook: expected the payloads of all 2 ranks of step 2 within 2 s, got "),
+        ("save", "CheckpointError: rank 0: save: expected all 2 ranks to begin the checkpoint within 2 s, got: "),
+        ("load", "CheckpointError: rank 0: load: expected all 2 ranks to read the checkpoint within 2 s, got: "),
+        ("flush", "DistBackendError: rank 0: flush: expected the residuals of all 2 ranks within 2 s, got: "),
+    ],
+)
+def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment, message):
+    (succeeded, result), (_, other) = run_workers_and_report(stop_rank_1, 2, moment, tmp_path, seconds=30)
+    assert succeeded, result
+    error, seconds = result
+    assert message in error
+    assert PATIENCE.total_seconds() * 0.9 < seconds < PATIENCE.total_seconds() + 5
+    assert "exit code -9" in other
