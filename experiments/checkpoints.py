@@ -24,15 +24,22 @@ KEEP = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
-def agree(who, action):
-    """Return [action() of each rank]; raise RuntimeError on every rank, with the first error, if any rank's failed. Collective."""
+def agree(what, action):
+    """Return [action() of each rank]; raise RuntimeError on every rank, with the first error, if any rank's failed.
+
+    Collective; each rank waits for the others to `what` at most the default group's timeout.
+    """
+    who = f"rank {dist.get_rank()}: --checkpoint"
     value = error = None
     try:
         value = action()
     except (OSError, ValueError, RuntimeError) as caught:
         error = caught
     reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (value, None if error is None else f"rank {dist.get_rank()}: {who}: {error}"))
+    try:
+        dist.all_gather_object(reports, (value, None if error is None else f"{who}: {error}"))
+    except RuntimeError as lost:
+        raise RuntimeError(f"{who}: expected all {len(reports)} ranks to {what}, got: {lost}") from lost
     failed = [text for _, text in reports if text is not None]
     if failed:
         raise RuntimeError(failed[0]) from error
@@ -71,11 +78,11 @@ class StepFolders:
                 wanted = [f"{name} {value}" for name, value in self._job.items() if job.get(name) != value]
                 raise ValueError(
                     f"expected a checkpoint of {', '.join(wanted)} in {complete[step]}, got one of {', '.join(different)}; "
-                    "give another folder to start another job"
+                    "give another folder to train another job"
                 )
             return step, str(complete[step])
 
-        found = agree("--checkpoint", look)[0]
+        found = agree("look for checkpoints", look)[0]
         return None if found is None else (found[0], Path(found[1]))
 
     def load(self, folder, state, module):
@@ -88,7 +95,7 @@ class StepFolders:
             training.append(torch.load(folder / TRAINING, map_location="cpu", weights_only=True))
 
         training = []
-        agree("--checkpoint", read)
+        agree("read the model and the optimizer", read)
         if state is not None:
             rt.load(state, module, folder)
         return training[0]
@@ -115,10 +122,10 @@ class StepFolders:
             manifest = {"format": FORMAT, "version": 1, "step": step, "job": self._job, "files": {TRAINING: written}}
             write_file(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
-        written = agree("--checkpoint", write_training)[0]
+        written = agree("write the model and the optimizer", write_training)[0]
         if state is not None:
             rt.save(state, module, folder)
-        agree("--checkpoint", write_manifest)  # every rank is past its own writing
+        agree("see the manifest", write_manifest)  # every rank is past its own writing
         if dist.get_rank() == 0:
             self._prune()
 
