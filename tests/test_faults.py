@@ -1,8 +1,8 @@
 """Workers that are killed or stopped: the job resumes to the same bits, and nobody waits for ever."""
 
+import json
 import os
 import random
-import re
 import select
 import signal
 import subprocess
@@ -145,3 +145,22 @@ def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment,
     assert message in error
     assert PATIENCE.total_seconds() * 0.9 < seconds < PATIENCE.total_seconds() + 5
     assert "exit code -9" in other
+
+
+# Again and again
+
+
+@pytest.mark.parametrize("cycles", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_created_trained_and_destroyed_again_and_again_a_process_does_not_grow(cycles):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, str(TESTS / "cycles.py"), str(cycles)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + cycles)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = json.loads(ended.stdout.splitlines()[-1])
+    assert len(results) == 2
+    for measurements in results:
+        assert len(measurements) == cycles
+        resident, threads, files = zip(*measurements[cycles // 2 :], strict=True)
+        print(f"resident MB after half of the cycles and after all: {resident[0] / 1e6:.1f} {resident[-1] / 1e6:.1f}")
+        assert max(resident) <= 1.02 * resident[0]
+        assert len(set(threads)) == len(set(files)) == 1
