@@ -339,6 +339,39 @@ def test_a_full_disk_is_an_error_wherever_it_shows(lone_rank, tmp_path, monkeypa
     rt.load(state, ddp, directory)
 
 
+class FullForAMoment:
+    """A file that fails to take the second thing written to it, and only that."""
+
+    def __init__(self, file):
+        self._file, self._count = file, 0
+
+    def write(self, data):
+        self._count += 1
+        if self._count == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+
+def test_a_disk_that_is_full_for_a_moment_is_an_error_too(lone_rank, tmp_path, monkeypatch):
+    ddp, state, _, directory = lone_rank
+    directory = shutil.copytree(directory, tmp_path / "checkpoint")
+    before = file_names(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_directory, "open", lambda *arguments: FullForAMoment(open(*arguments)), raising=False)
+        with pytest.raises(rt.CheckpointError, match=r"rank 0: save: expected to write and read .*\.pt, got No space left on device"):
+            rt.save(state, ddp, directory)
+    assert file_names(directory) == before
+
+
 class PowerCut(BaseException):
     pass
 

@@ -38,6 +38,36 @@ def test_a_multiple_of_the_ranks_takes_copies():
     assert [checkpoint.shares(rank, 3, 2) for rank in range(3)] == [[(0, 1.0)], [(0, 0.5), (1, 0.5)], [(1, 1.0)]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
+    parameter = torch.empty(1000, dtype=dtype)
+    named_keys = [("weight", parameter, 7)]
+    header = {"method": "topk", "distortion": "previous"}
+    normal = torch.randn(len(SIZES), 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for saved_size in SIZES:
+        dicts = [
+            {"format": "regtopk_torch", "version": 1, **header, "world_size": saved_size, "rank": rank, "step": 4,
+             "parameters": {"weight": {"shape": [1000], "residual": normal[rank]}}}
+            for rank in range(saved_size)
+        ]  # fmt: skip
+        saved = normal[:saved_size].double()
+        for size in SIZES:
+            loaded = [
+                checkpoint.from_state_dicts(
+                    lambda rank: ("", dicts[rank]), saved_size, named_keys, {**header, "world_size": size, "rank": rank}
+                )
+                for rank in range(size)
+            ]
+            assert all(step == 4 and dropped == 0 for _, step, dropped in loaded)
+            now = torch.stack([pieces[7][0] for pieces, _, _ in loaded])
+            assert now.dtype == dtype
+            now = now.double()
+            bound = ROUNDING[dtype] * now.abs().mean(0) + SUMMATION * saved.abs().mean(0)
+            assert ((now.mean(0) - saved.mean(0)).abs() <= bound).all()
+            if size % saved_size == 0:
+                assert torch.equal(now, saved.repeat_interleave(size // saved_size, 0))
+
+
 def make(method, dtype, bucket_cap_mb=100):
     model = make_model(dtype)
     ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)

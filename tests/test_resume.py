@@ -78,6 +78,9 @@ def save_and_damage(rank, directory):
     only_on_rank_0(blocked.touch)  # a file where the folder should be
     found["cannot be written"] = error_of(folders.save, 10, training(10), state, ddp)
     only_on_rank_0(blocked.unlink)
+    if rank == 0:
+        (blocked / "regtopk.json" / "folder").mkdir(parents=True)  # no file can take its place
+    found["state cannot be written"] = error_of(folders.save, 10, training(10), state, ddp)
     found["then"] = folders.newest()
     return found
 
@@ -97,6 +100,7 @@ def test_step_folders_are_found_when_whole_and_pruned_to_two(tmp_path):
         cut = f"in {newest / 'training.pt'}, got 100; it is truncated"
         assert found["cut training.pt"].startswith("RuntimeError: rank 0: --checkpoint: expected ") and found["cut training.pt"].endswith(cut)
         assert found["cannot be written"].startswith("RuntimeError: rank 0: --checkpoint: ") and "step-00000010" in found["cannot be written"]
+        assert found["state cannot be written"].startswith("CheckpointError: rank 0: save: expected to write and read ")
 
 
 # What the log and the statistics go on with
