@@ -101,15 +101,21 @@ class Recorder:
 
     @classmethod
     def resume(cls, path, position, **values):
-        """Go on with the log at `path` from byte `position`: cut off what follows and append an event "resume" with `values`."""
+        """Go on with the log at `path` from byte `position`: cut off what follows and append an event "resume".
+
+        The event has the time, the commit that goes on and `values`.
+        """
         size = os.path.getsize(path)
         if size < position:
             raise ValueError(f"Recorder: expected at least {position} bytes in the log {path} to go on with, got {size}")
         recorder = cls.__new__(cls)
-        recorder.header, _ = read_log(path)
-        os.truncate(path, position)
-        recorder._file = open(path, "a", encoding="utf-8")
-        recorder.write("resume", time=datetime.now(timezone.utc).isoformat(timespec="seconds"), **values)
+        recorder._file = open(path, "r+", encoding="utf-8")
+        recorder.header = json.loads(recorder._file.readline())
+        recorder._file.truncate(position)
+        recorder._file.seek(0, os.SEEK_END)
+        commit, dirty = describe_commit()
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        recorder.write("resume", time=time, commit=commit, dirty=dirty, **values)
         return recorder
 
     @property

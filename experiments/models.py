@@ -1,0 +1,39 @@
+"""Networks for ten classes of 32 x 32 images; none draws random numbers while it trains, so a resumed run repeats."""
+
+import torch
+from torch import nn
+
+from experiments.data import import_torchvision
+
+MODELS = ("resnet18", "resnet18_3x3", "vgg11_bn", "mobilenet_v2", "tiny")
+
+
+def make_model(name, seed):
+    """Return the network `name` on the CPU in fp32, its start weights decided by the seed; entries in brackets.
+
+    resnet18: torchvision's, with its 7 x 7 stem (11,181,642). resnet18_3x3: with a 3 x 3 stem and no first pooling, as
+    is usual for CIFAR-10 (11,173,962). vgg11_bn: torchvision's layers, averaged to 1 x 1 before one linear layer
+    (9,231,114). mobilenet_v2: torchvision's without dropout (2,236,682). tiny: two layers with BatchNorm, for tests
+    (2,842).
+    """
+    torch.manual_seed(seed)
+    if name == "tiny":
+        convolution = nn.Conv2d(3, 8, 5, stride=4, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(128, 10))
+    models = import_torchvision().models
+    if name == "resnet18_3x3":
+        model = models.resnet18(num_classes=10)
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model
+    if name == "vgg11_bn":
+        model = models.vgg11_bn(num_classes=10)
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        model.classifier = nn.Linear(512, 10)
+        nn.init.normal_(model.classifier.weight, 0, 0.01)  # as torchvision starts its own
+        nn.init.zeros_(model.classifier.bias)
+        return model
+    if name == "mobilenet_v2":
+        return models.mobilenet_v2(num_classes=10, dropout=0.0)
+    return models.resnet18(num_classes=10)
