@@ -1,6 +1,7 @@
 """Books of a run under DDP: what each bucket was given and handed out, to be compared with the simulation and summed up."""
 
 import hashlib
+import math
 
 import torch
 from buckets import same_bits
@@ -14,11 +15,14 @@ class Books:
     def __init__(self, module, grad_scaler=None):
         self.indices = {parameter: index for index, parameter in enumerate(module.parameters())}
         self.grad_scaler = grad_scaler
-        self.steps = []
+        self.steps, self.last_index = [], math.inf
 
     def begin_bucket(self, bucket):
         layout = [self.indices[parameter] for parameter in bucket.parameters()]
-        if not self.steps or layout[0] in self.steps[-1]["given"]:
+        # DDP may skip buckets, so that neither a first one nor a parameter of the last step is sure to come.
+        begins = bucket.index() <= self.last_index or layout[0] in self.steps[-1]["given"]
+        self.last_index = bucket.index()
+        if begins:
             scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
             self.steps.append({"layouts": [], "given": {}, "handed_out": {}, "scale": scale})
         step = self.steps[-1]
@@ -80,12 +84,12 @@ def digest(module):
     return hashed.hexdigest()
 
 
-def check_against_simulation(books, method):
+def check_against_simulation(books, method, exchange=None):
     """Feed the simulation what the ranks' buckets held; its averages must be what DDP was handed, bit for bit.
 
-    `books` holds the steps of every rank. Returns the LocalExchange.
+    `books` holds the steps of every rank. Returns the LocalExchange: `exchange`, or a new one of density 0.05 and mu 1.
     """
-    exchange = rt.LocalExchange(len(books), 0.05, method=method, mu=1.0)
+    exchange = exchange or rt.LocalExchange(len(books), 0.05, method=method, mu=1.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,6 +7,7 @@ all ranks keep. It is counted in `.grad` because DDP throws a result away for a 
 import contextlib
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable
 
 import pytest
@@ -251,6 +252,38 @@ def check_replicas(results, mode):
     for step in zip(*digests, strict=not mode.join):
         assert len(set(step)) == 1
     assert len(set(digests[0])) > 5, "expected the parameters to move"
+
+
+def train_with_a_void_step(rank, method, void_step):
+    """The branch, whose bias is the first bucket, is used in every third step; one rank's gradient is NaN in one step."""
+    module = WithBranch(rank, all_or_nobody)
+    options = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}
+    ddp = DistributedDataParallel(module, bucket_cap_mb=BUCKET_CAP_MB / 4, **options)
+    state, books = make_state(method, 0.05), Books(module)
+    ddp.register_comm_hook((state, books), booked_hook)
+    module.model.scale.register_hook(lambda g: g * math.nan if rank == 1 and module.step == void_step else g)
+    optimizer, applied = make_optimizer(module), nothing_applied(module)
+    for step in range(STEPS):
+        module.step = step
+        optimizer.zero_grad()
+        loss_of(ddp, batch(rank, step)).backward()
+        if step != void_step:
+            add_gradients(applied, module)
+            optimizer.step()
+    return books.steps, residuals_of(state, module), applied, state.stats()
+
+
+@pytest.mark.parametrize("void_step", [2, 3, 4])
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+def test_a_void_step_returns_what_it_sent_and_no_more_where_ddp_skips_its_first_bucket(method, void_step):
+    results = run_workers(train_with_a_void_step, 2, method, void_step)
+    for books, _, _, stats in results:
+        assert [step["layouts"][0][0] for step in books][:5] == [10, 8, 8, 10, 8], "expected a first bucket that comes and goes"
+        assert stats["void_steps"] == 1 and stats["steps"] == STEPS
+    exchange = check_against_simulation([result[0] for result in results], method)
+    for rank, result in enumerate(results):
+        check_equal(result[1], exchange.residuals(rank))
+    check_mass([result[0] for result in results], [result[1] for result in results], results[0][2])
 
 
 def train_two_models(rank, method):

@@ -67,6 +67,7 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
   const at::NoGradGuard no_grad;
   at::Tensor& buffer = bucket.getBufferRef();
   const Layout layout = layout_of(bucket);
+  const auto index = static_cast<int64_t>(bucket.getIndex());
   const double scale = scale_ ? scale_() : 1.0;
   for (const Parameter& parameter : layout.parameters) {
     // DDP hands complex gradients over as twice as many real ones; only the parameter tells.
@@ -74,7 +75,7 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
   }
 
   if (buffer.is_sparse()) {
-    worker_->begin_without_plan(layout, scale);
+    worker_->begin_without_plan(layout, index, scale);
     const int64_t hash = layout.hash();
     if (agreed_sparse_tensors_.insert(hash).second) agree_on(hash, layout, bucket.isLast(), true);
     return all_reduce(buffer, nullptr);
@@ -84,7 +85,7 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
       " entries, got ", buffer.numel());
 
   worker_->check_exchangeable(buffer);
-  const std::shared_ptr<Plan> plan = worker_->begin(layout, scale);
+  const std::shared_ptr<Plan> plan = worker_->begin(layout, index, scale);
   if (plan->agreed_version != options_version_) {
     agree_on(plan->hash, layout, bucket.isLast(), false);
     plan->agreed_version = options_version_;

@@ -58,7 +58,8 @@ std::vector<at::Tensor> LocalExchange::step(
   for (const at::Tensor& gradient : first) worker(0).check_exchangeable(gradient);
 
   std::vector<at::Tensor> averages(first.size());
-  for (const auto& bucket : buckets) {
+  for (size_t index = 0; index < buckets.size(); ++index) {
+    const auto& bucket = buckets[index];
     TORCH_CHECK_VALUE(!bucket.empty(), "LocalExchange: expected buckets of at least one parameter, got an empty one");
     for (const int64_t parameter : bucket) {
       TORCH_CHECK_INDEX(
@@ -76,7 +77,7 @@ std::vector<at::Tensor> LocalExchange::step(
     std::vector<std::shared_ptr<Plan>> plans;
     std::vector<at::Tensor> own;
     for (int64_t rank = 0; rank < workers(); ++rank) {
-      plans.push_back(worker(rank).begin(layout, scale));
+      plans.push_back(worker(rank).begin(layout, static_cast<int64_t>(index), scale));
       own.push_back(worker(rank).compress(*plans[rank], flat(gradients[rank])));
     }
     const at::Tensor messages = at::stack(own);

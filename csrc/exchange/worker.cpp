@@ -56,9 +56,11 @@ void Worker::check_scale(double scale) const {
       "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
 }
 
-void Worker::note_parameters(const Layout& layout, double scale) {
+void Worker::note_bucket(const Layout& layout, int64_t index, double scale) {
+  // DDP launches buckets in the order of their indices, but may skip any that no rank used: neither the first nor the last is
+  // sure to come, nor is a parameter sure to come back in the next step.
   const auto seen = [this](const Parameter& parameter) { return seen_.contains(parameter.key); };
-  if (!step_begun_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
+  if (!step_begun_ || index <= last_index_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
     settle();
     if (scale != scale_) store_.multiply(scale / scale_, feedback_has_scale());
     scale_ = scale;
@@ -67,6 +69,7 @@ void Worker::note_parameters(const Layout& layout, double scale) {
     ++step_;
     ++statistics_.steps;
   }
+  last_index_ = index;
   for (const Parameter& parameter : layout.parameters) seen_.insert(parameter.key);
 }
 
@@ -85,20 +88,20 @@ void Worker::check_exchangeable(const at::Tensor& gradient) const {
       gradient.is_cpu(), who_, ": expected gradients on the CPU, got ", gradient.device(), "; this version exchanges CPU gradients over gloo");
 }
 
-std::shared_ptr<Plan> Worker::begin(const Layout& layout, double scale) {
+std::shared_ptr<Plan> Worker::begin(const Layout& layout, int64_t index, double scale) {
   check_scale(scale);
   const std::lock_guard lock(mutex_);
-  note_parameters(layout, scale);
+  note_bucket(layout, index, scale);
   return store_.plan_for(who_, layout, [this](int64_t numel) {
     const double wanted = std::floor(options_.density * static_cast<double>(numel) + 0.5);
     return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
   });
 }
 
-void Worker::begin_without_plan(const Layout& layout, double scale) {
+void Worker::begin_without_plan(const Layout& layout, int64_t index, double scale) {
   check_scale(scale);
   const std::lock_guard lock(mutex_);
-  note_parameters(layout, scale);
+  note_bucket(layout, index, scale);
 }
 
 CompressOptions Worker::operator_options(const Plan& plan) const { return {plan.k, options_.mu, options_.distortion}; }

@@ -48,12 +48,12 @@ class Worker {
 
   // Raises TypeError or ValueError unless a bucket's gradient has a dtype and a device that can be exchanged.
   void check_exchangeable(const at::Tensor& gradient) const;
-  // The plan for a bucket that is about to be exchanged; `scale` is what the bucket's gradients were multiplied by. A step
-  // begins when a parameter already seen comes back or the scale is another one; what a void step sent then returns to the
-  // residuals, and the residuals take on the scale.
-  std::shared_ptr<Plan> begin(const Layout& layout, double scale);
+  // The plan for a bucket that is about to be exchanged; `index` is its place among the buckets of a step, `scale` what its
+  // gradients were multiplied by. A step begins when the index does not rise, a parameter already seen comes back or the
+  // scale is another one; what a void step sent then returns to the residuals, and the residuals take on the scale.
+  std::shared_ptr<Plan> begin(const Layout& layout, int64_t index, double scale);
   // Counts a bucket that holds no plan (sparse tensors), so that steps are recognised.
-  void begin_without_plan(const Layout& layout, double scale);
+  void begin_without_plan(const Layout& layout, int64_t index, double scale);
 
   // From the bucket's gradient to this worker's message, a new tensor of bytes; the gradient is only read.
   at::Tensor compress(Plan& plan, const at::Tensor& gradient);
@@ -80,7 +80,7 @@ class Worker {
  private:
   CompressOptions operator_options(const Plan& plan) const;
   void check_scale(double scale) const;
-  void note_parameters(const Layout& layout, double scale);
+  void note_bucket(const Layout& layout, int64_t index, double scale);
   void settle();
   bool feedback_has_scale() const { return options_.regularised && options_.distortion == "current"; }
 
@@ -92,7 +92,8 @@ class Worker {
   mutable std::mutex mutex_;
   ResidualStore store_;
   Statistics statistics_;
-  std::unordered_set<ParameterKey> seen_;
+  std::unordered_set<ParameterKey> seen_;  // in this step
+  int64_t last_index_ = -1;                // of this step's buckets
   double scale_ = 1;  // of the residuals
   int64_t step_ = -1;
   bool step_begun_ = false;
