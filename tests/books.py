@@ -19,8 +19,9 @@ class Books:
 
     def begin_bucket(self, bucket):
         layout = [self.indices[parameter] for parameter in bucket.parameters()]
-        # DDP may skip buckets, so that neither a first one nor a parameter of the last step is sure to come.
-        begins = bucket.index() <= self.last_index or layout[0] in self.steps[-1]["given"]
+        # DDP may skip buckets, so that neither a first one nor a parameter of the last step is sure to come; in the first step
+        # of a static graph all say index 0.
+        begins = bucket.index() < self.last_index or layout[0] in self.steps[-1]["given"]
         self.last_index = bucket.index()
         if begins:
             scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()

@@ -57,6 +57,7 @@ std::vector<at::Tensor> LocalExchange::step(
 
   for (const at::Tensor& gradient : first) worker(0).check_exchangeable(gradient);
 
+  for (const auto& one : workers_) one->end_step();
   std::vector<at::Tensor> averages(first.size());
   for (size_t index = 0; index < buckets.size(); ++index) {
     const auto& bucket = buckets[index];

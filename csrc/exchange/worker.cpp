@@ -58,9 +58,9 @@ void Worker::check_scale(double scale) const {
 
 void Worker::note_bucket(const Layout& layout, int64_t index, double scale) {
   // DDP launches buckets in the order of their indices, but may skip any that no rank used: neither the first nor the last is
-  // sure to come, nor is a parameter sure to come back in the next step.
+  // sure to come, nor is a parameter sure to come back in the next step. In the first step of a static graph all say index 0.
   const auto seen = [this](const Parameter& parameter) { return seen_.contains(parameter.key); };
-  if (!step_begun_ || index <= last_index_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
+  if (!step_begun_ || index < last_index_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
     settle();
     if (scale != scale_) store_.multiply(scale / scale_, feedback_has_scale());
     scale_ = scale;
@@ -102,6 +102,11 @@ void Worker::begin_without_plan(const Layout& layout, int64_t index, double scal
   check_scale(scale);
   const std::lock_guard lock(mutex_);
   note_bucket(layout, index, scale);
+}
+
+void Worker::end_step() {
+  const std::lock_guard lock(mutex_);
+  step_begun_ = false;
 }
 
 CompressOptions Worker::operator_options(const Plan& plan) const { return {plan.k, options_.mu, options_.distortion}; }

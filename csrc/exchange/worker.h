@@ -48,12 +48,14 @@ class Worker {
 
   // Raises TypeError or ValueError unless a bucket's gradient has a dtype and a device that can be exchanged.
   void check_exchangeable(const at::Tensor& gradient) const;
-  // The plan for a bucket that is about to be exchanged; `index` is its place among the buckets of a step, `scale` what its
-  // gradients were multiplied by. A step begins when the index does not rise, a parameter already seen comes back or the
-  // scale is another one; what a void step sent then returns to the residuals, and the residuals take on the scale.
+  // The plan for a bucket that is about to be exchanged; `index` is what DDP says is its place among the buckets of a step,
+  // `scale` what its gradients were multiplied by. A step begins when the index falls, a parameter already seen comes back or
+  // the scale is another one; what a void step sent then returns to the residuals, and the residuals take on the scale.
   std::shared_ptr<Plan> begin(const Layout& layout, int64_t index, double scale);
   // Counts a bucket that holds no plan (sparse tensors), so that steps are recognised.
   void begin_without_plan(const Layout& layout, int64_t index, double scale);
+  // Says that the next bucket begins a step.
+  void end_step();
 
   // From the bucket's gradient to this worker's message, a new tensor of bytes; the gradient is only read.
   at::Tensor compress(Plan& plan, const at::Tensor& gradient);
