@@ -2,6 +2,9 @@
 # make test  [ARGS="-k payload"]                  set up, run the test suite
 # make setup                                      the set-up alone: a virtual environment, dependencies, the extension
 # make cuda                                       compile the CUDA kernels for every architecture and check them; needs nvcc, no GPU
+# make sanitize                                   the core and the exchange's threads under Address-, UB- and ThreadSanitizer
+# make fuzz [SECONDS=60]                          feed the decoder of payloads and the loader of checkpoints with damaged bytes
+# make check-all                                  every test, the ones that take minutes too, make sanitize and make fuzz
 # make clean                                      remove what make made: environments, builds, runs and the downloaded data set
 #
 # REGTOPK_CUDA=auto|on|off builds the CUDA kernels into the extension where nvcc and a CUDA build of torch are (auto), always, never.
@@ -12,6 +15,7 @@ TORCH ?= 2.14.1
 REGTOPK_CUDA ?= auto
 export REGTOPK_CUDA
 ARGS ?=
+SECONDS ?= 60
 
 ifeq ($(TORCH),2.14.1)
 VENV ?= .venv
@@ -25,10 +29,10 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/installed
 # The package holds one built extension: the stamp says for which torch, and with which wish for CUDA.
 BUILT := build/built-for-torch-$(TORCH)-cuda-$(REGTOPK_CUDA)
-SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 WORKERS = $(or $(shell printf '%s\n' '$(ARGS)' | sed -n 's/.*--workers[ =]\{1,\}\([0-9][0-9]*\).*/\1/p'),2)
 
-.PHONY: setup train test cuda clean
+.PHONY: setup train test cuda sanitize fuzz check-all clean
 
 setup: $(BUILT)
 
@@ -57,7 +61,28 @@ test: setup
 cuda:
 	$(PYTHON) cuda/compile.py
 
+# The native tests need no torch, but their cmake is that of the environment.
+build/sanitize-%: $(INSTALLED)
+	PATH="$(BIN):$$PATH" cmake -S tests/native -B $@ -G Ninja -DSANITIZE=$*
+
+.PHONY: native-%
+native-%: build/sanitize-%
+	PATH="$(BIN):$$PATH" cmake --build $<
+
+sanitize: native-address,undefined native-thread
+	build/sanitize-address,undefined/test_core
+	build/sanitize-address,undefined/test_completer
+	build/sanitize-thread/test_core threads
+	build/sanitize-thread/test_completer
+
+fuzz: native-address,undefined setup
+	build/sanitize-address,undefined/fuzz_payload $(SECONDS)
+	REGTOPK_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/test_checkpoint_directory.py -k any_other_bytes
+
+check-all: sanitize fuzz
+	$(BIN)/python -m pytest -m "long or not long" $(ARGS)
+
 clean:
 	rm -rf .venv .venv-torch-* build runs data/cifar-10-* regtopk_torch.egg-info .pytest_cache .hypothesis
-	rm -f regtopk_torch/_C.*.so
+	rm -f regtopk_torch/_C.*.so crash-input
 	find . -name __pycache__ -prune -exec rm -rf {} +

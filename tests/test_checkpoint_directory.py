@@ -256,7 +256,13 @@ def test_what_is_missing_cut_or_foreign_is_named_on_every_rank_and_changes_nothi
     assert not (tmp_path / "code" / "evil").exists()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ_SECONDS = float(os.environ.get("REGTOPK_FUZZ_SECONDS", 0))  # make fuzz: so many, and other bytes each time
+
+
+@settings(
+    max_examples=150 + int(20 * FUZZ_SECONDS), derandomize=not FUZZ_SECONDS, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 @given(
     of_manifest=st.booleans(),
     keep=st.floats(0, 2),
