@@ -39,10 +39,18 @@ void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
   }
 
   const auto sums = std::make_unique<Sums>();
+  const bool bitmap = layout.support == Support::kBitmap;
+  // At such densities next to nothing stays untouched.
+  if (bitmap) std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{1});
   for (int64_t number = begin; number < end; ++number) {
     const Block block(number, layout.numel);
     for (int64_t worker = 0; worker < arguments.workers; ++worker) {
       const T* const values = payloads[worker].values<T>();
+      if (bitmap) {
+        const uint8_t* const bits = payloads[worker].bitmap(block.tile) + block.first_offset / 8;
+        cursors[worker].skip(kernels.add_values({bits, block.entries, values + cursors[worker].entry(), sums->values, nullptr}));
+        continue;
+      }
       cursors[worker].visit(block, [&](int64_t entry, int64_t offset) {
         const int64_t at = offset - block.first_offset;
         sums->values[at] += Traits<T>::load(values[entry]);
@@ -50,11 +58,20 @@ void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
       });
     }
     for (size_t row = 0; row < fed_back.size(); ++row) {
-      const T* const values = payloads[arguments.first_feedback_worker + row].values<T>();
+      const PayloadView& payload = payloads[arguments.first_feedback_worker + row];
+      const T* const values = payload.values<T>();
       float* const kept = feedback + static_cast<int64_t>(row) * layout.k;
-      fed_back[row].visit(block, [&](int64_t entry, int64_t offset) {
-        kept[entry] = feedback_of(sums->values[offset - block.first_offset], Traits<T>::load(values[entry]), arguments.distortion);
-      });
+      // First the sums, one after the other, so that the divisions are not bound to the walk.
+      const int64_t first_entry = fed_back[row].entry();
+      if (bitmap) {
+        const uint8_t* const bits = payload.bitmap(block.tile) + block.first_offset / 8;
+        fed_back[row].skip(kernels.take_sums({bits, block.entries, nullptr, sums->values, kept + first_entry}));
+      } else {
+        fed_back[row].visit(block, [&](int64_t entry, int64_t offset) { kept[entry] = sums->values[offset - block.first_offset]; });
+      }
+      for (int64_t entry = first_entry; entry < fed_back[row].entry(); ++entry) {
+        kept[entry] = feedback_of(kept[entry], Traits<T>::load(values[entry]), arguments.distortion);
+      }
     }
     kernels.write_average(
         {.sums = sums->values,
@@ -63,7 +80,7 @@ void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
          .entries = block.entries,
          .workers = static_cast<float>(arguments.workers),
          .streaming = streaming});
-    std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{0});
+    if (!bitmap) std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{0});
   }
 }
 

@@ -70,6 +70,10 @@ class BlockCursor {
     entry_ += count_bits(bitmap + byte, bytes_end - byte);
   }
 
+  // Passes a block whose entries were read otherwise, `count` of them. Their first one is entry().
+  int64_t entry() const { return entry_; }
+  void skip(int64_t count) { entry_ += count; }
+
   // Calls function(entry, offset in the tile) for the entries of a block, ascending. Blocks must be visited in order,
   // from the first one on, leaving none out.
   template <typename Function>

@@ -5,6 +5,7 @@
 // its instructions do not exist. Hence plain numbers and pointers below, and no type of the standard library.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace regtopk {
@@ -42,6 +43,15 @@ struct PackArguments {
   uint8_t* bitmap;        // out, zero on entry, or null where the payload has offsets
 };
 
+// The part of a payload with a bitmap that lies in one block.
+struct BitmapArguments {
+  const uint8_t* bitmap;  // in: one bit per gradient entry of the block
+  int64_t entries;        // of the block
+  const void* values;     // in: those of its payload entries
+  float* sums;            // [entries]
+  float* taken;           // one per payload entry
+};
+
 struct AverageArguments {
   float* sums;              // in: [entries], zero wherever `touched` says so; out: all zero
   const uint8_t* touched;   // one flag per kAverageBlock entries: its sums are not all zero
@@ -63,6 +73,10 @@ struct Kernels {
   int64_t (*gather_keys)(const uint32_t* keys, int64_t count, uint32_t low, uint32_t high, uint32_t* out);
   // Writes the block's part of the payload and corrects r where `accumulate` foresaw another outcome. Returns the entries sent.
   int64_t (*pack)(const PackArguments&);
+  // sums += values, where the bitmap says so. Returns how many there are.
+  int64_t (*add_values)(const BitmapArguments&);
+  // taken = sums, where the bitmap says so, one after the other. Returns how many there are.
+  int64_t (*take_sums)(const BitmapArguments&);
   void (*write_average)(const AverageArguments&);
 };
 

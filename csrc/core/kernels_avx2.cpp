@@ -6,23 +6,26 @@
 namespace regtopk {
 namespace {
 
-// For each 8-bit mask, the lanes it keeps, in order, one 4-bit number each.
-struct CompressTable {
-  uint32_t lanes[256];
+// For each 8-bit mask one 4-bit number per lane: the lanes that the mask keeps, in order, and the reverse, which of the
+// first lanes goes to each lane that it keeps.
+struct LaneTables {
+  uint32_t kept[256], spread[256];
 };
 
-constexpr CompressTable make_compress_table() {
-  CompressTable table{};
+constexpr LaneTables make_lane_tables() {
+  LaneTables tables{};
   for (uint32_t mask = 0; mask < 256; ++mask) {
-    uint32_t kept = 0;
+    uint32_t count = 0;
     for (uint32_t lane = 0; lane < 8; ++lane) {
-      if ((mask >> lane & 1) != 0) table.lanes[mask] |= lane << (4 * kept++);
+      if ((mask >> lane & 1) == 0) continue;
+      tables.kept[mask] |= lane << (4 * count);
+      tables.spread[mask] |= count++ << (4 * lane);
     }
   }
-  return table;
+  return tables;
 }
 
-constexpr CompressTable kCompressTable = make_compress_table();
+constexpr LaneTables kLaneTables = make_lane_tables();
 
 struct Avx2 {
   static constexpr int64_t kLanes = 8;
@@ -88,12 +91,17 @@ struct Avx2 {
   static Mask same(Keys a, Keys b) { return _mm256_cmpeq_epi32(a, b); }
   static Floats select(Mask mask, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(mask)); }
   static Keys select(Mask mask, Keys yes, Keys no) { return _mm256_blendv_epi8(no, yes, mask); }
-  static Keys lanes_kept(unsigned mask) {
+  static Keys lanes_of(uint32_t numbers) {
     // Lane numbers in the low 3 bits are all that the permutation looks at.
-    return _mm256_srlv_epi32(keys(kCompressTable.lanes[mask]), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_srlv_epi32(keys(numbers), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
   }
-  static Floats compress(unsigned mask, Floats value) { return _mm256_permutevar8x32_ps(value, lanes_kept(mask)); }
-  static Keys compress(unsigned mask, Keys value) { return _mm256_permutevar8x32_epi32(value, lanes_kept(mask)); }
+  static Floats compress(unsigned mask, Floats value) { return _mm256_permutevar8x32_ps(value, lanes_of(kLaneTables.kept[mask])); }
+  static Keys compress(unsigned mask, Keys value) { return _mm256_permutevar8x32_epi32(value, lanes_of(kLaneTables.kept[mask])); }
+  static Floats expand(unsigned mask, Floats value) {
+    const Keys bit_of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const Mask kept = same(both(keys(mask), bit_of_lane), bit_of_lane);
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(value, lanes_of(kLaneTables.spread[mask])), _mm256_castsi256_ps(kept));
+  }
 
   static Floats widen_half(Keys stored) { return _mm256_cvtph_ps(narrow(stored)); }
   static Keys round_to_half(Floats value) {

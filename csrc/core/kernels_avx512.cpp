@@ -69,6 +69,7 @@ struct Avx512 {
   static Keys select(Mask mask, Keys yes, Keys no) { return _mm512_mask_blend_epi32(mask, no, yes); }
   static Floats compress(unsigned mask, Floats value) { return _mm512_maskz_compress_ps(static_cast<Mask>(mask), value); }
   static Keys compress(unsigned mask, Keys value) { return _mm512_maskz_compress_epi32(static_cast<Mask>(mask), value); }
+  static Floats expand(unsigned mask, Floats value) { return _mm512_maskz_expand_ps(static_cast<Mask>(mask), value); }
 
   static Floats widen_half(Keys stored) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(stored)); }
   static Keys round_to_half(Floats value) {
