@@ -43,31 +43,44 @@ class BlockCursor {
     }
   }
 
-  // Calls function(entry, position) for the entries of a block whose offsets are in offsets[begin, end), which ascend.
-  // Blocks must be visited as by visit().
-  template <typename Function>
-  void visit_listed(const Block& block, const uint16_t* offsets, int64_t begin, int64_t end, Function&& function) {
-    int64_t position = begin;
+  // An entry of the payload, and where its offset stands in a list of offsets.
+  struct Found {
+    int64_t entry, position;
+  };
+
+  // Finds the entries of a block whose offsets are in offsets[begin, end), which ascend: `found` has room for as many.
+  // Returns how many there are. Blocks must be visited as by visit().
+  int64_t find_listed(const Block& block, const uint16_t* offsets, int64_t begin, int64_t end, Found* found) {
+    int64_t count = 0, position = begin;
     if (payload_->layout().support == Support::kOffsets) {
       visit(block, [&](int64_t entry, int64_t offset) {
         while (position < end && offsets[position] < offset) ++position;
-        if (position < end && offsets[position] == offset) function(entry, position);
+        if (position < end && offsets[position] == offset) found[count++] = {entry, position};
       });
-      return;
+      return count;
     }
-    // Many entries: asking for the listed ones is less work than walking through all.
+    // Many entries: asking for the listed ones is less work than walking through all. Without a branch, which would be
+    // foreseen wrongly about once per entry found. A bitmap consists of whole words.
     const uint8_t* const bitmap = payload_->bitmap(block.tile);
+    const auto word_at = [&](int64_t offset) {
+      uint64_t word;
+      std::memcpy(&word, bitmap + offset / 64 * 8, sizeof word);
+      return word;
+    };
+    for (; position < end; ++position) {
+      found[count].position = position;
+      count += word_at(offsets[position]) >> offsets[position] % 64u & 1u;
+    }
     int64_t byte = block.first_offset / 8;
     const int64_t bytes_end = byte + (block.entries + 7) / 8;
-    for (; position < end; ++position) {
-      const int64_t at = offsets[position] / 8;
-      const unsigned bit = offsets[position] % 8u;
-      if ((bitmap[at] >> bit & 1u) == 0) continue;
+    for (int64_t number = 0; number < count; ++number) {
+      const int64_t offset = offsets[found[number].position], at = offset / 64 * 8;
       entry_ += count_bits(bitmap + byte, at - byte);
       byte = at;
-      function(entry_ + std::popcount(bitmap[at] & ((1u << bit) - 1u)), position);
+      found[number].entry = entry_ + std::popcount(word_at(offset) & ((uint64_t{1} << offset % 64) - 1));
     }
     entry_ += count_bits(bitmap + byte, bytes_end - byte);
+    return count;
   }
 
   // Passes a block whose entries were read otherwise, `count` of them. Their first one is entry().

@@ -7,8 +7,8 @@
 //   pack        payload from the lists; corrects r where the bracket's guess was wrong
 //
 // The result does not depend on the bracket: lists hold every entry at or above `low` that could be sent, so that if at
-// least k are listed the k best are among them. If fewer are, r holds a by then, and recover() finds a lower `low` from an
-// exact histogram of r. Nothing of size J is stored: a range that lists far more than k entries drops all but its k best.
+// least k of those are listed the k best are among them. If fewer are, r holds a by then, and recover() finds a lower `low`
+// from an exact histogram of r. Nothing of size J is stored: a range that lists far more than k entries drops all but its k best.
 #include "compress_bracketed.h"
 
 #include <limits>
@@ -41,7 +41,7 @@ class BracketedCompressor {
   void run() {
     bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_);
     list_entries(kernels_.accumulate);
-    if (listed_ < layout_.k) recover();
+    if (eligible_ < layout_.k) recover();
     choose();
     pack();
     for (const auto& [index, value] : held_back_) residual_[index] = value;
@@ -61,8 +61,11 @@ class BracketedCompressor {
       ranges_.push_back(std::move(range));
     });
     std::sort(ranges_.begin(), ranges_.end(), [](const auto& a, const auto& b) { return a.first_block() < b.first_block(); });
-    listed_ = 0;
-    for (const ListedEntries& range : ranges_) listed_ += range.size();
+    listed_ = eligible_ = 0;
+    for (const ListedEntries& range : ranges_) {
+      listed_ += range.size();
+      eligible_ += range.size() - range.fallen;
+    }
   }
 
   ListedEntries list_range(Kernel kernel, int64_t begin, int64_t end) const {
@@ -75,7 +78,6 @@ class BracketedCompressor {
     if (feedback_ != nullptr) sent.emplace(*arguments_.sent, block_at(begin));
     for (int64_t number = begin; number < end; ++number) {
       const Block block = block_at(number);
-      const int64_t before = range.size();
       const int64_t listed = kernel(
           {.gradient = static_cast<const T*>(arguments_.gradient) + block.index,
            .residual = residual_ + block.index,
@@ -86,8 +88,8 @@ class BracketedCompressor {
            .out = range.next_block(),
            .non_finite = &range.non_finite});
       range.add_block(listed);
-      if (sent) regularise(range, number, before, list_from, *sent);
-      if (range.size() < layout_.k) continue;
+      if (sent) regularise(range, number, list_from, *sent);
+      if (range.size() - range.fallen < layout_.k) continue;
       // k entries of this range come before any later one with the key `low`: ties need no further listing.
       list_from = std::max(list_from, bracket_.low + 1);
       if (range.size() > most) list_from = std::max(list_from, keep_best(range) + 1);
@@ -95,24 +97,31 @@ class BracketedCompressor {
     return range;
   }
 
-  // RegTop-k: replaces the keys of the block's listed entries that were sent in the last step, and notes both. Entries that
-  // are not listed matter neither way: a factor never raises a score.
-  void regularise(ListedEntries& range, int64_t number, int64_t begin, uint32_t list_from, BlockCursor& sent) const {
+  // RegTop-k: replaces the keys of the last block's listed entries that were sent in the last step, and notes both. Entries
+  // that are not listed matter neither way: a factor never raises a score. Those that fall below what is listed stay in the
+  // list, which is less work than closing the gaps; they cannot be among the k.
+  void regularise(ListedEntries& range, int64_t number, uint32_t list_from, BlockCursor& sent) const {
     const Block block = block_at(number);
     const ListArrays list = range.from(0);
     const int64_t tile_index = block.tile * kTileEntries;
-    bool too_small = false;
-    sent.visit_listed(block, list.offsets, begin, range.size(), [&](int64_t entry, int64_t position) {
-      const int64_t offset = list.offsets[position];
-      const float accumulated = list.values[position];
-      const uint32_t magnitude = list.keys[position];
-      const uint32_t score = magnitude_key(regularised_score(accumulated, feedback_[entry], arguments_.distortion, arguments_.mu));
-      range.sent_again.push_back({tile_index + offset, magnitude, score});
-      if (magnitude > bracket_.high && score <= bracket_.high) take_back(tile_index + offset, accumulated);
+    BlockCursor::Found found[kBlockEntries];
+    const int64_t count = sent.find_listed(block, list.offsets, range.size() - range.listed_in(number), range.size(), found);
+    // The scores by themselves, so that many are on their way at once.
+    const size_t before = range.sent_again.size();
+    range.sent_again.resize(before + static_cast<size_t>(count));
+    SentAgain* const sent_again = range.sent_again.data() + before;
+    for (int64_t number_found = 0; number_found < count; ++number_found) {
+      const auto [entry, position] = found[number_found];
+      const float score = regularised_score(list.values[position], feedback_[entry], arguments_.distortion, arguments_.mu);
+      sent_again[number_found] = {tile_index + list.offsets[position], list.keys[position], magnitude_key(score)};
+    }
+    for (int64_t number_found = 0; number_found < count; ++number_found) {
+      const auto [index, magnitude, score] = sent_again[number_found];
+      const int64_t position = found[number_found].position;
+      if (magnitude > bracket_.high && score <= bracket_.high) take_back(index, list.values[position]);
       list.keys[position] = score;
-      too_small |= score < list_from;
-    });
-    if (too_small) drop(range, number, begin, [&](int64_t at) { return list.keys[at] >= list_from; });
+      range.fallen += score < list_from;
+    }
   }
 
   // An entry was taken to be sent and is not. One that is not finite kept its residual anyway.
@@ -127,19 +136,13 @@ class BracketedCompressor {
     kernels_.count_keys(range.keys(), range.size(), last_key, &above, &ties);
     int64_t ties_wanted = layout_.k - above;
     const ListArrays list = range.from(0);
-    drop(range, range.first_block(), 0, [&](int64_t at) {
+    const auto keep = [&](int64_t at) {
       return list.keys[at] > last_key || (list.keys[at] == last_key && ties_wanted-- > 0);
-    });
-    return last_key;
-  }
-
-  // Drops the listed entries from `position`, the first of block `number`, that keep(position) refuses.
-  template <typename Keep>
-  void drop(ListedEntries& range, int64_t number, int64_t position, const Keep& keep) const {
-    const ListArrays list = range.from(0);
-    range.filter(number, position, keep, [&](int64_t block, int64_t at) {
+    };
+    range.filter(keep, [&](int64_t block, int64_t at) {
       if (list.keys[at] > bracket_.high) take_back(block_at(block).tile * kTileEntries + list.offsets[at], list.values[at]);
     });
+    return last_key;
   }
 
   // Calls body(index in the bucket, list, position) for every listed entry.
@@ -227,16 +230,16 @@ class BracketedCompressor {
     });
     const int64_t above_high = std::accumulate(above_high_of.begin(), above_high_of.end(), int64_t{0});
     const bool among_high = above_high >= layout_.k;
-    const uint32_t low = among_high ? bracket_.high + 1 : 0;
+    const uint32_t low = among_high ? bracket_.high + 1 : bracket_.low;
     const uint32_t high = among_high ? 0x7fffffffu : bracket_.high;
-    const int64_t count = among_high ? above_high : listed_ - above_high;
-    const Scratch memory((count + kListSlack) * static_cast<int64_t>(sizeof(uint32_t)));
+    const int64_t most = among_high ? above_high : listed_ - above_high;
+    const Scratch memory((most + kListSlack) * static_cast<int64_t>(sizeof(uint32_t)));
     uint32_t* const candidates = memory.array<uint32_t>();
     int64_t gathered = 0;
     for (const ListedEntries& range : ranges_) {
       gathered += kernels_.gather_keys(range.keys(), range.size(), low, high, candidates + gathered);
     }
-    boundary_key_ = RankedKeys(candidates, count).exactly(layout_.k - (among_high ? 0 : above_high));
+    boundary_key_ = RankedKeys(candidates, gathered).exactly(layout_.k - (among_high ? 0 : above_high));
     place_blocks();
   }
 
@@ -349,7 +352,7 @@ class BracketedCompressor {
   const float* feedback_;
   Bracket bracket_;
   std::vector<ListedEntries> ranges_;
-  int64_t listed_ = 0;
+  int64_t listed_ = 0, eligible_ = 0;  // entries in the lists, and those of them that have not fallen
   std::vector<std::pair<int64_t, float>> held_back_;  // index and residual of entries that are not finite
   uint32_t boundary_key_ = 0;
   int64_t boundary_index_ = -1;

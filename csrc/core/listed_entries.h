@@ -47,11 +47,12 @@ class ListedEntries {
     size_ += listed;
   }
 
-  // From `position`, the first entry of `from_block`, on: keeps the entries that keep(position) accepts, asked in order; forgotten(block, position) hears of the others first.
+  // Keeps the entries that keep(position) accepts, asked in order, none of them fallen; forgotten(block, position) hears of
+  // the others first.
   template <typename Keep, typename Forgotten>
-  void filter(int64_t from_block, int64_t position, const Keep& keep, const Forgotten& forgotten) {
-    int64_t kept = position;
-    for (int64_t block = from_block; block < first_block_ + blocks(); ++block) {
+  void filter(const Keep& keep, const Forgotten& forgotten) {
+    int64_t position = 0, kept = 0;
+    for (int64_t block = first_block_; block < first_block_ + blocks(); ++block) {
       const int64_t end = position + listed_in(block), kept_before = kept;
       for (; position < end; ++position) {
         if (!keep(position)) {
@@ -65,9 +66,11 @@ class ListedEntries {
       per_block_[block - first_block_] = static_cast<uint32_t>(kept - kept_before);
     }
     size_ = kept;
+    fallen = 0;
   }
 
   std::vector<SentAgain> sent_again;
+  int64_t fallen = 0;  // listed entries whose regularised score is too small to be listed
   bool non_finite = false;
 
  private:
