@@ -28,15 +28,8 @@ class DevicePayloadWriter {
   }
   // The header, and the bytes between the parts; by one thread.
   __device__ void store_header(uint64_t step, uint64_t plan, uint32_t repeated, uint32_t displaced, bool non_finite, bool valid) const {
-    PayloadHeader header{};
-    header.magic = valid ? kPayloadMagic : 0;
-    header.version = kPayloadVersion;
-    header.value_type = layout_.type;
-    header.support = layout_.support;
-    header.step = step;
-    header.numel = static_cast<uint64_t>(layout_.numel);
-    header.k = static_cast<uint64_t>(layout_.k);
-    header.plan = plan;
+    PayloadHeader header = make_header(layout_, step, plan);
+    if (!valid) header.magic = 0;
     header.repeated = repeated;
     header.displaced = displaced;
     header.flags = non_finite ? kFlagNonFinite : 0;

@@ -87,19 +87,6 @@ PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type) {
   *this = of_checked(numel, k, type, value_bytes(type));
 }
 
-PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan) {
-  PayloadHeader header{};
-  header.magic = kPayloadMagic;
-  header.version = kPayloadVersion;
-  header.value_type = layout.type;
-  header.support = layout.support;
-  header.step = step;
-  header.numel = static_cast<uint64_t>(layout.numel);
-  header.k = static_cast<uint64_t>(layout.k);
-  header.plan = plan;
-  return header;
-}
-
 std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLayout& layout, const ParallelFor& parallel_for) {
   if (auto error = check_structure(bytes, layout)) return error;
   const PayloadView payload(bytes, layout);

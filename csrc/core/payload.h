@@ -179,7 +179,18 @@ class PayloadWriter {
 };
 
 // The header that compress writes, before its counts and flags are known.
-PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan);
+REGTOPK_HOST_DEVICE inline PayloadHeader make_header(const PayloadLayout& layout, uint64_t step, uint64_t plan) {
+  PayloadHeader header{};
+  header.magic = kPayloadMagic;
+  header.version = kPayloadVersion;
+  header.value_type = layout.type;
+  header.support = layout.support;
+  header.step = step;
+  header.numel = static_cast<uint64_t>(layout.numel);
+  header.k = static_cast<uint64_t>(layout.k);
+  header.plan = plan;
+  return header;
+}
 
 // What is wrong with received bytes: the field, the value expected and the value found.
 struct PayloadError {
