@@ -77,7 +77,7 @@ sanitize: native-address,undefined native-thread
 
 fuzz: native-address,undefined setup
 	build/sanitize-address,undefined/fuzz_payload $(SECONDS)
-	REGTOPK_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/test_checkpoint_directory.py -k any_other_bytes
+	REGTOPK_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/test_checkpoint_fuzz.py
 
 check-all: sanitize fuzz
 	$(BIN)/python -m pytest -m "long or not long" $(ARGS)

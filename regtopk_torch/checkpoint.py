@@ -55,32 +55,35 @@ def to_state_dict(pieces, named_keys, header, *, step):
 
 def from_state_dict(who, state_dict, named_keys, header):
     """Return (pieces, step) for the extension; raise without side effects if `state_dict` does not fit."""
-    if not isinstance(state_dict, dict) or state_dict.get("format") != FORMAT:
+    if not isinstance(state_dict, dict) or not _is(state_dict.get("format"), FORMAT):
         raise TypeError(f"{who}: expected a state dict of {FORMAT}, got {_describe(state_dict)}")
-    if state_dict.get("version") != VERSION:
+    if not _is(state_dict.get("version"), VERSION):
         raise ValueError(f"{who}: expected a state dict of version {VERSION}, got version {state_dict.get('version')}")
     for name in ("world_size", "rank"):
-        if state_dict.get(name) != header[name]:
+        if not _is(state_dict.get(name), header[name]):
             advice = "; load the list of all its ranks' state dicts to redistribute them" if name == "world_size" else ""
             raise ValueError(f"{who}: expected a state dict of {name} {header[name]}, got {name} {state_dict.get(name)}{advice}")
     step = state_dict.get("step")
-    if not isinstance(step, int) or step < -1:
-        raise ValueError(f"{who}: expected step to be an integer of at least -1, got {step!r}")
+    if type(step) is not int or not -1 <= step < 2**62:
+        raise ValueError(f"{who}: expected step to be an integer in [-1, 2^62), got {step!r}")
     parameters = state_dict.get("parameters")
     expected = {name for name, _, _ in named_keys}
     if not isinstance(parameters, dict) or set(parameters) != expected:
         names = set(parameters) if isinstance(parameters, dict) else set()
         raise ValueError(
             f"{who}: expected a state dict of this model's {len(expected)} parameters, got {len(names)}; "
-            f"missing {sorted(expected - names)[:3]}, unknown {sorted(names - expected)[:3]}"
+            f"missing {sorted(expected - names)[:3]}, unknown {sorted(map(str, names - expected))[:3]}"
         )
     # Feedback means something else under another distortion, and nothing without regularisation.
-    same_feedback = (state_dict.get("method"), state_dict.get("distortion")) == (header["method"], header["distortion"])
+    same_feedback = all(_is(state_dict.get(name), header[name]) for name in ("method", "distortion"))
     pieces = {}
     for name, parameter, key in named_keys:
         entry = parameters[name]
-        if entry.get("shape") != list(parameter.shape):
-            raise ValueError(f"{who}: expected {name} of shape {list(parameter.shape)}, got {entry.get('shape')}")
+        if not isinstance(entry, dict):
+            raise ValueError(f"{who}: expected a dict with what was kept of {name}, got {_describe(entry)}")
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or len(shape) != parameter.dim() or not all(map(_is, shape, parameter.shape)):
+            raise ValueError(f"{who}: expected {name} of shape {list(parameter.shape)}, got {shape}")
         if "residual" in entry:
             pieces[key] = _piece(f"{who}: {name}", entry, parameter, keep_feedback=same_feedback)
     return pieces, step
@@ -149,7 +152,7 @@ def _piece(where, entry, parameter, *, keep_feedback):
     in_shape_of(flat, parameter).copy_(residual)
     if "sent_index" not in entry:
         return flat, None, None, None
-    count = len(entry["sent_index"])
+    count = entry["sent_index"].numel() if isinstance(entry["sent_index"], torch.Tensor) else 0
     index = _tensor(where, entry, "sent_index", torch.int64, (count,))
     value = _tensor(where, entry, "sent_value", parameter.dtype, (count,))
     feedback = _tensor(where, entry, "feedback", accumulate, (count,)) if "feedback" in entry and keep_feedback else None
@@ -166,14 +169,26 @@ def _piece(where, entry, parameter, *, keep_feedback):
 
 def _tensor(where, entry, name, dtype, shape):
     tensor = entry.get(name)
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.dtype != dtype
+        or tuple(tensor.shape) != tuple(shape)
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+    ):
         raise ValueError(f"{where}: expected {name} of dtype {dtype} and shape {list(shape)}, got {_describe(tensor)}")
-    return tensor
+    return tensor.detach()
+
+
+def _is(value, expected):
+    """Whether a value of any type, a tensor for example, is this number or string."""
+    return type(value) is type(expected) and value == expected
 
 
 def _describe(thing):
     if isinstance(thing, torch.Tensor):
-        return f"dtype {thing.dtype} and shape {list(thing.shape)}"
+        where = "" if thing.layout == torch.strided and not thing.is_meta else f", {thing.layout} on {thing.device}"
+        return f"dtype {thing.dtype} and shape {list(thing.shape)}{where}"
     if isinstance(thing, dict):
         return f"a dict with the keys {sorted(map(str, thing))[:5]}"
     return type(thing).__name__

@@ -122,7 +122,7 @@ def load(state, module, directory):
     def read():
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-        manifest, digest = _read_manifest(directory / MANIFEST)
+        manifest, digest = _read_own_manifest(directory / MANIFEST)
 
         def read_file(rank):
             return _read_rank_file(directory, manifest, rank)
@@ -263,24 +263,32 @@ def _message(error):
     return f"{type(error).__name__}: {error}"
 
 
-def _read_manifest(path):
-    """Return (manifest, SHA-256 of the file); raise FileNotFoundError or ValueError, naming the file, if it is not one."""
+def read_manifest(path, expected_format):
+    """Return (manifest, its bytes); raise FileNotFoundError or ValueError, naming the file, if it is not one of that format."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint with a manifest {path}, got none")
     content = path.read_bytes()
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected {path} to hold JSON, got {content[:40]!r}; it is damaged") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"expected {path} to be a manifest of a {FORMAT}, got another file")
+    if not isinstance(manifest, dict) or manifest.get("format") != expected_format:
+        raise ValueError(f"expected {path} to be a manifest of a {expected_format}, got another file")
     if manifest.get("version") != VERSION:
         raise ValueError(f"expected {path} of version {VERSION}, got version {manifest.get('version')!r}")
+    return manifest, content
+
+
+def _read_own_manifest(path):
+    """Return (manifest, SHA-256 of the file); raise FileNotFoundError or ValueError, naming the file, if it is not one."""
+    manifest, content = read_manifest(path, FORMAT)
     files, size, step = manifest.get("files"), manifest.get("world_size"), manifest.get("step")
     if not isinstance(files, list) or type(size) is not int or size < 1 or len(files) != size:
         raise ValueError(f"expected {path} to name a file for each of world_size ranks, got world_size {size!r}")
     if type(step) is not int or step < -1:
         raise ValueError(f"expected step in {path} to be an integer of at least -1, got {step!r}")
+    if not isinstance(manifest.get("id"), str):
+        raise ValueError(f"expected {path} to hold the id of a save, got {manifest.get('id')!r}")
     for rank, file in enumerate(files):
         # A name with a folder in it could lead out of the directory.
         if not (
@@ -313,7 +321,7 @@ def _read_rank_file(directory, manifest, rank):
 def _names(manifest, file_name):
     """Whether the manifest, if it can be read, names this file."""
     try:
-        return file_name in manifest.read_text()
+        return file_name.encode() in manifest.read_bytes()
     except OSError:
         return False
 

@@ -96,14 +96,20 @@ class LocalExchange:
             raise ValueError(f"{who}: expected the state of {self._num_workers} workers, got {found}")
         loaded = []
         for rank, worker in enumerate(workers):
-            parameters = worker.get("parameters", {}) if isinstance(worker, dict) else {}
-            named = [(name, _gradient_like(entry), int(name)) for name, entry in parameters.items()]
+            parameters = worker.get("parameters") if isinstance(worker, dict) else None
+            if not isinstance(parameters, dict):
+                raise TypeError(f"{who}: expected a state dict of worker {rank}, got {type(worker).__name__}")
+            named = [_like_a_gradient(f"{who}: worker {rank}", name, entry) for name, entry in parameters.items()]
             loaded.append(checkpoint.from_state_dict(who, worker, named, {**self._header, "rank": rank}))
         for rank, (pieces, step) in enumerate(loaded):
             self._exchange.import_pieces(rank, pieces, step)
 
 
-def _gradient_like(entry):
-    """An uninitialised tensor of the shape and gradient dtype that a saved entry has: no module says it here."""
-    value = entry.get("sent_value", entry.get("residual"))
-    return torch.empty(entry["shape"], dtype=value.dtype)
+def _like_a_gradient(where, name, entry):
+    """(name, tensor without data of the shape and gradient dtype that a saved entry has, key): no module says it here."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    value = entry.get("sent_value", entry.get("residual")) if isinstance(entry, dict) else None
+    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
+    if not (isinstance(name, str) and name.isdecimal() and int(name) < 2**63 and sizes and isinstance(value, torch.Tensor)):
+        raise ValueError(f"{where}: expected the shape and the residual of a parameter by its index, got others under {name!r}")
+    return name, torch.empty(shape, dtype=value.dtype, device="meta"), int(name)

@@ -1,12 +1,8 @@
 """Checkpoints in a directory: whole or not there, and what is missing, cut or foreign is named on every rank."""
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -15,49 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from checkpointing import file_names, make, manifest_of, rewrite_file, rewrite_manifest, train
 from processes import run_workers
 from test_checkpoint import same_state
-from torch.nn.parallel import DistributedDataParallel
-from training import batch, loss_of, make_model, make_optimizer, make_state
 
 import regtopk_torch as rt
-from regtopk_torch import directory as checkpoint_directory
 
 STEPS, STOP = 10, 5
-
-
-def make(method="regtopk"):
-    model = make_model()
-    ddp = DistributedDataParallel(model, bucket_cap_mb=100)
-    state = make_state(method, 0.02)
-    rt.attach(ddp, state)
-    return model, ddp, state, make_optimizer(model)
-
-
-def train(rank, ddp, optimizer, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(ddp, batch(rank, step)).backward()
-        optimizer.step()
-
-
-def file_names(directory):
-    return sorted(path.name for path in Path(directory).iterdir())
-
-
-@pytest.fixture(scope="module")
-def lone_rank(tmp_path_factory):
-    """A model and its state in a group of this process alone, and a directory with one checkpoint of it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    directory = tmp_path_factory.mktemp("lone") / "checkpoint"
-    model, ddp, state, optimizer = make()
-    train(0, ddp, optimizer, range(2))
-    rt.save(state, ddp, directory)
-    yield ddp, state, optimizer, directory
-    dist.destroy_process_group()
-
 
 # Saved and loaded
 
@@ -124,25 +84,6 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def manifest_of(directory):
-    return json.loads((directory / "regtopk.json").read_text())
-
-
-def rewrite_manifest(directory, change):
-    manifest = manifest_of(directory)
-    change(manifest)
-    (directory / "regtopk.json").write_text(json.dumps(manifest))
-
-
-def rewrite_file(directory, rank, content):
-    """Put bytes in the place of a rank's file and make the manifest fit them."""
-    path = directory / manifest_of(directory)["files"][rank]["name"]
-    path.write_bytes(content)
-    rewrite_manifest(
-        directory, lambda m: m["files"][rank].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    )
-
-
 def repickle(directory, rank, change):
     path = directory / manifest_of(directory)["files"][rank]["name"]
     content = change(torch.load(path, weights_only=True))
@@ -176,6 +117,10 @@ def damages(directory, other):
         "version": (lie(version=2), rf"expected .*{manifest} of version 1, got version 2"),
         "world size": (lie(world_size=3), rf"expected .*{manifest} to name a file for each of world_size ranks, got world_size 3"),
         "step": (lie(step="4"), rf"expected step in .*{manifest} to be an integer of at least -1, got '4'"),
+        "no save": (lie(id=None), rf"expected .*{manifest} to hold the id of a save, got None"),
+        "nested too deeply": (
+            lambda: (directory / manifest).write_text("[" * 100_000), rf"expected .*{manifest} to hold JSON, got b'.*'; it is damaged"
+        ),
         "way out": (
             lambda: rewrite_manifest(directory, lambda m: m["files"][1].update(name="../" + m["files"][1]["name"])),
             rf"expected .*{manifest} to name a file with its bytes and sha256 for rank 1, got ",
@@ -256,169 +201,39 @@ def test_what_is_missing_cut_or_foreign_is_named_on_every_rank_and_changes_nothi
     assert not (tmp_path / "code" / "evil").exists()
 
 
-FUZZ_SECONDS = float(os.environ.get("REGTOPK_FUZZ_SECONDS", 0))  # make fuzz: so many, and other bytes each time
-
-
-@settings(
-    max_examples=150 + int(20 * FUZZ_SECONDS), derandomize=not FUZZ_SECONDS, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-@given(
-    of_manifest=st.booleans(),
-    keep=st.floats(0, 2),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=4),
-)
-def test_any_other_bytes_are_an_error_that_changes_nothing_or_a_state_that_fits(lone_rank, of_manifest, keep, edits):
-    ddp, state, _, directory = lone_rank
-    directory = shutil.copytree(directory, directory.with_name("fuzzed"), dirs_exist_ok=True)
-    path = directory / ("regtopk.json" if of_manifest else manifest_of(directory)["files"][0]["name"])
-    content = path.read_bytes()
-    content = content[: int(keep * len(content))] if keep < 1 else content
-    for place, replacement in edits:
-        position = int(place * len(content))
-        content = content[:position] + replacement + content[position + len(replacement) :]
-    if of_manifest:
-        path.write_bytes(content)
-    else:
-        rewrite_file(directory, 0, content)
-    before = state.state_dict(ddp)
-    try:
-        rt.load(state, ddp, directory)
-    except rt.CheckpointError as error:
-        assert str(path) in str(error) or "regtopk-" in str(error), error
-        assert same_state(state.state_dict(ddp), before)
-    after = state.state_dict(ddp)
-    assert all(entry["residual"].isfinite().all() for entry in after["parameters"].values())
-    state.load_state_dict(after, ddp)  # fits itself
-
-
-# Saves that fail
-
-
-def save_with_a_limit(rank, directory):
-    """Rank 1's files must not grow beyond 4 KiB: its own cannot be written."""
+def use_wrongly(rank, folder):
+    """Return the messages of save and load for what is not theirs to work with."""
     model, ddp, state, optimizer = make()
     train(rank, ddp, optimizer, range(2))
-    rt.save(state, ddp, directory)
-    dist.barrier()
-    before, names = state.state_dict(ddp), file_names(directory)
-    train(rank, ddp, optimizer, range(2, 4))
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    with pytest.raises(rt.CheckpointError) as caught:
-        rt.save(state, ddp, directory)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    dist.barrier()
-    left = file_names(directory)
-    train(rank, ddp, optimizer, range(4, 5))  # the group still works
-    rt.load(state, ddp, directory)
-    return str(caught.value), left == names, same_state(state.state_dict(ddp), before)
+    rt.save(state, ddp, folder)
+    messages = []
+
+    def note(function, *arguments):
+        try:
+            function(*arguments)
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        dist.barrier()
+
+    note(rt.save, None, ddp, folder)
+    note(rt.load, ddp, ddp, folder)
+    note(rt.load, state, None if rank else ddp, folder)
+    note(rt.save, state, ddp, folder / f"of-rank-{rank}")
+    state._exchange.import_pieces({}, 5 + rank)
+    note(rt.save, state, ddp, folder)
+    rt.load(state, ddp, folder)
+    return messages, state.state_dict(ddp)["step"]
 
 
-def test_without_room_for_one_ranks_file_the_old_checkpoint_stays(tmp_path):
-    for message, same_files, same in run_workers(save_with_a_limit, 2, tmp_path):
+def test_save_and_load_say_what_they_were_given(tmp_path):
+    for messages, step in run_workers(use_wrongly, 2, tmp_path):
+        assert len(messages) == 5 and step == 1
+        assert messages[0] == "TypeError: save: expected a TopKState or RegTopKState, got NoneType"
+        assert messages[1] == "TypeError: load: expected a TopKState or RegTopKState, got DistributedDataParallel"
+        assert messages[2] == "CheckpointError: rank 1: load: expected a torch.nn.Module, got NoneType"
         assert re.fullmatch(
-            r"rank 1: save: expected to write and read .*-rank00001\.pt, got File too large \(errno 27\)", message
-        ), message
-        assert same_files and same
-
-
-def test_a_full_disk_is_an_error_wherever_it_shows(lone_rank, tmp_path, monkeypatch):
-    ddp, state, _, directory = lone_rank
-    directory = shutil.copytree(directory, tmp_path / "checkpoint")
-    before = file_names(directory)
-    synchronised = []
-
-    def full_when_synchronising(descriptor):
-        synchronised.append(descriptor)
-        if len(synchronised) == 3:  # the rank's file, its folder, the manifest
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full_when_synchronising)
-    with pytest.raises(
-        rt.CheckpointError, match=r"rank 0: save: expected to write and read .*regtopk.json, got No space left on device \(errno 28\)"
-    ):
-        rt.save(state, ddp, directory)
-    monkeypatch.undo()
-    assert file_names(directory) == before
-    rt.load(state, ddp, directory)
-
-
-class FullForAMoment:
-    """A file that fails to take the second thing written to it, and only that."""
-
-    def __init__(self, file):
-        self._file, self._count = file, 0
-
-    def write(self, data):
-        self._count += 1
-        if self._count == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self._file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._file.close()
-
-
-def test_a_disk_that_is_full_for_a_moment_is_an_error_too(lone_rank, tmp_path, monkeypatch):
-    ddp, state, _, directory = lone_rank
-    directory = shutil.copytree(directory, tmp_path / "checkpoint")
-    before = file_names(directory)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_directory, "open", lambda *arguments: FullForAMoment(open(*arguments)), raising=False)
-        with pytest.raises(rt.CheckpointError, match=r"rank 0: save: expected to write and read .*\.pt, got No space left on device"):
-            rt.save(state, ddp, directory)
-    assert file_names(directory) == before
-
-
-class PowerCut(BaseException):
-    pass
-
-
-def cut_power_at(monkeypatch, operation):
-    """From the given operation on, nothing changes the disk any more; return the list that counts the operations."""
-    done = []
-
-    def until_the_cut(change):
-        def guarded(*arguments, **options):
-            done.append(change)
-            if len(done) > operation:
-                raise PowerCut
-            return change(*arguments, **options)
-
-        return guarded
-
-    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint_directory._MeasuredFile, "write")):
-        monkeypatch.setattr(owner, name, until_the_cut(getattr(owner, name)))
-    return done
-
-
-def test_a_save_that_is_cut_off_at_any_operation_leaves_the_old_checkpoint_or_the_new(lone_rank, tmp_path, monkeypatch):
-    ddp, state, optimizer, directory = lone_rank
-    rt.load(state, ddp, directory)
-    old = state.state_dict(ddp)
-    train(0, ddp, optimizer, range(2, 3))
-    new = state.state_dict(ddp)
-    outcomes = []
-    for operation in range(10_000):
-        copy = shutil.copytree(directory, tmp_path / str(operation))
-        state.load_state_dict(new, ddp)
-        with monkeypatch.context() as patch:
-            done = cut_power_at(patch, operation)
-            with contextlib.suppress(PowerCut):
-                rt.save(state, ddp, copy)
-        rt.load(state, ddp, copy)
-        found = state.state_dict(ddp)
-        outcomes.append("old" if same_state(found, old) else "new" if same_state(found, new) else "neither")
-        if len(done) <= operation:
-            break
-    assert "neither" not in outcomes
-    assert outcomes == sorted(outcomes, reverse=True) and {*outcomes} == {"old", "new"}, "first the old one, then the new"
-    assert len(file_names(copy)) == 2, "the whole save removes the old file"
+            r"CheckpointError: rank 0: save: expected .*of-rank-0/regtopk-\w{8}-rank00001.pt, which its rank has written, "
+            "got no such file; every rank must see the same directory",
+            messages[3],
+        ), messages[3]
+        assert re.fullmatch(r"CheckpointError: rank \d: save: expected the same step on every rank, got \[5, 6\]", messages[4])

@@ -1,11 +1,18 @@
 """Options out of range: what was expected, what came, what to do."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_workers
 
 import regtopk_torch as rt
+from regtopk_torch import _C
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WRONG_OPTIONS = [
     ({"density": 10}, ValueError, "expected 0 < density <= 1, got density=10; pass a fraction, 0.001 keeps one entry in 1000"),
@@ -70,6 +77,13 @@ def test_local_exchange_names_what_does_not_fit():
         exchange.step([[torch.zeros(3), torch.zeros(3)], [torch.zeros(3)]])
     with pytest.raises(IndexError, match="LocalExchange: expected parameters below 1 in the buckets, got 1"):
         exchange.step([[torch.zeros(3)], [torch.zeros(3)]], [[1]])
+    with pytest.raises(ValueError, match="LocalExchange: expected buckets of at least one parameter, got an empty one"):
+        exchange.step([[torch.zeros(3)], [torch.zeros(3)]], [[]])
+    for rank in (-1, 2):
+        with pytest.raises(IndexError, match=f"LocalExchange: expected a rank below 2, got {rank}"):
+            exchange.stats(rank)
+    with pytest.raises(ValueError, match="LocalExchange: expected at least 1 worker, got 0"):
+        _C.LocalExchange(_C.Options(regularised=False, density=0.1, mu=1.0, distortion="previous"), 0)
     for dtype in (torch.int32, torch.complex64):
         with pytest.raises(TypeError, match="^LocalExchange: expected gradients of dtype float64, float32, bfloat16 or float16, got "):
             exchange.step([torch.zeros(3, dtype=dtype)] * 2)
@@ -82,3 +96,32 @@ def test_local_exchange_names_what_does_not_fit():
     assert exchange.step([torch.ones(2), torch.ones(2)]).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="LocalExchange: expected a parameter of 2 entries, as in the last step, got 3; reset the state"):
         exchange.step([torch.zeros(3)] * 2)
+
+
+def test_a_local_exchange_names_what_does_not_fit_in_a_state_dict():
+    exchange = rt.LocalExchange(2, 0.5)
+    exchange.step([torch.ones(3)] * 2)
+    good = exchange.state_dict()
+    who = "LocalExchange.load_state_dict"
+    one = good["workers"][0]
+    for wrong, error, message in (
+        (3, ValueError, f"{who}: expected the state of 2 workers, got int"),
+        ({"workers": [one]}, ValueError, f"{who}: expected the state of 2 workers, got 1"),
+        ({"workers": [one, 3]}, TypeError, f"{who}: expected a state dict of worker 1, got int"),
+        (
+            {"workers": [one, {**one, "parameters": {"weight": one["parameters"]["0"]}}]}, ValueError,
+            f"{who}: worker 1: expected the shape and the residual of a parameter by its index, got others under 'weight'",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(error) as caught:
+            exchange.load_state_dict(wrong)
+        assert str(caught.value) == message
+    assert exchange.residuals(1)[0].tolist() == good["workers"][1]["parameters"]["0"]["residual"].tolist()
+
+
+def test_without_its_extension_the_package_says_how_to_build_it():
+    code = "import sys; sys.modules['regtopk_torch._C'] = None; import regtopk_torch"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"ImportError: regtopk_torch: expected its extension built for torch {torch.__version__}, got: " in done.stderr
+    assert "; run `make setup` or `pip install" in done.stderr
