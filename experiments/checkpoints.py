@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import regtopk_torch as rt
-from regtopk_torch.directory import check_file, write_file
+from regtopk_torch.directory import VERSION, check_file, read_manifest, write_file
 
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
@@ -33,7 +33,7 @@ def agree(what, action):
     value = error = None
     try:
         value = action()
-    except (OSError, ValueError, RuntimeError) as caught:
+    except Exception as caught:  # whatever it is, the others must not wait for it
         error = caught
     reports = [None] * dist.get_world_size()
     try:
@@ -72,7 +72,7 @@ class StepFolders:
             if not complete:
                 return None
             step = max(complete)
-            job = json.loads((complete[step] / MANIFEST).read_text()).get("job", {})
+            job = _read(complete[step])["job"]
             different = [f"{name} {job.get(name)}" for name, value in self._job.items() if job.get(name) != value]
             if different:
                 wanted = [f"{name} {value}" for name, value in self._job.items() if job.get(name) != value]
@@ -89,8 +89,7 @@ class StepFolders:
         """Load the state (None for dense) and return what was handed over as `training`, tensors on the CPU."""
 
         def read():
-            manifest = json.loads((folder / MANIFEST).read_text())
-            file = manifest["files"][TRAINING]
+            file = _read(folder)["files"][TRAINING]
             check_file(folder / TRAINING, file["bytes"], file["sha256"])
             training.append(torch.load(folder / TRAINING, map_location="cpu", weights_only=True))
 
@@ -119,7 +118,7 @@ class StepFolders:
         def write_manifest():
             if dist.get_rank() > 0:
                 return
-            manifest = {"format": FORMAT, "version": 1, "step": step, "job": self._job, "files": {TRAINING: written}}
+            manifest = {"format": FORMAT, "version": VERSION, "step": step, "job": self._job, "files": {TRAINING: written}}
             write_file(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
         written = agree("write the model and the optimizer", write_training)[0]
@@ -148,3 +147,15 @@ class StepFolders:
                 with contextlib.suppress(OSError):
                     (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look complete
                     shutil.rmtree(folder)
+
+
+def _read(folder):
+    """Return the manifest of a step folder; raise FileNotFoundError or ValueError, naming it, if it is not one."""
+    path = folder / MANIFEST
+    manifest, _ = read_manifest(path, FORMAT)
+    files = manifest.get("files")
+    file = files.get(TRAINING) if isinstance(files, dict) else None
+    known = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+    if not known or not isinstance(manifest.get("job"), dict):
+        raise ValueError(f"expected {path} to name a job and {TRAINING} with its bytes and sha256, got others")
+    return manifest

@@ -34,6 +34,15 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+DAMAGED_MANIFESTS = {
+    "cut": '{"format": "regtopk_torch tr',
+    "a list": "[]",
+    "without files": '{"format": "regtopk_torch training job", "version": 1, "job": {}}',
+    "without a job": '{"format": "regtopk_torch training job", "version": 1, "files": {"training.pt": {"bytes": 1, "sha256": ""}}}',
+    "to come": '{"format": "regtopk_torch training job", "version": 2}',
+}
+
+
 def save_and_damage(rank, directory):
     """Return what was found after each thing done to the folders."""
     ddp = DistributedDataParallel(make_model(), bucket_cap_mb=100)
@@ -74,6 +83,13 @@ def save_and_damage(rank, directory):
     only_on_rank_0(os.truncate, newest / "training.pt", 100)
     found["cut training.pt"] = error_of(folders.load, newest, state, ddp)
 
+    damaged = directory / "step-00000008"
+    for case, content in DAMAGED_MANIFESTS.items():
+        only_on_rank_0((damaged / "manifest.json").write_text, content)
+        found[case] = error_of(folders.newest)
+        found[f"load {case}"] = error_of(folders.load, damaged, state, ddp)
+    only_on_rank_0(shutil.rmtree, damaged)
+
     blocked = directory / "step-00000010"
     only_on_rank_0(blocked.touch)  # a file where the folder should be
     found["cannot be written"] = error_of(folders.save, 10, training(10), state, ddp)
@@ -99,6 +115,15 @@ def test_step_folders_are_found_when_whole_and_pruned_to_two(tmp_path):
         )
         cut = f"in {newest / 'training.pt'}, got 100; it is truncated"
         assert found["cut training.pt"].startswith("RuntimeError: rank 0: --checkpoint: expected ") and found["cut training.pt"].endswith(cut)
+        manifest = tmp_path / "checkpoints" / "step-00000008" / "manifest.json"
+        for case, message in {
+            "cut": "to hold JSON, got b'{\"format\": \"regtopk_torch tr'; it is damaged",
+            "a list": "to be a manifest of a regtopk_torch training job, got another file",
+            "without files": "to name a job and training.pt with its bytes and sha256, got others",
+            "without a job": "to name a job and training.pt with its bytes and sha256, got others",
+            "to come": "of version 1, got version 2",
+        }.items():
+            assert found[case] == found[f"load {case}"] == f"RuntimeError: rank 0: --checkpoint: expected {manifest} {message}"
         assert found["cannot be written"].startswith("RuntimeError: rank 0: --checkpoint: ") and "step-00000010" in found["cannot be written"]
         assert found["state cannot be written"].startswith("CheckpointError: rank 0: save: expected to write and read ")
 
