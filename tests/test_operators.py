@@ -113,6 +113,34 @@ def test_aggregate_names_the_argument_that_breaks_its_contract(payloads, feedbac
         OPERATORS.aggregate_(torch.empty(NUMEL), payloads(compressed()), feedback, k=K, **options)
 
 
+def damaged(payload, at, value):
+    payload = payload.clone()
+    payload[at] = value
+    return payload
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda p: OPERATORS.decode(p, numel=NUMEL, k=K + 1, dtype=torch.float32), ValueError, "decode: expected k=21 in the payload, got 20"),
+        (lambda p: OPERATORS.decode(p[:9], numel=NUMEL, k=K, dtype=torch.float32), ValueError, "decode: expected payload of at least 64 bytes, got 9"),
+        (lambda p: OPERATORS.decode(p[:-1], numel=NUMEL, k=K, dtype=torch.float32), ValueError, r"decode: expected payload of \d+ bytes for 20 of 1000 entries, got "),
+        (lambda p: OPERATORS.decode(p, numel=19, k=K, dtype=torch.float32), ValueError, "decode: expected a payload that holds 1 to 19 entries, got 20"),
+        (lambda p: OPERATORS.decode(damaged(p, 0, 1), numel=NUMEL, k=K, dtype=torch.float32), ValueError, r"decode: expected magic \d+ in payload, got \d+"),
+        (lambda p: OPERATORS.decode(p, numel=NUMEL, k=K, dtype=torch.int8), TypeError, "decode: expected gradients of dtype .*, got Char"),
+        (lambda p: OPERATORS.put_back_(torch.zeros(NUMEL).double(), p, dtype=torch.float32), TypeError, "put_back_: expected residual of dtype Float, got Double"),
+        (lambda p: OPERATORS.put_back_(torch.zeros(NUMEL), p[:-1], dtype=torch.float32), ValueError, "put_back_: expected payload of .* bytes"),
+        (lambda p: OPERATORS.encode(torch.arange(0), torch.empty(0), numel=5), ValueError, "encode: expected 1 to 5 entries, got 0"),
+        (lambda p: OPERATORS.encode(torch.arange(6), torch.empty(6), numel=5), ValueError, "encode: expected 1 to 5 entries, got 6"),
+        (lambda p: OPERATORS.encode(torch.arange(2), torch.empty(3), numel=5), ValueError, r"encode: expected indices contiguous with shape \[3\], got shape \[2\]"),
+        (lambda p: OPERATORS.encode(torch.arange(3).int(), torch.empty(3), numel=5), TypeError, "encode: expected indices of dtype Long, got Int"),
+    ],
+)  # fmt: skip
+def test_encode_decode_and_put_back_name_what_breaks_their_contract(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call(compressed())
+
+
 @pytest.mark.skipif(
     "without_cuda.cpp" not in torch._C._dispatch_dump("regtopk::compress_"), reason="this build has CUDA kernels; a build without them says so"
 )
