@@ -74,6 +74,10 @@ Exchange::FuturePtr Exchange::run(c10d::GradBucket& bucket) {
     if (parameter.owner.is_complex()) value_type_of(worker_->who().c_str(), parameter.owner.scalar_type());
   }
 
+  // DDP has waited for all of the step before, unless one bucket's error let the user go on while others were pending: what
+  // those take and return must not be mixed with what this step does.
+  if (worker_->begins_step(layout, index, scale)) idle_worker();
+
   if (buffer.is_sparse()) {
     worker_->begin_without_plan(layout, index, scale);
     const int64_t hash = layout.hash();

@@ -56,11 +56,20 @@ void Worker::check_scale(double scale) const {
       "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
 }
 
-void Worker::note_bucket(const Layout& layout, int64_t index, double scale) {
+bool Worker::begins_step(const Layout& layout, int64_t index, double scale) const {
+  const std::lock_guard lock(mutex_);
+  return is_new_step(layout, index, scale);
+}
+
+bool Worker::is_new_step(const Layout& layout, int64_t index, double scale) const {
   // DDP launches buckets in the order of their indices, but may skip any that no rank used: neither the first nor the last is
   // sure to come, nor is a parameter sure to come back in the next step. In the first step of a static graph all say index 0.
   const auto seen = [this](const Parameter& parameter) { return seen_.contains(parameter.key); };
-  if (!step_begun_ || index < last_index_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen)) {
+  return !step_begun_ || index < last_index_ || scale != scale_ || std::any_of(layout.parameters.begin(), layout.parameters.end(), seen);
+}
+
+void Worker::note_bucket(const Layout& layout, int64_t index, double scale) {
+  if (is_new_step(layout, index, scale)) {
     settle();
     if (scale != scale_) store_.multiply(scale / scale_, feedback_has_scale());
     scale_ = scale;

@@ -48,6 +48,8 @@ class Worker {
 
   // Raises TypeError or ValueError unless a bucket's gradient has a dtype and a device that can be exchanged.
   void check_exchangeable(const at::Tensor& gradient) const;
+  // Whether a bucket begins a step: see begin().
+  bool begins_step(const Layout& layout, int64_t index, double scale) const;
   // The plan for a bucket that is about to be exchanged; `index` is what DDP says is its place among the buckets of a step,
   // `scale` what its gradients were multiplied by. A step begins when the index falls, a parameter already seen comes back or
   // the scale is another one; what a void step sent then returns to the residuals, and the residuals take on the scale.
@@ -82,6 +84,7 @@ class Worker {
  private:
   CompressOptions operator_options(const Plan& plan) const;
   void check_scale(double scale) const;
+  bool is_new_step(const Layout& layout, int64_t index, double scale) const;
   void note_bucket(const Layout& layout, int64_t index, double scale);
   void settle();
   bool feedback_has_scale() const { return options_.regularised && options_.distortion == "current"; }
