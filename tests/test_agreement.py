@@ -1,10 +1,12 @@
 """Ranks that disagree get an error on every rank, which names the ranks and both values; nothing hangs or aborts."""
 
+import datetime
 import re
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from processes import run_workers, run_workers_and_report
 from torch.nn.parallel import DistributedDataParallel
@@ -37,12 +39,12 @@ def disagree(rank, case, entry):
             state = make_state(method, 0.01 if odd and case == "density" else 0.05)
         if case == "step" and odd:
             state._exchange.import_pieces({}, 7)
-        if case == "pause" and odd:
-            state.pause()
         if entry == "attach":
             rt.attach(ddp, state)
         else:
             ddp.register_comm_hook(state, rt.sparse_hook)
+        if case == "pause" and odd:
+            state.pause()
         loss = ddp(torch.ones(2, 6)).sum() if case == "model" else loss_of(ddp, batch(rank, 0, dtype))
         loss.backward()
     except (ValueError, RuntimeError) as error:
@@ -70,6 +72,28 @@ def test_what_differs_is_an_error_on_every_rank(case, field, on_0, on_1, entry):
         assert seconds < 30
 
 
+def pause_on_one_rank(rank):
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    ddp = DistributedDataParallel(make_model(), process_group=group)
+    state = make_state("topk", 0.05, process_group=group)
+    rt.attach(ddp, state)
+    for step in range(3):  # the ranks have agreed on the layouts before and after DDP's rebuild
+        loss_of(ddp, batch(rank, step)).backward()
+    if rank == 1:
+        state.pause()
+    with pytest.raises(dist.DistBackendError) as caught:
+        loss_of(ddp, batch(rank, 3)).backward()
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_pause_on_one_rank_only_is_an_error_on_every_rank_within_the_timeout():
+    # Rank 1 wants to agree on the new mode; rank 0, which knows of none, sends its payload.
+    sparse, paused = run_workers(pause_on_one_rank, 2)
+    assert sparse.startswith("rank 0: sparse_hook: expected the payloads of all 2 ranks of step 3 within 2 s, got ")
+    assert paused.startswith("rank 1: sparse_hook: expected all 2 ranks to exchange the same bucket within 2 s, got: ")
+
+
 def test_models_that_differ_are_an_error_on_every_rank():
     # DistributedDataParallel compares the parameters itself, before the first bucket.
     for message, seconds in run_workers(disagree, 2, "model", "attach"):
@@ -94,6 +118,37 @@ def test_layouts_that_differ_are_an_error_on_every_rank():
     for rank, message in enumerate(run_workers(grow_apart, 2)):
         assert message.startswith(f"rank {rank}: sparse_hook: expected the same bucket on every rank, got "), message
         assert re.search(r"12 parameters with 9840 entries, the last bucket on rank 0", message), message
+
+
+def send_another_fingerprint(rank, text):
+    """Rank 1 takes part with a fingerprint of its own making; return rank 0's error."""
+    ddp = DistributedDataParallel(make_model())
+    groups, new_group = [], dist.new_group
+    dist.new_group = lambda *arguments, **options: groups.append(new_group(*arguments, **options)) or groups[-1]
+    state = make_state("topk", 0.05)
+    control_group = groups[1]
+    if rank == 1:
+        sent = torch.frombuffer(bytearray(text.ljust(1024, b"\0")), dtype=torch.uint8)
+        dist.all_gather_into_tensor(torch.empty(2 * 1024, dtype=torch.uint8), sent, group=control_group)
+        return None
+    rt.attach(ddp, state)
+    try:
+        loss_of(ddp, batch(rank, 0)).backward()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "text, different",
+    [
+        (b"method=Top-k\nk=7\n", "density on every rank, got 0.05 on rank 0 and another version's fingerprint on rank 1"),
+        (b"\xff=\n==\n" * 128, "method on every rank, got Top-k on rank 0 and another version's fingerprint on rank 1"),
+        (b"", "method on every rank, got Top-k on rank 0 and another version's fingerprint on rank 1"),
+    ],
+)
+def test_a_fingerprint_of_another_version_is_named(text, different):
+    message, _ = run_workers(send_another_fingerprint, 2, text)
+    assert message.startswith(f"rank 0: sparse_hook: expected the same {different}; construct the state and the model")
 
 
 def lose_a_rank(rank):
