@@ -56,16 +56,6 @@ def test_a_void_step_returns_in_the_unit_in_which_it_was_sent():
     assert exchange.residuals(0)[0].tolist() == [1 + 1 + 0.25, 2, 0, 0]
 
 
-def test_a_new_scale_begins_a_step_even_where_no_parameter_comes_back():
-    exchange = rt.LocalExchange(1, 0.5, method="topk")
-    exchange.step([[torch.tensor([math.inf, 1.0]), torch.ones(2)]], [[0]], scale=4)
-    exchange.step([[torch.ones(2), torch.tensor([1.0, 2.0])]], [[1]], scale=2)
-    exchange.step([[torch.ones(2), torch.ones(2)]], [[0], [1]], scale=2)
-    # What the second step applied did not return with what the void one had sent: [1, 0] was left, [2, 1] came, 2 was sent.
-    assert exchange.stats()["steps"] == 3
-    assert exchange.residuals(0)[1].tolist() == [0, 1 / 2]
-
-
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan, 2.0**65, 2.0**-65])
 def test_a_scale_that_would_cost_bits_is_an_error(scale):
     with pytest.raises(ValueError, match=r"LocalExchange: expected a gradient scale between 2\^-64 and 2\^64, got "):

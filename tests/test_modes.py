@@ -7,7 +7,6 @@ all ranks keep. It is counted in `.grad` because DDP throws a result away for a 
 import contextlib
 import dataclasses
 import datetime
-import math
 from collections.abc import Callable
 
 import pytest
@@ -252,62 +251,6 @@ def check_replicas(results, mode):
     for step in zip(*digests, strict=not mode.join):
         assert len(set(step)) == 1
     assert len(set(digests[0])) > 5, "expected the parameters to move"
-
-
-OTHER_BUCKETS = [[8, 9], [6, 7], [4, 5], [0, 1, 2, 3]]
-BRANCH_COMES_AND_GOES = [[[10], *OTHER_BUCKETS], OTHER_BUCKETS, OTHER_BUCKETS, [[10], *OTHER_BUCKETS]]
-SKIPPING = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}
-
-
-def with_branch(rank):
-    return WithBranch(rank, all_or_nobody)
-
-
-def with_two_dtypes(rank):
-    return two_dtypes()
-
-
-def train_with_a_void_step(rank, method, model, options, void_step, parameter):
-    """One rank's gradient of one parameter is NaN in one step."""
-    module = model(rank)
-    ddp = DistributedDataParallel(module, bucket_cap_mb=BUCKET_CAP_MB / 4, **options)
-    state, books = make_state(method, 0.05), Books(module)
-    ddp.register_comm_hook((state, books), booked_hook)
-    list(module.parameters())[parameter].register_hook(lambda g: g * math.nan if rank == 1 and module.step == void_step else g)
-    optimizer, applied = make_optimizer(module), nothing_applied(module)
-    for step in range(STEPS):
-        module.step = step
-        optimizer.zero_grad()
-        loss_of(ddp, batch(rank, step)).backward()
-        if step != void_step:
-            add_gradients(applied, module)
-            optimizer.step()
-    return books.steps, residuals_of(state, module), applied, state.stats()
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "void_step", "parameter", "layouts"),
-    [
-        # In every third step the branch is used, and its bias is the first bucket.
-        (with_branch, SKIPPING, 2, 6, BRANCH_COMES_AND_GOES),
-        (with_branch, SKIPPING, 3, 6, BRANCH_COMES_AND_GOES),
-        (with_branch, SKIPPING, 4, 6, BRANCH_COMES_AND_GOES),
-        # Two dtypes are two buckets from the first step on, in which both say index 0.
-        (with_two_dtypes, {"static_graph": True}, 0, 0, [[[2, 3], [0, 1]]]),
-        (with_two_dtypes, {"static_graph": True}, 0, 2, [[[2, 3], [0, 1]]]),
-    ],
-    ids=["skipped, next comes", "comes", "skipped", "first of a static graph, last bucket", "first of a static graph, first bucket"],
-)
-@pytest.mark.parametrize("method", ["topk", "regtopk"])
-def test_a_void_step_returns_all_that_it_sent_and_no_more(method, model, options, void_step, parameter, layouts):
-    results = run_workers(train_with_a_void_step, 2, method, model, options, void_step, parameter)
-    for books, _, _, stats in results:
-        assert [step["layouts"] for step in books][: len(layouts)] == layouts
-        assert stats["void_steps"] == 1 and stats["steps"] == STEPS
-    exchange = check_against_simulation([result[0] for result in results], method)
-    for rank, result in enumerate(results):
-        check_equal(result[1], exchange.residuals(rank))
-    check_mass([result[0] for result in results], [result[1] for result in results], results[0][2])
 
 
 def train_two_models(rank, method):
