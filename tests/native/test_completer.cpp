@@ -2,6 +2,7 @@
 // tasks pending, wakers that outlive it.
 #include <atomic>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../../csrc/exchange/completer.h"
@@ -77,7 +78,8 @@ void stop_among_others() {
             completer.wait_idle(Completer::Clock::now());
             waker();
           }
-        } catch (const std::runtime_error&) {
+        } catch (const std::runtime_error& error) {
+          CHECK(std::string(error.what()) == "exchange: expected an open exchange, got one that was shut down");
         }
       });
     }
