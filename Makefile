@@ -65,7 +65,8 @@ cuda:
 build/sanitize-%: $(INSTALLED)
 	PATH="$(BIN):$$PATH" cmake -S tests/native -B $@ -G Ninja -DSANITIZE=$*
 
-.PHONY: native-%
+# Kept: make would remove what only led from one pattern to another.
+.PRECIOUS: build/sanitize-%
 native-%: build/sanitize-%
 	PATH="$(BIN):$$PATH" cmake --build $<
 
