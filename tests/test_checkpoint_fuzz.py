@@ -15,7 +15,7 @@ from test_checkpoint import same_state
 import regtopk_torch as rt
 
 FUZZ_SECONDS = float(os.environ.get("REGTOPK_FUZZ_SECONDS", 0))  # make fuzz: so many, and other content each time
-fuzzed = settings(max_examples=150 + int(20 * FUZZ_SECONDS), derandomize=not FUZZ_SECONDS, deadline=None)
+fuzzed = settings(max_examples=150 + int(6 * FUZZ_SECONDS), derandomize=not FUZZ_SECONDS, deadline=None)
 
 
 def copy_of(directory):
