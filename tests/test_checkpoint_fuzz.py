@@ -71,7 +71,7 @@ TENSORS = [
     lambda like: torch.full_like(like, 2**40, dtype=torch.float64).to(like.dtype),
     lambda like: torch.full_like(like, math.nan, dtype=torch.float64).to(like.dtype),
     lambda like: like.flatten()[:0],
-    lambda like: torch.zeros(1, dtype=like.dtype).expand(like.shape),
+    lambda like: torch.zeros((), dtype=like.dtype).expand(like.shape),
 ]
 
 

@@ -68,6 +68,27 @@ def test_a_full_disk_is_an_error_wherever_it_shows(lone_rank, tmp_path, monkeypa
     rt.load(state, ddp, directory)
 
 
+def test_a_disk_that_fails_behind_the_manifest_leaves_the_new_checkpoint_whole(lone_rank, tmp_path, monkeypatch):  # noqa: F811
+    ddp, state, optimizer, directory = lone_rank
+    directory = shutil.copytree(directory, tmp_path / "checkpoint")
+    train(0, ddp, optimizer, range(1))
+    new = state.state_dict(ddp)
+    synchronised = []
+
+    def fail_when_synchronising(descriptor):
+        synchronised.append(descriptor)
+        if len(synchronised) == 4:  # the rank's file, its folder, the manifest, its folder
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail_when_synchronising)
+    with pytest.raises(rt.CheckpointError, match=r"rank 0: save: expected to write and read .*regtopk.json, got Input/output error"):
+        rt.save(state, ddp, directory)
+    monkeypatch.undo()
+    state.reset()
+    rt.load(state, ddp, directory)  # what its manifest names is there
+    assert same_state(state.state_dict(ddp), new)
+
+
 class FullForAMoment:
     """A file that fails to take the second thing written to it, and only that."""
 

@@ -89,7 +89,7 @@ def residuals(state, ddp):
 
 
 def sent_entries(state, ddp):
-    return sum(len(entry["sent_index"]) for entry in state.state_dict(ddp)["parameters"].values())
+    return sum(len(entry.get("sent_index", ())) for entry in state.state_dict(ddp)["parameters"].values())
 
 
 def one_life(rank, directory, method, dtype, steps, leave):
@@ -99,6 +99,7 @@ def one_life(rank, directory, method, dtype, steps, leave):
     if steps.start > 0:
         rt.load(state, ddp, directory)
         loaded, dropped = residuals(state, ddp), state.stats()["history_dropped"]
+        assert sent_entries(state, ddp) == 0, "what a rank sent last has no counterpart in a group of another size"
     if leave is None:
         state.flush(ddp)
         return loaded, dropped, None, 0, [p.grad.clone() for p in model.parameters()], None
