@@ -12,12 +12,15 @@ NATIVE = Path(__file__).resolve().parent / "native"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("native"), "address,undefined", "fuzz_payload", "test_completer")
+
+
+def build(folder, sanitizers, *targets):
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("needs cmake and ninja")
-    folder = tmp_path_factory.mktemp("native")
     for command in (
-        ["cmake", "-S", NATIVE, "-B", folder, "-G", "Ninja", "-DSANITIZE=address,undefined"],
-        ["cmake", "--build", folder, "--target", "fuzz_payload", "test_completer"],
+        ["cmake", "-S", NATIVE, "-B", folder, "-G", "Ninja", f"-DSANITIZE={sanitizers}"],
+        ["cmake", "--build", folder, "--target", *targets],
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -37,4 +40,9 @@ def test_two_decoders_agree_on_damaged_payloads_under_address_and_ub_sanitizer(b
 
 def test_the_completer_runs_under_address_and_ub_sanitizer(built):
     done = run(built, "test_completer")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_the_completer_runs_under_thread_sanitizer(tmp_path):
+    done = run(build(tmp_path, "thread", "test_completer"), "test_completer")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
