@@ -158,6 +158,10 @@ def _piece(where, entry, parameter, *, keep_feedback):
     feedback = _tensor(where, entry, "feedback", accumulate, (count,)) if "feedback" in entry and keep_feedback else None
     if count and not (index[0] >= 0 and index[-1] < parameter.numel() and (index.diff() > 0).all()):
         raise ValueError(f"{where}: expected sent_index strictly ascending in [0, {parameter.numel()}), got others")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{where}: expected finite sent_value, got infinities or NaN")
+    if feedback is not None and feedback.isnan().any():  # infinity is what an entry without feedback has
+        raise ValueError(f"{where}: expected feedback without NaN, got some")
     to_memory = _memory_index(parameter)
     if to_memory is not None:
         index, order = to_memory[index].sort()

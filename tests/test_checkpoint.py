@@ -158,6 +158,8 @@ def damage(rank):
         "sparse": entry("residual", good["parameters"][name]["residual"].to_sparse()),
         "no tensor": entry("sent_index", 3),
         "NaN": entry("residual", torch.full_like(good["parameters"][name]["residual"], float("nan"))),
+        "NaN sent": entry("sent_value", torch.full_like(good["parameters"][name]["sent_value"], float("nan"))),
+        "NaN fed back": entry("feedback", torch.full_like(good["parameters"][name]["feedback"], float("nan"))),
         "index": entry("sent_index", good["parameters"][name]["sent_index"].flip(0)),
         "value": entry("sent_value", torch.zeros(1, dtype=torch.float64)),
     }
@@ -192,6 +194,8 @@ def test_a_state_dict_that_does_not_fit_is_an_error_and_changes_nothing():
         "sparse": r"ValueError: {who}layers.0.weight: expected residual of dtype .*, got dtype torch.float32 and shape \[24, 96\], torch.sparse_coo on cpu",
         "no tensor": r"ValueError: {who}layers.0.weight: expected sent_index of dtype torch.int64 and shape \[0\], got int",
         "NaN": "ValueError: {who}layers.0.weight: expected a finite residual, got infinities or NaN",
+        "NaN sent": "ValueError: {who}layers.0.weight: expected finite sent_value, got infinities or NaN",
+        "NaN fed back": "ValueError: {who}layers.0.weight: expected feedback without NaN, got some",
         "index": r"ValueError: {who}layers.0.weight: expected sent_index strictly ascending in \[0, 2304\), got others",
         "value": r"ValueError: {who}layers.0.weight: expected sent_value of dtype torch.float32 and shape \[\d+\], got dtype torch.float64 and shape \[1\]",
         "other model": "ValueError: {who}expected a state dict of this model's 2 parameters, got 9; missing ",
