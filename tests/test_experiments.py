@@ -15,7 +15,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # experiments is not installed; appended, so that an installed package comes first
 
-from experiments import data, plot, record, sweeps, table, toy_logistic  # noqa: E402
+from experiments import data, plot, plot_curves, record, sweeps, table, toy_logistic  # noqa: E402
 
 try:
     data.import_torchvision()
@@ -210,7 +210,7 @@ def test_the_figure_is_drawn_from_the_log_alone(tmp_path):
 
 
 def test_a_running_mean_starts_with_what_there_is():
-    assert plot.running_mean([2.0, 4.0, 6.0, 8.0], window=2) == [2.0, 3.0, 5.0, 7.0]
+    assert plot_curves.running_mean([2.0, 4.0, 6.0, 8.0], window=2) == [2.0, 3.0, 5.0, 7.0]
 
 
 def read_table(text):
