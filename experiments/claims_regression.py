@@ -148,7 +148,7 @@ CLAIMS = [
             (0.4, "no gain", "the same for both"),
         )
     ),
-    Claim("fig-2-to-the-end", "Fig. 2, density 0.6: how RegTop-k gets there (the paper's axis ends sooner)",
+    Claim("fig-2-to-the-end", "Fig. 2, density 0.6: how RegTop-k gets there",
           sweep("--method regtopk --density 0.6", "density"), "follows dense", "linear_regression_curves", find_jump),
     Claim("fig-2-printed", "Algorithm 1 as printed (current) at density 0.6, mu 4", sweep("--method topk regtopk --distortion current --density 0.6", "density"),
           "never better than −3.5", "linear_regression_curves", find_printed),
