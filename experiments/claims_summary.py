@@ -82,7 +82,7 @@ def summarise_tiny(evidence):
         comparison = compare(accuracies(regtopk), accuracies(topk))
         displaced = fmean(100 * run.share("displaced") for run in regtopk.values())
         parts.append(f"{density:g}: {displaced:.1f} % displaced, {number(comparison.mean, 2)} points" + ("" if comparison.shown else " (not shown)"))
-    return f"* A network of 2,842 entries on CIFAR-10, {link('by density', 'tiny-density')}, RegTop-k minus Top-k: {'; '.join(parts)}." if parts else None
+    return f"* A two-layer network on CIFAR-10, {link('by density', 'tiny-density')}, RegTop-k minus Top-k: {'; '.join(parts)}." if parts else None
 
 
 def format_summary(evidence):
