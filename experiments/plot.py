@@ -15,9 +15,9 @@ from experiments.plot_curves import draw
 FIGURES = Path(__file__).resolve().parent / "figures"
 
 
-def draw_all(results=RESULTS, folder=FIGURES):
-    """Draw every figure whose logs there are; return the paths."""
-    return [*plot_regression.draw_all(results, Path(folder)), *plot_cifar10.draw_all(results, Path(folder))]
+def draw_all(results=RESULTS, folder=FIGURES, suffixes=(".svg", ".png")):
+    """Draw every figure whose logs there are into `folder`, once per suffix; return the paths."""
+    return [path for subject in (plot_regression, plot_cifar10) for path in subject.draw_all(results, Path(folder), suffixes)]
 
 
 def main(arguments=None):

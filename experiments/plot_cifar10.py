@@ -5,6 +5,7 @@ from experiments.figure_style import COLOURS, NAMES, band, bars, new_figure, sav
 
 VARIED = {"density": 1, "mu": 2}  # place in a configuration; a figure against it is drawn from three values on
 LINE_STYLES = {"dense": ":", "topk": "--", "regtopk": "-"}
+BESIDE = {"topk": 0.96, "regtopk": 1.04}  # bars of equal height would hide each other
 CHANCE = 10  # percent
 
 
@@ -91,11 +92,12 @@ def draw_by_option(runs, option):
                 lines.setdefault(rest, {})[configuration[place]] = list(seeds.values())
         for rest, values in lines.items():
             style = {"color": COLOURS[method], "label": describe(rest), "linestyle": LINE_STYLES[method]}
-            bars(accuracy_axes, list(values), [[100 * run.result["accuracy"] for run in group] for group in values.values()], **style)
+            along = [value * BESIDE[method] for value in values]
+            bars(accuracy_axes, along, [[100 * run.result["accuracy"] for run in group] for group in values.values()], **style)
             name = "repeated" if method == "topk" else "displaced"
             shares = [[100 * run.share(name) for run in group] for group in values.values()]
             style["label"] += ": sent twice running" if method == "topk" else ": displaced"
-            bars(share_axes, list(values), shares, **style)
+            bars(share_axes, along, shares, **style)
     for method, style in (("dense", ":"), ("topk", "--")):
         for configuration, seeds in configurations.items():
             if configuration[0] == method and configuration[place] is None:
@@ -112,13 +114,14 @@ def draw_by_option(runs, option):
     return figure
 
 
-def draw_all(results, folder):
-    """Draw the figures of every group into `folder` as SVG and PNG; return the paths."""
+def draw_all(results, folder, suffixes):
+    """Draw the figures of every group into `folder`, once per suffix; return the paths."""
     paths = []
 
     def write(name, figure):
-        paths.extend([folder / f"{name}.svg", folder / f"{name}.png"])
-        save(figure, *paths[-2:])
+        new = [folder / f"{name}{suffix}" for suffix in suffixes]
+        save(figure, *new)
+        paths.extend(new)
 
     for group, runs in cifar10_runs(results).items():
         write(f"cifar10_{group}", draw_group(runs))

@@ -88,7 +88,8 @@ def draw_gap_by_density(results):
             along = [density for density in densities if select(own, density=density)]
             groups = [[row["log10_gap"] for row in select(own, density=density)] for density in along]
             bars(axes, along, groups, color=COLOURS[colour], label=label, linestyle="--" if colour == "genie" else "-")
-        axes.set(xlabel="density (share of the entries that each worker sends)", ylabel=GAP, title=title)
+        axes.set(xlabel="density (share of the entries that each worker sends)", ylabel=GAP, title=title, xticks=densities)
+        axes.margins(x=0.12)
     low = min(axes.get_ylim()[0] for axes in panels)
     for axes in panels:
         axes.set_ylim(low, 2)
@@ -132,12 +133,13 @@ FIGURES = {
 }
 
 
-def draw_all(results, folder):
-    """Draw each figure whose logs there are into `folder` as SVG and PNG; return the paths."""
+def draw_all(results, folder, suffixes):
+    """Draw each figure whose logs there are into `folder`, once per suffix; return the paths."""
     paths = []
     for name, draw in FIGURES.items():
         figure = draw(results)
         if figure is not None:
-            paths += [folder / f"{name}.svg", folder / f"{name}.png"]
-            save(figure, *paths[-2:])
+            new = [folder / f"{name}{suffix}" for suffix in suffixes]
+            save(figure, *new)
+            paths += new
     return paths
