@@ -69,8 +69,8 @@ def draw_group(runs):
     for axes, label in ((step_axes, rounds), (byte_axes, "sent per worker (MB, 1e6 bytes)")):
         axes.set(xlabel=label, ylabel="test accuracy (%), all test images", ylim=(0, None))
         axes.axhline(CHANCE, color="0.5", linewidth=1, linestyle=":")
-        axes.annotate("chance", (0.99, CHANCE), xycoords=("axes fraction", "data"), xytext=(0, -3),
-                      textcoords="offset points", ha="right", va="top", fontsize=8, color="0.35")  # fmt: skip
+        axes.annotate("chance", (0.01, CHANCE), xycoords=("axes fraction", "data"), xytext=(0, -3),
+                      textcoords="offset points", va="top", fontsize=8, color="0.35")  # fmt: skip
     step_axes.set_xlim(left=0)
     byte_axes.set_xscale("log")
     share_axes.set(xlabel=rounds, ylabel="share of the entries sent so far (%)", ylim=(0, None), xlim=(0, None))

@@ -87,6 +87,6 @@ def _label(headers, loss_axes, step_axes, byte_axes):
         axes.set_ylim(bottom=0)
     for axes in (step_axes, byte_axes):
         axes.axhline(10, color="0.5", linewidth=1, linestyle=":")
-        axes.annotate("chance", (0.99, 10), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                      textcoords="offset points", ha="right", fontsize=8, color="0.35")  # fmt: skip
+        axes.annotate("chance", (0.01, 10), xycoords=("axes fraction", "data"), xytext=(0, -3),
+                      textcoords="offset points", va="top", fontsize=8, color="0.35")  # fmt: skip
         axes.set_ylim(0, max(axes.get_ylim()[1], 30))

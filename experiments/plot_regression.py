@@ -63,7 +63,7 @@ def draw_gap_curves(results, densities=(0.4, 0.5, 0.6)):
         axes.set(xlabel="step (updates of the weights)", ylabel=GAP, title=f"density {density:g}")
         axes.set_xlim(left=0)
     lines = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
-    panels[0].legend(lines.values(), lines.keys(), fontsize=8, loc="lower left")
+    panels[0].legend(lines.values(), lines.keys(), fontsize=8, loc="center right", bbox_to_anchor=(1, 0.68))
     seeds = sorted({row["seed"] for row in rows})
     figure.suptitle(f"Linear regression, 20 heterogeneous workers, fp64: mean and range over {len(seeds)} seeds")
     return figure
@@ -107,7 +107,7 @@ def draw_gap_by_mu(results):
     ]  # fmt: skip
     if not densities:
         return None
-    figure, panels = new_figure(len(densities), size=(5.2 * len(densities) + 0.6, 4.4))
+    figure, panels = new_figure(len(densities), size=(5.2 * len(densities) + 2, 4.4))
     for axes, density in zip(panels, densities):
         here = select(rows, density=density)
         for colour, label, distortion in (("regtopk", "RegTop-k", "previous"), ("current", "RegTop-k as printed (current)", "current")):
