@@ -1,13 +1,14 @@
 """Copy logs of finished runs from a folder of runs into experiments/results, from which figures and claims are made.
 
 RUNS/cifar10/GROUP/NAME/log.jsonl becomes results/cifar10/GROUP/NAME.jsonl; RUNS/linear_regression/NAME.jsonl and
-RUNS/toy_logistic/NAME.jsonl keep their names. What has not finished, or was run on changed sources, is named and left.
+RUNS/toy_logistic/NAME.jsonl keep their names. What has not finished, was run on changed sources or on another data set is named and left.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from experiments.data import CIFAR10_NAME
 from experiments.evidence import RESULTS, read_run
 from experiments.record import LOG_NAME, read_log
 
@@ -21,7 +22,7 @@ def collect(runs, results=RESULTS):
     copied, left = [], []
     for path, target in sorted(found.items()):
         try:
-            reason = why_not(path, finished=target.parts[0] != "cifar10")
+            reason = why_not(path, sweep=target.parts[0] != "cifar10")
         except ValueError as error:  # a line that is being written
             reason = str(error)
         if reason:
@@ -33,13 +34,17 @@ def collect(runs, results=RESULTS):
     return copied, left
 
 
-def why_not(path, finished):
+def why_not(path, sweep):
     """Return why a log is not to be copied, "" where it is; a sweep counts as finished with the rows it has."""
     header, records = read_log(path)
     parts = [header, *(record for record in records if record["event"] == "resume")]
     if not all(part["commit"] and part["dirty"] is False for part in parts):
         return "not of a clean commit"
-    return "" if finished or read_run(path) is not None else "not finished"
+    if sweep:
+        return ""
+    if header["data"] != CIFAR10_NAME:
+        return f"of {header['data']}"
+    return "" if read_run(path) is not None else "not finished"
 
 
 def main(arguments=None):

@@ -139,13 +139,13 @@ def test_a_command_for_a_gpu_takes_a_step_on_the_cpu(command, tmp_path, monkeypa
 # Claims from logs that are made up
 
 
-def write_run(folder, method, seed, accuracy, *, finished=True, density=0.001, mu=5.0, steps=100, dirty=False, displaced=5):
+def write_run(folder, method, seed, accuracy, *, finished=True, density=0.001, mu=5.0, steps=100, dirty=False, displaced=5, dataset="CIFAR-10"):
     """Write the log of a run whose accuracy rises in a line to `accuracy`."""
     options = {"method": method, "density": density, "mu": mu, "distortion": "previous", "model": "tiny", "workers": 8, "batch_size": 20,
                "learning_rate": 0.01, "partition": "iid", "concentration": 0.1, "local_steps": 1, "steps": steps}  # fmt: skip
     path = folder / f"{method}-d{density:g}-mu{mu:g}-s{seed}" / record.LOG_NAME
     path.parent.mkdir(parents=True)
-    with record.Recorder(path, seed=seed, data="CIFAR-10", options=options) as recorder:
+    with record.Recorder(path, seed=seed, data=dataset, options=options) as recorder:
         for step in (0, steps // 2, steps):
             numbers = {"bytes_sent": 61.0 * step, "bytes_dense": 4000.0 * step, "sent_entries": 10.0 * step, "repeated": step, "displaced": 0.0}
             recorder.write("test", step=step, accuracy=0.1 + (accuracy - 0.1) * step / steps, images=10, **numbers)
@@ -226,11 +226,13 @@ def test_runs_of_other_lengths_are_not_compared(tmp_path):
     assert claims_cifar10.pair_up([]) == []
 
 
-def test_runs_of_changed_sources_are_left_out(tmp_path):
+def test_runs_of_changed_sources_or_of_another_data_set_are_left_out(tmp_path):
     folder = tmp_path / "runs" / "cifar10" / "vgg11_bn"
     write_run(folder, "topk", 0, 0.5, dirty=True)
+    write_run(folder, "topk", 1, 0.5, dataset=data.DIGITS_NAME)
     copied, left, _ = collected(tmp_path)
-    assert copied == [] and left[0].endswith("log.jsonl: not of a clean commit")
+    assert copied == []
+    assert [line.split("log.jsonl: ")[1] for line in left] == ["not of a clean commit", f"of {data.DIGITS_NAME}"]
 
 
 # The test over seeds
