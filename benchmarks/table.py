@@ -43,13 +43,13 @@ def format_tables(logs, relative_to="."):
     return "\n".join([*lines, "", *(f"{origin}  " for origin in origins)]).rstrip()
 
 
-def replace(document, text):
-    """Return `document` with what stands between the two marks replaced by `text`; ValueError where they are missing."""
-    before, begin, rest = document.partition(BEGIN)
+def replace(document, text, begin=BEGIN):
+    """Return `document` with what stands between the mark `begin` and the next END replaced by `text`; ValueError without them."""
+    before, found, rest = document.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"benchmarks.table: expected the marks {BEGIN!r} and {END!r}, got a document without")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    if not found or not end:
+        raise ValueError(f"replace: expected the marks {begin!r} and {END!r}, got a document without")
+    return f"{before}{begin}\n{text}\n{END}{after}"
 
 
 def main():

@@ -200,7 +200,7 @@ def main():
     import torch
     import torch.distributed as dist
 
-    from experiments.plot import draw
+    from experiments.plot_curves import draw
     from experiments.record import count_cores
     from experiments.table import format_table
     from experiments.train import train

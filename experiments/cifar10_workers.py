@@ -143,16 +143,15 @@ class Run:
             self._workers.load_exchange_state(saved["exchange"])
             self._step, self._earlier = saved["step"], saved["statistics"]
             self._losses, self._seconds = saved["losses"], saved["seconds"]
-        if self._workers.rank != 0:
+            if self._workers.rank == 0:
+                self._recorder = Recorder.resume(log, saved["log_bytes"], step=self._step, steps=options.steps)
             return
-        if saved is not None:
-            self._recorder = Recorder.resume(log, saved["log_bytes"], step=self._step, steps=options.steps)
-            return
-        options.folder.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)  # of a run that ended before its first save
-        settings = {key: portable(str(value)) if key in ("data", "folder") and value else value for key, value in vars(options).items()}
-        self._recorder = Recorder(log, options.seed, workers=options.workers, data=self._dataset.name, options=settings)
-        self._test()
+        if self._workers.rank == 0:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            log.unlink(missing_ok=True)  # of a run that ended before its first save
+            settings = {key: portable(str(value)) if key in ("data", "folder") and value else value for key, value in vars(options).items()}
+            self._recorder = Recorder(log, options.seed, workers=options.workers, data=self._dataset.name, options=settings)
+        self._test()  # on every rank: it gathers statistics
 
     def train(self):
         """Take the steps that are left, write the result, and return its accuracy (None except on rank 0)."""

@@ -101,14 +101,27 @@ class LocalWorkers:
         """Return the exchange's state of every worker, by parameter name and in rank order; None for dense."""
         if self._exchange is None:
             return None
-        names = [name for name, _ in self.model.named_parameters()]
-        return [_rename(worker, lambda key: names[int(key)]) for worker in self._exchange.state_dict()["workers"]]
+        return [self._name_parameters(worker) for worker in self._exchange.state_dict()["workers"]]
+
+    def _name_parameters(self, worker):
+        """Return one worker's state with names for indices and the parameters' shapes, as DDP's own has them."""
+        parameters = {}
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            entry = worker["parameters"].get(str(index))
+            if entry is not None:
+                parameters[name] = {**entry, "shape": list(parameter.shape)}
+                if "residual" in entry:
+                    parameters[name]["residual"] = entry["residual"].view(parameter.shape)
+        return {**worker, "parameters": parameters}
 
     def load_exchange_state(self, workers):
         """Load what `exchange_state` returned, here or under DDP."""
         if self._exchange is not None:
             indices = {name: str(index) for index, (name, _) in enumerate(self.model.named_parameters())}
-            self._exchange.load_state_dict({"workers": [_rename(worker, indices.get) for worker in workers]})
+            renamed = [
+                {**worker, "parameters": {indices[name]: entry for name, entry in worker["parameters"].items()}} for worker in workers
+            ]
+            self._exchange.load_state_dict({"workers": renamed})
 
 
 class DistributedWorkers:
@@ -180,7 +193,3 @@ def dense_statistics(model, num_workers, steps):
 def add_statistics(earlier, later):
     """Return the statistics of two consecutive parts of a run as those of the whole."""
     return {key: earlier[key] + later[key] for key in COUNTED} if earlier else later
-
-
-def _rename(worker, name_of):
-    return {**worker, "parameters": {name_of(key): entry for key, entry in worker["parameters"].items()}}

@@ -15,7 +15,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # experiments is not installed; appended, so that an installed package comes first
 
-from experiments import data, plot, record, table, toy_logistic  # noqa: E402
+from experiments import data, plot, plot_curves, record, sweeps, table, toy_logistic  # noqa: E402
 
 try:
     data.import_torchvision()
@@ -31,32 +31,38 @@ SCRIPT = REPOSITORY / "experiments" / "cifar10_resnet18.py"
 
 
 def test_toy_dense_falls_to_0_0215_at_step_50():
-    losses = toy_logistic.run("dense")
+    losses = toy_logistic.train("dense")
     assert len(losses) == 101
     assert losses[0] == pytest.approx(0.3133, abs=5e-5)
     assert losses[50] == pytest.approx(0.0215, abs=5e-5)
 
 
 def test_toy_top_1_does_not_move_for_100_steps():
-    assert toy_logistic.run("topk") == [toy_logistic.run("dense", steps=1)[0]] * 101
+    assert toy_logistic.train("topk") == [toy_logistic.train("dense", steps=1)[0]] * 101
 
 
 @pytest.mark.parametrize("distortion, from_step", [("previous", 10), ("current", 50)])
 def test_toy_regtop_1_comes_within_5_percent_of_dense(distortion, from_step):
-    losses = toy_logistic.run("regtopk", mu=1.0, distortion=distortion)
-    pairs = list(zip(losses, toy_logistic.run("dense"), strict=True))[from_step:]
+    losses = toy_logistic.train("regtopk", mu=1.0, distortion=distortion)
+    pairs = list(zip(losses, toy_logistic.train("dense"), strict=True))[from_step:]
     assert all(abs(loss / dense - 1) < 0.05 for loss, dense in pairs)
 
 
-def test_toy_command_prints_every_tenth_loss_and_draws(tmp_path):
-    figure = tmp_path / "toy.png"
-    command = [sys.executable, "-m", "experiments.toy_logistic", "--method", "dense", "--plot", str(figure)]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+def test_toy_command_prints_every_tenth_loss_and_logs_each_run_once(tmp_path):
+    log = tmp_path / "toy.jsonl"
+    command = [sys.executable, "-m", "experiments.toy_logistic", "--method", "topk", "dense", "--out", str(log)]
+    outputs = []
+    for _ in range(2):
+        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        outputs.append((ended.stdout, log.read_bytes()))
+    assert outputs[0] == outputs[1]
     lines = ended.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith("step=")] == [f"step={n}" for n in range(0, 101, 10)]
-    assert lines[-1] == f"final_loss={toy_logistic.run('dense')[-1]:.6f}"
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [line.split()[0] for line in lines if line.startswith("step=")] == [f"step={n}" for n in range(0, 101, 10)] * 2
+    assert lines[-1] == f"final_loss={toy_logistic.train('dense')[-1]:.6f}"
+    rows = sweeps.read_sweep(log)[1]
+    assert [row["method"] for row in rows] == ["topk", "dense"]
+    assert rows[1]["losses"] == [round(loss, 8) for loss in toy_logistic.train("dense")]
 
 
 # Data
@@ -204,7 +210,7 @@ def test_the_figure_is_drawn_from_the_log_alone(tmp_path):
 
 
 def test_a_running_mean_starts_with_what_there_is():
-    assert plot.running_mean([2.0, 4.0, 6.0, 8.0], window=2) == [2.0, 3.0, 5.0, 7.0]
+    assert plot_curves.running_mean([2.0, 4.0, 6.0, 8.0], window=2) == [2.0, 3.0, 5.0, 7.0]
 
 
 def read_table(text):

@@ -1,0 +1,146 @@
+"""State what the logs show of training on CIFAR-10: the paper's Fig. 3 and the questions that the papers leave open."""
+
+from statistics import fmean
+
+from experiments.claim import Claim, Finding
+from experiments.evidence import by_configuration
+from experiments.paired_test import compare, number, spread
+
+PAPER_GAIN = 8.0  # points
+COMMAND = "python -m experiments.cifar10_workers"
+
+
+def accuracies(seeds):
+    """Return {seed: test accuracy in percent} of {seed: run}."""
+    return {seed: 100 * run.result["accuracy"] for seed, run in seeds.items()}
+
+
+def pair_up(runs):
+    """Return [(density, mu, {seed: run} of RegTop-k, {seed: run} of Top-k)] of a group, "previous" form, sharing a seed."""
+    configurations = by_configuration(runs) if runs else {}
+    pairs = []
+    for (method, density, mu, distortion), regtopk in configurations.items():
+        topk = configurations.get(("topk", density, None, None), {})
+        if method == "regtopk" and distortion == "previous" and set(regtopk) & set(topk):
+            pairs.append((density, mu, regtopk, topk))
+    return pairs
+
+
+def dense_of(runs):
+    """Return {seed: run} of the group's dense runs."""
+    return by_configuration(runs).get(("dense", None, None, None), {})
+
+
+def describe_steps(runs):
+    run = next(iter(next(iter(by_configuration(runs).values())).values()))
+    return f"after {run.result['step']:,} {'rounds' if run.options['local_steps'] > 1 else 'steps'}"
+
+
+def find_accuracy(evidence, group, mu=5.0, against=None):
+    """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group with one density; None without one.
+
+    `against`: a gain in points that the test cell holds against the interval.
+    """
+    runs = evidence.cifar10.get(group, [])
+    pairs = [pair for pair in pair_up(runs) if pair[1] == mu]
+    if not pairs:
+        return None
+    _, _, regtopk, topk = pairs[0]
+    comparison = compare(accuracies(regtopk), accuracies(topk))
+    common = set(regtopk) & set(topk)
+    dense = dense_of(runs)
+    text = ", ".join(
+        f"{name} {spread(value for seed, value in accuracies(seeds).items() if seed in common)} %"
+        for name, seeds in (("RegTop-k", regtopk), ("Top-k", topk), ("dense", dense)) if common <= set(seeds)
+    )  # fmt: skip
+    text = f"{describe_steps(runs)} {text}"
+    test = comparison.describe(" points")
+    if against is not None and comparison.low is not None:
+        test += f"; {against:g} points lie {'outside' if comparison.excludes(against) else 'inside'} the interval"
+    return Finding(text, comparison.n, test, [f"cifar10/{group}"], comparison)
+
+
+def find_overlap(evidence, group):
+    """Find how much was sent twice running and displaced: without either, the two methods are one."""
+    pairs = pair_up(evidence.cifar10.get(group, []))
+    if not pairs:
+        return None
+    _, _, regtopk, topk = pairs[0]
+    common = sorted(set(regtopk) & set(topk))
+    twice = [100 * topk[seed].share("repeated") for seed in common]
+    again, displaced = ([100 * regtopk[seed].share(name) for seed in common] for name in ("repeated", "displaced"))
+    text = (
+        f"of what it sent, Top-k had sent {spread(twice)} % the step before, RegTop-k {spread(again)} %; "
+        f"RegTop-k displaced {spread(displaced)} %"
+    )
+    return Finding(text, len(common), "none", [f"cifar10/{group}"])
+
+
+def find_by_option(evidence, group, place):
+    """List RegTop-k minus Top-k in points by density (place 0 of a pair) or mu (place 1)."""
+    pairs = sorted(pair_up(evidence.cifar10.get(group, [])), key=lambda pair: pair[place])
+    if len(pairs) < 2:
+        return None
+    parts, comparisons = [], []
+    for pair in pairs:
+        comparison = compare(accuracies(pair[2]), accuracies(pair[3]))
+        comparisons.append(comparison)
+        displaced = fmean(100 * run.share("displaced") for run in pair[2].values())
+        parts.append(f"{pair[place]:g}: {number(comparison.mean, 2)} (displaced {displaced:.1f} %)")
+    return Finding(
+        f"{describe_steps(evidence.cifar10[group])} RegTop-k minus Top-k in points by {('density', 'mu')[place]}, " + "; ".join(parts),
+        min(comparison.n for comparison in comparisons), describe_many(comparisons), [f"cifar10/{group}"],
+    )  # fmt: skip
+
+
+def describe_many(comparisons):
+    """Return the smallest of several p values, corrected for their number."""
+    values = [comparison.p for comparison in comparisons if comparison.p is not None]
+    if not values:
+        return "none with one seed"
+    return f"{len(values)} paired t-tests: smallest p {min(values):.2g}, corrected for their number {min(1.0, len(values) * min(values)):.2g}"
+
+
+def command(options, also):
+    return f"`{COMMAND} {options}`, {also}"
+
+
+def comparison_claim(group, title, options, seeds, expected="open in the paper", **settings):
+    """Return the row of one group that compares RegTop-k and Top-k at one density."""
+    folder = f"--folder runs/cifar10/{group}/regtopk-s0"
+    return Claim(group, title, command(f"{options} {folder}", f"topk and dense too; {seeds}"), expected, f"cifar10_{group}",
+                 lambda evidence: find_accuracy(evidence, group, **settings))  # fmt: skip
+
+
+TINY = "--model tiny --steps 1000"
+
+CLAIMS = [
+    comparison_claim("density-0.001", "Fig. 3: ResNet-18, N = 8, batch 20, lr 0.01, density 0.001, mu 5: RegTop-k is more accurate",
+                     "--method regtopk --steps 1500", "seeds 0, 1, 2", "more than 8 points over Top-k", against=PAPER_GAIN),
+    Claim("density-0.001-overlap", "The same runs: entries sent twice running and displaced, the only place where RegTop-k differs",
+          command("--method regtopk --steps 1500 --folder runs/cifar10/density-0.001/regtopk-s0", "topk too; seeds 0, 1, 2"),
+          "not in the paper", "cifar10_density-0.001", lambda evidence: find_overlap(evidence, "density-0.001")),
+    comparison_claim("density-0.01", "ResNet-18, density 0.01, 600 steps", "--method regtopk --density 0.01 --steps 600", "seed 0"),
+    comparison_claim("density-0.0001", "ResNet-18, density 0.0001, 600 steps", "--method regtopk --density 0.0001 --steps 600", "seed 0"),
+    Claim("density-0.01-mu", "ResNet-18, density 0.01, 600 steps: sensitivity to mu",
+          command("--method regtopk --density 0.01 --mu 50 --steps 600 --folder runs/cifar10/density-0.01/regtopk-mu50-s0", "mu 0.5, 1, 2, 5, 10 and topk too; seed 0"),
+          "open in the paper", "cifar10_density-0.01", lambda evidence: find_by_option(evidence, "density-0.01", 1)),
+    comparison_claim("partition-labels", "Images sorted by label, ResNet-18, density 0.01, 600 steps",
+                     "--method regtopk --density 0.01 --partition labels --steps 600", "seed 0"),
+    comparison_claim("partition-dirichlet", "Dirichlet 0.1, ResNet-18, density 0.01, 600 steps",
+                     "--method regtopk --density 0.01 --partition dirichlet --steps 600", "seed 0"),
+    comparison_claim("mobilenet_v2", "MobileNetV2, density 0.01, 600 steps", "--method regtopk --density 0.01 --model mobilenet_v2 --steps 600", "seed 0"),
+    comparison_claim("vgg11_bn", "VGG-11-BN, density 0.01, 300 steps", "--method regtopk --density 0.01 --model vgg11_bn --steps 300", "seed 0"),
+    comparison_claim("local-40", "As the authors' script as far as it can be had: 40 local steps a round, density 0.0001, no pretrained weights; 15 rounds",
+                     "--method regtopk --density 0.0001 --local-steps 40 --steps 15 --evaluate-every 5", "seed 0", "open in the paper"),
+    Claim("tiny-density", "Where overlap is high: the two-layer network `tiny`, 1,000 steps, mu 5, by density",
+          command(f"--method regtopk {TINY} --density 0.3 --folder runs/cifar10/tiny-density/regtopk-d0.3-s0", "densities 0.001, 0.01, 0.1, topk and dense too; seeds 0…4"),
+          "open in the paper", "cifar10_tiny-density_by_density", lambda evidence: find_by_option(evidence, "tiny-density", 0)),
+    Claim("tiny-mu", "The same at density 0.3, by mu",
+          command(f"--method regtopk {TINY} --density 0.3 --mu 50 --folder runs/cifar10/tiny-mu/regtopk-mu50-s0", "mu 0.5, 1, 2, 10 and topk too; seeds 0…4"),
+          "open in the paper", "cifar10_tiny-mu_by_mu", lambda evidence: find_by_option(evidence, "tiny-mu", 1)),
+    comparison_claim("tiny-labels", "The same network, images sorted by label, density 0.1",
+                     f"--method regtopk {TINY} --density 0.1 --partition labels", "seeds 0…4"),
+    comparison_claim("tiny-dirichlet", "The same network, Dirichlet 0.1, density 0.1",
+                     f"--method regtopk {TINY} --density 0.1 --partition dirichlet", "seeds 0…4"),
+]  # fmt: skip
