@@ -24,6 +24,8 @@ namespace {
 
 // Below this many listed entries waking a second thread costs more than it saves.
 constexpr int64_t kListedWorthThreads = 1 << 17;
+// Share of listed entries from which on a vector of 16 nearly always has one.
+constexpr double kCrowded = 1.0 / 16.0;
 // Bits of a key that the histogram of a missed bracket leaves out: 2048 bins, so that its tables fit the first-level cache.
 constexpr int kBinShift = 20;
 
@@ -85,6 +87,7 @@ class BracketedCompressor {
            .first_offset = static_cast<uint32_t>(block.first_offset),
            .list_from = list_from,
            .sent_above = bracket_.high,
+           .crowded = bracket_.expected > kCrowded,
            .out = range.next_block(),
            .non_finite = &range.non_finite});
       range.add_block(listed);

@@ -27,6 +27,7 @@ struct AccumulateArguments {
   uint32_t first_offset;  // of entry 0 in its tile
   uint32_t list_from;     // entries with this key or a larger one are listed
   uint32_t sent_above;    // listed entries with a larger key are taken to be sent: r = a - v. They nearly always are
+  bool crowded;           // most vectors have an entry to list: a branch on which do would be foreseen wrongly too often
   ListArrays out;         // room for `entries` and kListSlack more
   bool* non_finite;       // out: set where an entry is not finite, else left alone
 };
