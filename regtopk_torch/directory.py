@@ -53,8 +53,9 @@ def save(state, module, directory):
     last. Ranks wait for each other three times, each time at most the group's timeout.
 
     Raises:
-        CheckpointError: on every rank, naming the rank and the reason, if any rank failed (a full disk, say). A checkpoint
-            that was in the directory before is unchanged.
+        CheckpointError: on every rank, naming the rank and the reason, if any rank failed (a full disk, say). The directory
+            then holds the checkpoint that was there before, whole, or the new one, whole, where what failed came after its
+            manifest was in place.
     """
     directory = pathlib.Path(directory)
     group = _Group("save", state)
