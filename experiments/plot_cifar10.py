@@ -72,7 +72,7 @@ def draw_group(runs):
         axes.annotate("chance", (0.01, CHANCE), xycoords=("axes fraction", "data"), xytext=(0, -3),
                       textcoords="offset points", va="top", fontsize=8, color="0.35")  # fmt: skip
     step_axes.set_xlim(left=0)
-    byte_axes.set_xscale("log")
+    logarithmic(byte_axes)
     share_axes.set(xlabel=rounds, ylabel="share of the entries sent so far (%)", ylim=(0, None), xlim=(0, None))
     share_axes.set_title("thick: sent twice running; thin: displaced", fontsize=9)
     step_axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.22))
@@ -80,9 +80,25 @@ def draw_group(runs):
     return figure
 
 
+def logarithmic(axes):
+    """Give the horizontal axis a logarithmic scale with readable numbers, however narrow its range."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_by_option(runs, option):
-    """Return accuracy after the last step, and what was displaced, against `option`, "density" or "mu"."""
+    """Return accuracy after the last step, and what was displaced, against `option`, "density" or "mu".
+
+    Drawn are the seeds that all configurations have: means over other seeds would differ for that alone.
+    """
     configurations, place = by_configuration(runs), VARIED[option]
+    common = set.intersection(*map(set, configurations.values()))
+    if common:
+        configurations = {c: {seed: seeds[seed] for seed in sorted(common)} for c, seeds in configurations.items()}
     figure, (accuracy_axes, share_axes) = new_figure(2, size=(10.5, 4.4))
     for method in ("topk", "regtopk"):
         lines = {}  # other options -> value -> runs
@@ -105,12 +121,15 @@ def draw_by_option(runs, option):
                 accuracy_axes.axhline(sum(values) / len(values), color=COLOURS[method], linestyle=style, label=describe(configuration))
                 accuracy_axes.axhspan(min(values), max(values), color=COLOURS[method], alpha=0.12, linewidth=0)
     unit = "density (share of the entries that each worker sends)" if option == "density" else "mu (no unit)"
-    accuracy_axes.set(xscale="log", xlabel=unit, ylabel="test accuracy (%), all test images")
-    share_axes.set(xscale="log", xlabel=unit, ylabel="share of the entries sent (%)")
+    accuracy_axes.set(xlabel=unit, ylabel="test accuracy (%), all test images")
+    share_axes.set(xlabel=unit, ylabel="share of the entries sent (%)")
+    logarithmic(accuracy_axes)
+    logarithmic(share_axes)
     accuracy_axes.legend(fontsize=8)
     share_axes.legend(fontsize=8)
     steps = next(iter(next(iter(configurations.values())).values())).result["step"]
-    figure.suptitle(f"{runs[0].header['data']}, {describe_job(runs[0].options)}, {steps} steps: mean and range over seeds", fontsize=11)
+    seeds = "one seed" if len(common) == 1 else f"mean and range over {len(common) or 'different'} seeds"
+    figure.suptitle(f"{runs[0].header['data']}, {describe_job(runs[0].options)}, {steps} steps: {seeds}", fontsize=11)
     return figure
 
 

@@ -93,7 +93,8 @@ def draw_gap_by_density(results):
     low = min(axes.get_ylim()[0] for axes in panels)
     for axes in panels:
         axes.set_ylim(low, 2)
-    panels[0].legend(fontsize=8, loc="center left")
+    lines = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    panels[-1].legend(lines.values(), lines.keys(), fontsize=8, loc="center right", bbox_to_anchor=(1, 0.35))
     figure.suptitle(f"Linear regression after {found[0]['steps']} steps: mean and range over seeds")
     return figure
 
