@@ -23,7 +23,7 @@ namespace regtopk {
 namespace {
 
 // Below this many listed entries waking a second thread costs more than it saves.
-constexpr int64_t kListedWorthThreads = 1 << 17;
+constexpr int64_t kListedWorthThreads = 1 << 16;
 // Share of listed entries from which on a vector of 16 nearly always has one.
 constexpr double kCrowded = 1.0 / 16.0;
 // Bits of a key that the histogram of a missed bracket leaves out: 2048 bins, so that its tables fit the first-level cache.
@@ -41,7 +41,7 @@ class BracketedCompressor {
         feedback_(static_cast<const float*>(arguments.feedback)) {}
 
   void run() {
-    bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_);
+    bracket_ = arguments_.bracket ? *arguments_.bracket : sample_bracket<T>(arguments_, parallel_for_);
     list_entries(kernels_.accumulate);
     if (eligible_ < layout_.k) recover();
     choose();

@@ -46,14 +46,14 @@ struct Strata {
   int width_bits;
 };
 
-// Runs on the calling thread: it takes about a fiftieth of the pass that follows, and waking a thread may take longer.
+// The keys of the strata [begin, end).
 template <typename T>
-void sample_keys(const CompressArguments& arguments, const Strata& strata, uint32_t* keys) {
+void sample_keys(const CompressArguments& arguments, const Strata& strata, int64_t begin, int64_t end, uint32_t* keys) {
   const T* const gradient = static_cast<const T*>(arguments.gradient);
   const float* const residual = static_cast<const float*>(arguments.residual);
   const float* const feedback = static_cast<const float*>(arguments.feedback);
-  for (int64_t stratum = 0; stratum < strata.count; ++stratum) {
-    if (stratum + kPrefetched < strata.count) {
+  for (int64_t stratum = begin; stratum < end; ++stratum) {
+    if (stratum + kPrefetched < end) {
       const int64_t later = strata.chosen_sector(stratum + kPrefetched) * kSectorEntries;
       prefetch(gradient + later);
       prefetch(residual + later);
@@ -73,8 +73,9 @@ void sample_keys(const CompressArguments& arguments, const Strata& strata, uint3
     // Many entries: a sector is one byte of the bitmap, and bits are counted up to it. Tiles follow each other.
     static_assert(kSectorEntries == 8 && kTileEntries % 8 == 0);
     const uint8_t* const bitmap = arguments.sent->bitmap(0);
-    int64_t entry = 0, counted = 0;
-    for (int64_t stratum = 0; stratum < strata.count; ++stratum) {
+    const int64_t first_tile = begin * strata.width / kSectorsPerTile;
+    int64_t entry = arguments.sent->first_entry(first_tile), counted = first_tile * kSectorsPerTile;
+    for (int64_t stratum = begin; stratum < end; ++stratum) {
       const int64_t sector = strata.chosen_sector(stratum);
       entry += count_bits(bitmap + counted, sector - counted);
       counted = sector;
@@ -89,7 +90,7 @@ void sample_keys(const CompressArguments& arguments, const Strata& strata, uint3
     arguments.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
       const int64_t index = tile * kTileEntries + offset, sector = index / kSectorEntries;
       const int64_t stratum = sector >> strata.width_bits;
-      if (stratum < strata.count && strata.chosen_sector(stratum) == sector) patch(stratum, index, entry);
+      if (begin <= stratum && stratum < end && strata.chosen_sector(stratum) == sector) patch(stratum, index, entry);
     });
   }
 }
@@ -111,14 +112,19 @@ double variance_above(const uint32_t* keys, int64_t sectors, uint32_t threshold)
 }  // namespace
 
 template <typename T>
-Bracket sample_bracket(const CompressArguments& arguments) {
+Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& parallel_for) {
   const PayloadLayout& layout = arguments.layout;
   if (layout.numel < 4096) return {};
   const Strata strata(layout.numel);
   const int64_t count = strata.count * kSectorEntries;
   const Scratch memory(count * static_cast<int64_t>(sizeof(uint32_t)));
   uint32_t* const keys = memory.array<uint32_t>();
-  sample_keys<T>(arguments, strata, keys);
+  const auto sample = [&](int64_t begin, int64_t end) { sample_keys<T>(arguments, strata, begin, end, keys); };
+  // On the calling thread it takes about a fiftieth of the pass that follows, and waking another may take longer, unless
+  // there is feedback for many entries.
+  const bool dense = arguments.feedback != nullptr && layout.support == Support::kBitmap;
+  if (dense) parallel_for(strata.count, sample);
+  else serial_for(strata.count, sample);
   const RankedKeys ranked(keys, count);
 
   const double rank = static_cast<double>(layout.k) * static_cast<double>(count) / static_cast<double>(layout.numel);
@@ -136,8 +142,8 @@ Bracket sample_bracket(const CompressArguments& arguments) {
   return bracket;
 }
 
-template Bracket sample_bracket<float>(const CompressArguments&);
-template Bracket sample_bracket<BFloat16>(const CompressArguments&);
-template Bracket sample_bracket<Half>(const CompressArguments&);
+template Bracket sample_bracket<float>(const CompressArguments&, const ParallelFor&);
+template Bracket sample_bracket<BFloat16>(const CompressArguments&, const ParallelFor&);
+template Bracket sample_bracket<Half>(const CompressArguments&, const ParallelFor&);
 
 }  // namespace regtopk

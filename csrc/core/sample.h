@@ -13,6 +13,6 @@ namespace regtopk {
 // where it does.
 // T is the gradient's type, a 32-bit or 16-bit one.
 template <typename T>
-Bracket sample_bracket(const CompressArguments& arguments);
+Bracket sample_bracket(const CompressArguments& arguments, const ParallelFor& parallel_for);
 
 }  // namespace regtopk
