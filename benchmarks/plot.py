@@ -44,7 +44,7 @@ def draw(log, figure_path):
             axis.errorbar(densities, medians, yerr=bars, color=COLOURS[candidate], marker="o", markersize=4, capsize=2, label=candidate)
         axis.set(xscale="log", yscale="log", xlabel="density", ylabel="time / floor")
         axis.set_title(f"{size:,} x {dtype}, {name}, {variant}", fontsize=9)
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     commit = (header["commit"] or "no commit")[:10] + (" (dirty)" if header["dirty"] else "")
     figure.suptitle(f"torch {header['torch']}, {header['threads']} threads, {header['processor']['model']}, {commit}", fontsize=9)
     figure.savefig(figure_path, dpi=130)
