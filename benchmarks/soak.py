@@ -165,6 +165,9 @@ def train_leg(rank, leg, folder):
         module.load_state_dict(training["model"])
         optimizer.load_state_dict(training["optimizer"])
         step = training["step"]
+        for parameter, had_gradient in zip(module.parameters(), training["had_gradient"], strict=True):
+            if had_gradient and not leg.set_to_none:
+                parameter.grad = torch.zeros_like(parameter)
         if scaler is not None and training["scaler"].get("growth_factor") == leg.growth:
             kept = {name: training["scaler"][name] for name in ("scale", "_growth_tracker")}
             scaler.load_state_dict({**scaler.state_dict(), **kept})
@@ -189,6 +192,9 @@ def train_leg(rank, leg, folder):
         training = {
             "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
+            # Momentum moves a parameter whose gradient is 0 and leaves one whose gradient is None: where no rank uses one in
+            # the first step after a load, the optimizer would not do what it does in a process that never stopped.
+            "had_gradient": [parameter.grad is not None for parameter in module.parameters()],
         }  # fmt: skip
         folders.save(step, training, state, ddp)
 

@@ -1,5 +1,6 @@
 """The soak runs, counts, and notices what is wrong."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
 from benchmarks import soak  # noqa: E402
+from processes import run_workers  # noqa: E402
 
 
 def test_a_short_soak_finds_nothing_wrong():
@@ -51,6 +53,25 @@ def test_the_soak_notices_what_is_lost_or_differs(one_leg):
     results[0]["applied"][0][0] += 0.5
     with pytest.raises(AssertionError, match="not close"):
         chain._check_books(leg, results)
+
+
+@pytest.mark.parametrize("kind", ["unused now and then, bucket view", "unused by all, skipped"])
+def test_a_leg_goes_on_bit_for_bit_where_its_first_step_leaves_parameters_unused(kind, tmp_path):
+    # Step 1 uses the branch on no rank; what step 0 sent of it still has momentum.
+    whole = soak.Leg(
+        number=0, world_size=2, first_step=0, steps=4, method="regtopk", distortion="previous", density=0.3, entry="attach", kind=kind,
+        bucket_cap_mb=soak.ONE_BUCKET_MB, set_to_none=False, regroup_at=None, autocast=None, growth=None, overflows={}, save_every=9, kill=None,
+    )  # fmt: skip
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = dataclasses.replace(whole, steps=1)
+    rest = dataclasses.replace(whole, number=1, first_step=1, steps=3)
+    never_stopped, _, gone_on = (
+        run_workers(soak.train_leg, 2, leg, folder) for leg, folder in ((whole, tmp_path / "a"), (first, tmp_path / "b"), (rest, tmp_path / "b"))
+    )
+    for whole_rank, rest_rank in zip(never_stopped, gone_on, strict=True):
+        assert rest_rank["resumed_at"] == 1
+        assert rest_rank["digests"] == {step: whole_rank["digests"][step] for step in (1, 2, 3)}
 
 
 def test_bad_options_are_errors():
