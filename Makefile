@@ -86,4 +86,5 @@ check-all: sanitize fuzz
 clean:
 	rm -rf .venv .venv-torch-* build runs data/cifar-10-* regtopk_torch.egg-info .pytest_cache .hypothesis
 	rm -f regtopk_torch/_C.*.so crash-input
+	rmdir data 2>/dev/null || true
 	find . -name __pycache__ -prune -exec rm -rf {} +
