@@ -12,13 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # experiments is not installed
 
 from experiments import cifar10_workers, data, models, partitions, record, workers  # noqa: E402
-
-try:
-    data.import_torchvision()
-    TORCHVISION_PROBLEM = ""
-except ImportError as error:
-    TORCHVISION_PROBLEM = str(error)
-needs_torchvision = pytest.mark.skipif(bool(TORCHVISION_PROBLEM), reason=TORCHVISION_PROBLEM or "torchvision")
+from torchvision_here import needs_torchvision  # noqa: E402
 
 SHORT = ("--model", "tiny", "--data", "digits", "--batch-size", "8", "--density", "0.1", "--mu", "1", "--evaluate-every", "4", "--record-every", "2")
 TIMES = ("seconds", "median_step_seconds")

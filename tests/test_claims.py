@@ -29,12 +29,7 @@ from experiments import (  # noqa: E402
     plot_regression,
     record,
 )
-
-try:
-    data.import_torchvision()
-    TORCHVISION_PROBLEM = ""
-except ImportError as error:
-    TORCHVISION_PROBLEM = str(error)
+from torchvision_here import TORCHVISION_PROBLEM  # noqa: E402
 
 DOCUMENT = ROOT / "experiments" / "README.md"
 COMMANDS = sorted(set(re.findall(r"`(python -m experiments\.(?:toy_logistic|linear_regression|cifar10_workers) [^`]+)`", DOCUMENT.read_text(encoding="utf-8"))))

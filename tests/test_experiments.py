@@ -16,13 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # experiments is not installed; appended, so that an installed package comes first
 
 from experiments import data, plot, plot_curves, record, sweeps, table, toy_logistic  # noqa: E402
-
-try:
-    data.import_torchvision()
-    TORCHVISION_PROBLEM = ""
-except ImportError as error:
-    TORCHVISION_PROBLEM = str(error)
-needs_torchvision = pytest.mark.skipif(bool(TORCHVISION_PROBLEM), reason=TORCHVISION_PROBLEM or "torchvision")
+from torchvision_here import needs_torchvision  # noqa: E402
 
 SCRIPT = REPOSITORY / "experiments" / "cifar10_resnet18.py"
 
