@@ -1,9 +1,10 @@
 """State what the logs show of training on CIFAR-10: the paper's Fig. 3 and the questions that the papers leave open."""
 
+from pathlib import PurePosixPath
 from statistics import fmean
 
 from experiments.claim import Claim, Finding
-from experiments.evidence import by_configuration
+from experiments.evidence import BY_DENSITY, by_configuration
 from experiments.paired_test import compare, number, spread
 
 PAPER_GAIN = 8.0  # points
@@ -26,6 +27,11 @@ def pair_up(runs):
     return pairs
 
 
+def choose_pair(runs, mu=5.0, density=None):
+    """Return the pair with this mu, and this density where the group has several; None without one."""
+    return next((pair for pair in pair_up(runs) if pair[1] == mu and density in (None, pair[0])), None)
+
+
 def dense_of(runs):
     """Return {seed: run} of the group's dense runs."""
     return by_configuration(runs).get(("dense", None, None, None), {})
@@ -36,16 +42,21 @@ def describe_steps(runs):
     return f"after {run.result['step']:,} {'rounds' if run.options['local_steps'] > 1 else 'steps'}"
 
 
-def find_accuracy(evidence, group, mu=5.0, against=None):
-    """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group with one density; None without one.
+def logs_of(runs):
+    """Return the folders that hold the runs' logs, below results."""
+    return sorted({str(PurePosixPath(run.log).parent) for run in runs})
 
-    `against`: a gain in points that the test cell holds against the interval.
+
+def find_accuracy(evidence, group, mu=5.0, density=None, against=None):
+    """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group; None without one.
+
+    `density`: where the group has several. `against`: a gain in points that the test cell holds against the interval.
     """
     runs = evidence.cifar10.get(group, [])
-    pairs = [pair for pair in pair_up(runs) if pair[1] == mu]
-    if not pairs:
+    pair = choose_pair(runs, mu, density)
+    if pair is None:
         return None
-    _, _, regtopk, topk = pairs[0]
+    _, _, regtopk, topk = pair
     comparison = compare(accuracies(regtopk), accuracies(topk))
     common = set(regtopk) & set(topk)
     dense = dense_of(runs)
@@ -57,15 +68,16 @@ def find_accuracy(evidence, group, mu=5.0, against=None):
     test = comparison.describe(" points")
     if against is not None and comparison.low is not None:
         test += f"; {against:g} points lie {'outside' if comparison.excludes(against) else 'inside'} the interval"
-    return Finding(text, comparison.n, test, [f"cifar10/{group}"], comparison)
+    compared = [*regtopk.values(), *topk.values(), *(dense.values() if common <= set(dense) else ())]
+    return Finding(text, comparison.n, test, logs_of(compared), comparison)
 
 
 def find_overlap(evidence, group):
     """Find how much was sent twice running and displaced: without either, the two methods are one."""
-    pairs = pair_up(evidence.cifar10.get(group, []))
-    if not pairs:
+    pair = choose_pair(evidence.cifar10.get(group, []))
+    if pair is None:
         return None
-    _, _, regtopk, topk = pairs[0]
+    _, _, regtopk, topk = pair
     common = sorted(set(regtopk) & set(topk))
     twice = [100 * topk[seed].share("repeated") for seed in common]
     again, displaced = ([100 * regtopk[seed].share(name) for seed in common] for name in ("repeated", "displaced"))
@@ -77,19 +89,21 @@ def find_overlap(evidence, group):
 
 
 def find_by_option(evidence, group, place):
-    """List RegTop-k minus Top-k in points by density (place 0 of a pair) or mu (place 1)."""
+    """List RegTop-k minus Top-k in points by density (place 0 of a pair) or mu (place 1), over the seeds of all of them."""
     pairs = sorted(pair_up(evidence.cifar10.get(group, [])), key=lambda pair: pair[place])
-    if len(pairs) < 2:
+    common = set.intersection(*(set(seeds) for pair in pairs for seeds in pair[2:])) if pairs else set()
+    if len(pairs) < 2 or not common:
         return None
     parts, comparisons = [], []
     for pair in pairs:
-        comparison = compare(accuracies(pair[2]), accuracies(pair[3]))
+        regtopk, topk = ({seed: seeds[seed] for seed in sorted(common)} for seeds in pair[2:])
+        comparison = compare(accuracies(regtopk), accuracies(topk))
         comparisons.append(comparison)
-        displaced = fmean(100 * run.share("displaced") for run in pair[2].values())
+        displaced = fmean(100 * run.share("displaced") for run in regtopk.values())
         parts.append(f"{pair[place]:g}: {number(comparison.mean, 2)} (displaced {displaced:.1f} %)")
     return Finding(
         f"{describe_steps(evidence.cifar10[group])} RegTop-k minus Top-k in points by {('density', 'mu')[place]}, " + "; ".join(parts),
-        min(comparison.n for comparison in comparisons), describe_many(comparisons), [f"cifar10/{group}"],
+        len(common), describe_many(comparisons), logs_of(evidence.cifar10[group]),
     )  # fmt: skip
 
 
@@ -105,11 +119,11 @@ def command(options, also):
     return f"`{COMMAND} {options}`, {also}"
 
 
-def comparison_claim(group, title, options, seeds, expected="open in the paper", **settings):
-    """Return the row of one group that compares RegTop-k and Top-k at one density."""
+def comparison_claim(group, title, options, seeds, expected="open in the paper", of=None, **settings):
+    """Return the row of one group that compares RegTop-k and Top-k at one density; `of`: a wider group that has the runs too."""
     folder = f"--folder runs/cifar10/{group}/regtopk-s0"
     return Claim(group, title, command(f"{options} {folder}", f"topk and dense too; {seeds}"), expected, f"cifar10_{group}",
-                 lambda evidence: find_accuracy(evidence, group, **settings))  # fmt: skip
+                 lambda evidence: find_accuracy(evidence, of or group, **settings))  # fmt: skip
 
 
 TINY = "--model tiny --steps 1000"
@@ -120,11 +134,15 @@ CLAIMS = [
     Claim("density-0.001-overlap", "The same runs: entries sent twice running and displaced, the only place where RegTop-k differs",
           command("--method regtopk --steps 1500 --folder runs/cifar10/density-0.001/regtopk-s0", "topk too; seeds 0, 1, 2"),
           "not in the paper", "cifar10_density-0.001", lambda evidence: find_overlap(evidence, "density-0.001")),
-    comparison_claim("density-0.01", "ResNet-18, density 0.01, 600 steps", "--method regtopk --density 0.01 --steps 600", "seed 0"),
-    comparison_claim("density-0.0001", "ResNet-18, density 0.0001, 600 steps", "--method regtopk --density 0.0001 --steps 600", "seed 0"),
+    comparison_claim("density-0.001-long", "Twice as long: 3,000 steps", "--method regtopk --steps 3000", "seed 0"),
+    *(comparison_claim(f"density-{density}", f"ResNet-18, density {density}, 600 steps", f"--method regtopk --density {density} --steps 600",
+                       "seed 0", of=BY_DENSITY, density=float(density)) for density in ("0.0001", "0.01", "0.1")),
+    Claim(BY_DENSITY, "ResNet-18, 600 steps: sensitivity to the density",
+          command("--method regtopk --density 0.01 --steps 600 --folder runs/cifar10/density-0.01/regtopk-s0", "densities 0.0001, 0.001, 0.1 and topk too; seed 0"),
+          "open in the paper", f"cifar10_{BY_DENSITY}_by_density", lambda evidence: find_by_option(evidence, BY_DENSITY, 0)),
     Claim("density-0.01-mu", "ResNet-18, density 0.01, 600 steps: sensitivity to mu",
           command("--method regtopk --density 0.01 --mu 50 --steps 600 --folder runs/cifar10/density-0.01/regtopk-mu50-s0", "mu 0.5, 1, 2, 5, 10 and topk too; seed 0"),
-          "open in the paper", "cifar10_density-0.01", lambda evidence: find_by_option(evidence, "density-0.01", 1)),
+          "open in the paper", "cifar10_density-0.01_by_mu", lambda evidence: find_by_option(evidence, "density-0.01", 1)),
     comparison_claim("partition-labels", "Images sorted by label, ResNet-18, density 0.01, 600 steps",
                      "--method regtopk --density 0.01 --partition labels --steps 600", "seed 0"),
     comparison_claim("partition-dirichlet", "Dirichlet 0.1, ResNet-18, density 0.01, 600 steps",

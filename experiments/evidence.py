@@ -1,12 +1,14 @@
 """Read the committed logs: what figures and claims are made of, and nothing else."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.record import read_log
 from experiments.sweeps import read_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BY_DENSITY, DENSITY_GROUP, DENSITY_MU = "resnet18-density", re.compile(r"density-[0-9.]+"), 5.0
 
 
 def regression_rows(results=RESULTS):
@@ -71,24 +73,47 @@ class Run:
         return statistics[name] / statistics["sent_entries"]
 
 
+def cut(run, step):
+    """Return the run as it stood at `step`, one of those at which it was tested; raise ValueError at any other."""
+    if step == run.result["step"]:
+        return run
+    found = [test for test in run.tests if test["step"] == step]
+    if not found:
+        raise ValueError(f"{run.log}: expected a test at step {step}, got {[test['step'] for test in run.tests]}")
+    (test,) = found
+    statistics = {name: test[name] for name in ("sent_entries", "repeated", "displaced", "bytes_sent", "bytes_dense")}
+    result = {"step": step, "accuracy": test["accuracy"], "statistics": statistics}
+    return replace(run, tests=[test for test in run.tests if test["step"] <= step], result=result)
+
+
+def by_density(groups):
+    """Return the runs of the groups density-D, each as it stood where the shortest ended: they differ in density alone.
+
+    A dense run does not depend on the density, so that of any group serves all.
+    """
+    runs = [run for group, found in groups.items() if DENSITY_GROUP.fullmatch(group) for run in found]
+    shortest = min((run.result["step"] for run in runs), default=0)
+    return [cut(run, shortest) for run in runs if run.configuration[2] in (None, DENSITY_MU)]
+
+
 def read_run(path, group="", log=""):
-    """Return the Run of a log, None for one without a result, which has not finished."""
+    """Return the Run of a log, None for one that does not end with a result: it has not finished, or goes on."""
     header, records = read_log(path)
-    results = [record for record in records if record["event"] == "result"]
-    if not results:
+    if not records or records[-1]["event"] != "result":
         return None
     tests = {record["step"]: record for record in records if record["event"] == "test"}
-    return Run(group, log, header, [tests[step] for step in sorted(tests)], results[-1])
+    return Run(group, log, header, [tests[step] for step in sorted(tests)], records[-1])
 
 
 def cifar10_runs(results=RESULTS):
-    """Return {group: its finished runs}, groups and runs in the order of their names."""
+    """Return {group: its finished runs}, groups and runs in the order of their names; last the group BY_DENSITY."""
     groups = {}
     for path in sorted((Path(results) / "cifar10").glob("*/*.jsonl")):
         run = read_run(path, path.parent.name, path.relative_to(results).as_posix())
         if run is not None:
             groups.setdefault(path.parent.name, []).append(run)
-    return groups
+    runs = by_density(groups)
+    return {**groups, BY_DENSITY: runs} if len({run.group for run in runs}) > 1 else groups
 
 
 def by_configuration(runs):

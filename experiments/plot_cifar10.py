@@ -3,7 +3,7 @@
 from experiments.evidence import by_configuration, cifar10_runs
 from experiments.figure_style import COLOURS, NAMES, band, bars, new_figure, save
 
-VARIED = {"density": 1, "mu": 2}  # place in a configuration; a figure against it is drawn from three values on
+VARIED = {"density": 1, "mu": 2}  # place in a configuration; a figure against it is drawn from two values on
 LINE_STYLES = {"dense": ":", "topk": "--", "regtopk": "-"}
 BESIDE = {"topk": 0.96, "regtopk": 1.04}  # bars of equal height would hide each other
 CHANCE = 10  # percent
@@ -145,6 +145,6 @@ def draw_all(results, folder, suffixes):
     for group, runs in cifar10_runs(results).items():
         write(f"cifar10_{group}", draw_group(runs))
         for option, place in VARIED.items():
-            if len({c[place] for c in by_configuration(runs) if c[place] is not None}) > 2:
+            if len({c[place] for c in by_configuration(runs) if c[place] is not None}) > 1:
                 write(f"cifar10_{group}_by_{option}", draw_by_option(runs, option))
     return paths

@@ -213,6 +213,39 @@ def test_densities_are_compared_one_by_one_and_p_is_corrected_for_their_number(t
     assert corrected == pytest.approx(2 * smallest, rel=0.05)
 
 
+def test_densities_in_groups_of_their_own_are_compared_where_the_shortest_run_ended(tmp_path):
+    folder = tmp_path / "runs" / "cifar10"
+    for seed in range(2):  # at step 100 the longer runs are half way from 10 % to their accuracy
+        write_run(folder / "density-0.001", "dense", seed, 0.7, steps=200)
+        write_run(folder / "density-0.001", "topk", seed, 0.5, steps=200)
+        write_run(folder / "density-0.001", "regtopk", seed, 0.54, steps=200)
+    write_run(folder / "density-0.001-long", "topk", 0, 0.9, steps=400)  # differs in more than the density
+    write_run(folder / "density-0.1", "regtopk", 0, 0.35, density=0.1)
+    write_run(folder / "density-0.1", "regtopk", 0, 0.99, density=0.1, mu=50)
+    assert row_of("density-0.1", collected(tmp_path)[2])[3] == claims.NOT_RUN
+    write_run(folder / "density-0.1", "topk", 0, 0.3, density=0.1)
+    found = collected(tmp_path)[2]
+    cells = row_of("density-0.1", found)
+    assert cells[3] == "after 100 steps RegTop-k 35.00 %, Top-k 30.00 %, dense 40.00 %"
+    assert cells[6] == "[density-0.001](results/cifar10/density-0.001), [density-0.1](results/cifar10/density-0.1)"
+    # The made-up records at half time displace nothing; the result of the run that ends there does.
+    assert row_of("resnet18-density", found)[3].endswith("0.001: 2.00 (displaced 0.0 %); 0.1: 5.00 (displaced 5.0 %)")
+    assert "[at 0.1](experiments/README.md#density-0.1) 5.00 (5.0 %)" in claims_summary.format_summary(found)
+    drawn = {path.stem for path in plot.draw_all(tmp_path / "results", tmp_path / "figures", suffixes=(".svg",))}
+    assert {"cifar10_resnet18-density", "cifar10_resnet18-density_by_density"} <= drawn
+    with pytest.raises(ValueError, match=r"expected a test at step 60, got \[0, 100, 200\]"):
+        evidence.cut(found.cifar10["density-0.001"][0], 60)
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(tmp_path):
+    folder = tmp_path / "runs" / "cifar10" / "density-0.001"
+    write_run(folder, "topk", 0, 0.5)
+    (log,) = folder.glob("*/log.jsonl")
+    with record.Recorder.resume(log, log.stat().st_size, step=100, steps=200) as recorder:
+        recorder.write("step", step=110, loss=1.0)
+    assert evidence.read_run(log) is None
+
+
 def test_runs_of_other_lengths_are_not_compared(tmp_path):
     folder = tmp_path / "runs" / "cifar10" / "mobilenet_v2"
     write_run(folder, "topk", 0, 0.5, steps=100)
