@@ -47,10 +47,11 @@ def logs_of(runs):
     return sorted({str(PurePosixPath(run.log).parent) for run in runs})
 
 
-def find_accuracy(evidence, group, mu=5.0, density=None, against=None):
+def find_accuracy(evidence, group, mu=5.0, density=None, against=None, loss=False):
     """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group; None without one.
 
     `density`: where the group has several. `against`: a gain in points that the test cell holds against the interval.
+    `loss`: state the training loss too.
     """
     runs = evidence.cifar10.get(group, [])
     pair = choose_pair(runs, mu, density)
@@ -60,16 +61,17 @@ def find_accuracy(evidence, group, mu=5.0, density=None, against=None):
     comparison = compare(accuracies(regtopk), accuracies(topk))
     common = set(regtopk) & set(topk)
     dense = dense_of(runs)
-    text = ", ".join(
-        f"{name} {spread(value for seed, value in accuracies(seeds).items() if seed in common)} %"
-        for name, seeds in (("RegTop-k", regtopk), ("Top-k", topk), ("dense", dense)) if common <= set(seeds)
-    )  # fmt: skip
+    methods = [("RegTop-k", regtopk), ("Top-k", topk), ("dense", dense)]
+    methods = [(name, [seeds[seed] for seed in sorted(common)]) for name, seeds in methods if common <= set(seeds)]
+    text = ", ".join(f"{name} {spread(100 * run.result['accuracy'] for run in seeds)} %" for name, seeds in methods)
     text = f"{describe_steps(runs)} {text}"
+    if loss:
+        losses = [f"{name} {spread(run.result['training_loss'] for run in seeds)}" for name, seeds in methods]
+        text += f"; training loss {', '.join(losses)}"
     test = comparison.describe(" points")
     if against is not None and comparison.low is not None:
         test += f"; {against:g} points lie {'outside' if comparison.excludes(against) else 'inside'} the interval"
-    compared = [*regtopk.values(), *topk.values(), *(dense.values() if common <= set(dense) else ())]
-    return Finding(text, comparison.n, test, logs_of(compared), comparison)
+    return Finding(text, comparison.n, test, logs_of(run for _, seeds in methods for run in seeds), comparison)
 
 
 def find_overlap(evidence, group):
@@ -144,9 +146,9 @@ CLAIMS = [
           command("--method regtopk --density 0.01 --mu 50 --steps 600 --folder runs/cifar10/density-0.01/regtopk-mu50-s0", "mu 0.5, 1, 2, 5, 10 and topk too; seed 0"),
           "open in the paper", "cifar10_density-0.01_by_mu", lambda evidence: find_by_option(evidence, "density-0.01", 1)),
     comparison_claim("partition-labels", "Images sorted by label, ResNet-18, density 0.01, 600 steps",
-                     "--method regtopk --density 0.01 --partition labels --steps 600", "seed 0"),
+                     "--method regtopk --density 0.01 --partition labels --steps 600", "seeds 0, 1, 2", loss=True),
     comparison_claim("partition-dirichlet", "Dirichlet 0.1, ResNet-18, density 0.01, 600 steps",
-                     "--method regtopk --density 0.01 --partition dirichlet --steps 600", "seed 0"),
+                     "--method regtopk --density 0.01 --partition dirichlet --steps 600", "seed 0", loss=True),
     comparison_claim("mobilenet_v2", "MobileNetV2, density 0.01, 600 steps", "--method regtopk --density 0.01 --model mobilenet_v2 --steps 600", "seed 0"),
     comparison_claim("vgg11_bn", "VGG-11-BN, density 0.01, 300 steps", "--method regtopk --density 0.01 --model vgg11_bn --steps 300", "seed 0"),
     comparison_claim("local-40", "As the authors' script as far as it can be had: 40 local steps a round, density 0.0001, no pretrained weights; 15 rounds",
@@ -158,7 +160,7 @@ CLAIMS = [
           command(f"--method regtopk {TINY} --density 0.3 --mu 50 --folder runs/cifar10/tiny-mu/regtopk-mu50-s0", "mu 0.5, 1, 2, 10 and topk too; seeds 0…4"),
           "open in the paper", "cifar10_tiny-mu_by_mu", lambda evidence: find_by_option(evidence, "tiny-mu", 1)),
     comparison_claim("tiny-labels", "The same network, images sorted by label, density 0.1",
-                     f"--method regtopk {TINY} --density 0.1 --partition labels", "seeds 0…4"),
+                     f"--method regtopk {TINY} --density 0.1 --partition labels", "seeds 0…4", loss=True),
     comparison_claim("tiny-dirichlet", "The same network, Dirichlet 0.1, density 0.1",
-                     f"--method regtopk {TINY} --density 0.1 --partition dirichlet", "seeds 0…4"),
+                     f"--method regtopk {TINY} --density 0.1 --partition dirichlet", "seeds 0…4", loss=True),
 ]  # fmt: skip

@@ -103,8 +103,8 @@ def summarise_other_jobs(evidence):
         _, _, regtopk, _ = choose_pair(evidence.cifar10[group], **settings)
         displaced = fmean(100 * run.share("displaced") for run in regtopk.values())
         row = f"density-{settings['density']:g}" if settings else group
-        parts.append(f"{link(name, row)} {number(finding.comparison.mean, 2)} ({displaced:.1f} %)")
-    return f"* In one run each, too few for a test, RegTop-k minus Top-k in points, and what it displaced: {'; '.join(parts)}." if parts else None
+        parts.append(f"{link(name, row)} {number(finding.comparison.mean, 2)} ({displaced:.1f} %{f', n = {finding.n}' if finding.n > 1 else ''})")
+    return f"* In one pair of runs each unless n says otherwise, RegTop-k minus Top-k in points, and what it displaced: {'; '.join(parts)}." if parts else None
 
 
 def summarise_tiny(evidence):

@@ -81,11 +81,12 @@ def draw_group(runs):
 
 
 def logarithmic(axes):
-    """Give the horizontal axis a logarithmic scale with readable numbers, however narrow its range."""
+    """Give the horizontal axis of what is drawn a logarithmic scale with readable numbers, however narrow or wide its range."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -146,7 +146,7 @@ def write_run(folder, method, seed, accuracy, *, finished=True, density=0.001, m
             recorder.write("test", step=step, accuracy=0.1 + (accuracy - 0.1) * step / steps, images=10, **numbers)
         if finished:
             statistics = {"entries": 1000, "sent_entries": 100, "repeated": 10, "displaced": displaced, "bytes_sent": 61, "bytes_dense": 4000}
-            recorder.write("result", step=steps, accuracy=accuracy, test_images=10, statistics=statistics)
+            recorder.write("result", step=steps, accuracy=accuracy, training_loss=2 - accuracy, test_images=10, statistics=statistics)
     lines = path.read_text().splitlines()
     header = {**json.loads(lines[0]), "commit": "0" * 40, "dirty": dirty}
     path.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
@@ -211,6 +211,14 @@ def test_densities_are_compared_one_by_one_and_p_is_corrected_for_their_number(t
     assert "0.1: 1.20 (displaced 20.0 %); 0.3: 3.20 (displaced 20.0 %)" in cells[3]
     smallest, corrected = map(float, re.fullmatch(r"2 paired t-tests: smallest p (\S+), corrected for their number (\S+)", cells[5]).groups())
     assert corrected == pytest.approx(2 * smallest, rel=0.05)
+
+
+def test_where_labels_are_unevenly_shared_out_the_training_loss_is_stated_too(tmp_path):
+    folder = tmp_path / "runs" / "cifar10" / "partition-labels"
+    for method, accuracy in (("topk", 0.30), ("regtopk", 0.31), ("dense", 0.40)):
+        write_run(folder, method, 0, accuracy)
+    found = row_of("partition-labels", collected(tmp_path)[2])[3]
+    assert found == "after 100 steps RegTop-k 31.00 %, Top-k 30.00 %, dense 40.00 %; training loss RegTop-k 1.69, Top-k 1.70, dense 1.60"
 
 
 def test_densities_in_groups_of_their_own_are_compared_where_the_shortest_run_ended(tmp_path):
