@@ -17,7 +17,8 @@ OTHER_JOBS = (  # group, settings of find_accuracy, name
     ("partition-dirichlet", {}, "Dirichlet 0.1, 0.01"),
     ("mobilenet_v2", {}, "MobileNetV2, 0.01"),
     ("vgg11_bn", {}, "VGG-11-BN, 0.01"),
-    ("local-40", {}, "40 local steps a round, 0.0001"),
+    ("local-40", {}, "15 rounds of 40 local steps, 0.0001"),
+    ("local-40-long", {}, "50 such rounds"),
 )
 
 
@@ -103,7 +104,8 @@ def summarise_other_jobs(evidence):
         _, _, regtopk, _ = choose_pair(evidence.cifar10[group], **settings)
         displaced = fmean(100 * run.share("displaced") for run in regtopk.values())
         row = f"density-{settings['density']:g}" if settings else group
-        parts.append(f"{link(name, row)} {number(finding.comparison.mean, 2)} ({displaced:.1f} %{f', n = {finding.n}' if finding.n > 1 else ''})")
+        test = "" if finding.comparison.p is None else f", n = {finding.n}, p {finding.comparison.p:.2g}"
+        parts.append(f"{link(name, row)} {number(finding.comparison.mean, 2)} ({displaced:.1f} %{test})")
     return f"* In one pair of runs each unless n says otherwise, RegTop-k minus Top-k in points, and what it displaced: {'; '.join(parts)}." if parts else None
 
 
