@@ -153,7 +153,6 @@ CLAIMS = [
     comparison_claim("vgg11_bn", "VGG-11-BN, density 0.01, 300 steps", "--method regtopk --density 0.01 --model vgg11_bn --steps 300", "seed 0"),
     comparison_claim("local-40", "As the authors' script as far as it can be had: 40 local steps a round, density 0.0001, no pretrained weights; 15 rounds",
                      "--method regtopk --density 0.0001 --local-steps 40 --steps 15 --evaluate-every 5", "seed 0", "open in the paper"),
-    comparison_claim("local-40-long", "The same, 50 rounds", "--method regtopk --density 0.0001 --local-steps 40 --steps 50 --evaluate-every 5 --save-every 5", "seed 0"),
     Claim("tiny-density", "Where overlap is high: the two-layer network `tiny`, 1,000 steps, mu 5, by density",
           command(f"--method regtopk {TINY} --density 0.3 --folder runs/cifar10/tiny-density/regtopk-d0.3-s0", "densities 0.001, 0.01, 0.1, topk and dense too; seeds 0…4"),
           "open in the paper", "cifar10_tiny-density_by_density", lambda evidence: find_by_option(evidence, "tiny-density", 0)),

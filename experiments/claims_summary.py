@@ -18,7 +18,6 @@ OTHER_JOBS = (  # group, settings of find_accuracy, name
     ("mobilenet_v2", {}, "MobileNetV2, 0.01"),
     ("vgg11_bn", {}, "VGG-11-BN, 0.01"),
     ("local-40", {}, "15 rounds of 40 local steps, 0.0001"),
-    ("local-40-long", {}, "50 such rounds"),
 )
 
 
