@@ -75,7 +75,7 @@ def draw_group(runs):
     logarithmic(byte_axes)
     share_axes.set(xlabel=rounds, ylabel="share of the entries sent so far (%)", ylim=(0, None), xlim=(0, None))
     share_axes.set_title("thick: sent twice running; thin: displaced", fontsize=9)
-    step_axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.22))
+    step_axes.legend(fontsize=7, loc="best")
     figure.suptitle(f"{runs[0].header['data']}, {describe_job(runs[0].options)}: mean and range over seeds")
     return figure
 
