@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 from statistics import fmean
 
 from experiments.claim import Claim, Finding
-from experiments.evidence import BY_DENSITY, by_configuration
+from experiments.evidence import BY_DENSITY, SCRIPT_MU, by_configuration
 from experiments.paired_test import compare, number, spread
 
 PAPER_GAIN = 8.0  # points
@@ -27,7 +27,7 @@ def pair_up(runs):
     return pairs
 
 
-def choose_pair(runs, mu=5.0, density=None):
+def choose_pair(runs, mu=SCRIPT_MU, density=None):
     """Return the pair with this mu, and this density where the group has several; None without one."""
     return next((pair for pair in pair_up(runs) if pair[1] == mu and density in (None, pair[0])), None)
 
@@ -47,7 +47,7 @@ def logs_of(runs):
     return sorted({str(PurePosixPath(run.log).parent) for run in runs})
 
 
-def find_accuracy(evidence, group, mu=5.0, density=None, against=None, loss=False):
+def find_accuracy(evidence, group, mu=SCRIPT_MU, density=None, against=None, loss=False):
     """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group; None without one.
 
     `density`: where the group has several. `against`: a gain in points that the test cell holds against the interval.

@@ -8,7 +8,8 @@ from experiments.record import read_log
 from experiments.sweeps import read_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BY_DENSITY, DENSITY_GROUP, DENSITY_MU = "resnet18-density", re.compile(r"density-[0-9.]+"), 5.0
+BY_DENSITY, DENSITY_GROUP = "resnet18-density", re.compile(r"density-[0-9.]+")
+SCRIPT_MU = 5.0  # that of the authors' ResNet-18 script, and of every run that does not vary it
 
 
 def regression_rows(results=RESULTS):
@@ -93,7 +94,7 @@ def by_density(groups):
     """
     runs = [run for group, found in groups.items() if DENSITY_GROUP.fullmatch(group) for run in found]
     shortest = min((run.result["step"] for run in runs), default=0)
-    return [cut(run, shortest) for run in runs if run.configuration[2] in (None, DENSITY_MU)]
+    return [cut(run, shortest) for run in runs if run.configuration[2] in (None, SCRIPT_MU)]
 
 
 def read_run(path, group="", log=""):
