@@ -63,13 +63,12 @@ def test_entries_beyond_2_to_the_31_are_sent_and_averaged(variant, bracket):
     previous = _C.cpu_variant()
     try:
         _C.set_cpu_variant(variant)
-        _C.force_bracket(bracket)
         # Some at the start, some beyond 2^31, some at the very end; zeros, by index, are the rest of the k.
         index = torch.cat([torch.arange(100, 200), torch.arange(beyond, beyond + 500), torch.arange(numel - 50, numel)])
         value = torch.arange(1, len(index) + 1).to(torch.bfloat16)
         gradient.tensor[index] = value
         payload = torch.empty(1, _C.payload_bytes(numel, k, torch.bfloat16), dtype=torch.uint8)
-        ops.compress_(gradient.tensor, residual.tensor, payload[0], None, None, k=k)
+        ops.compress_(gradient.tensor, residual.tensor, payload[0], None, None, k=k, bracket=bracket)
 
         got_index, got_value = ops.decode(payload[0], numel=numel, k=k, dtype=torch.bfloat16)
         ties = torch.cat([torch.arange(0, 100), torch.arange(200, 200 + k - len(index) - 100)])
@@ -83,10 +82,9 @@ def test_entries_beyond_2_to_the_31_are_sent_and_averaged(variant, bracket):
         ops.aggregate_(gradient.tensor, payload, feedback, k=k)
         assert torch.equal(gradient.tensor[index], value)
         assert gradient.tensor[beyond - 1] == 0
-        ops.compress_(gradient.tensor, residual.tensor, payload.clone()[0], payload[0], feedback[0], k=k)
+        ops.compress_(gradient.tensor, residual.tensor, payload.clone()[0], payload[0], feedback[0], k=k, bracket=bracket)
     finally:
         _C.set_cpu_variant(previous)
-        _C.force_bracket(None)
         gradient.close()
         residual.close()
 

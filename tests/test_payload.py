@@ -13,7 +13,7 @@ from regtopk_torch import _C, reference
 
 OPERATORS = torch.ops.regtopk
 HEADER = "<IHBBQQQqQQII"
-FIELDS = ("magic", "version", "value type", "support", "step", "numel", "k", "plan", "repeated", "displaced", "flags", "reserved")
+FIELDS = ("magic", "version", "value type", "support", "step", "numel", "k", "plan", "repeated", "displaced", "flags", "spans")
 
 
 def random_entries(numel, k, dtype, seed):
@@ -62,7 +62,7 @@ def two_payloads(numel, k):
     return torch.stack([OPERATORS.encode(*random_entries(numel, k, torch.float32, seed), numel=numel, step=4, plan=9) for seed in (1, 2)])
 
 
-@pytest.mark.parametrize("field, value", [("magic", 1), ("version", 2), ("value type", 3), ("support", 1), ("step", 5), ("numel", 999), ("k", 51), ("plan", 8), ("repeated", 51), ("flags", 6), ("reserved", 1)])
+@pytest.mark.parametrize("field, value", [("magic", 1), ("version", 2), ("value type", 3), ("support", 1), ("step", 5), ("numel", 999), ("k", 51), ("plan", 8), ("repeated", 51), ("flags", 6), ("spans", 1)])
 def test_a_wrong_header_field_is_named_with_its_rank(field, value):
     payloads = two_payloads(1000, 50)
     assert bool((aggregate(payloads, 1000, 50, step=4, plan=9) != 7.0).any())

@@ -1,17 +1,17 @@
 #include "aggregate.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
-#include "aggregate_blocks.h"
-#include "kernel_choice.h"
+#include "plain.h"
 
 namespace regtopk {
 namespace {
 
 template <typename T>
-void aggregate_values(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+bool aggregate_values(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
   using Accumulate = typename Traits<T>::Accumulate;
   const PayloadLayout& layout = arguments.layout;
   T* const gradient = static_cast<T*>(arguments.gradient);
@@ -23,6 +23,7 @@ void aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
     payloads.emplace_back(arguments.payloads + worker * layout.bytes, layout);
   }
 
+  std::atomic<bool> finite = true;
   // One range owns whole tiles: no two threads touch the same entry, and the sum needs no atomics.
   parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
     const auto sums = std::make_unique_for_overwrite<Accumulate[]>(std::min(kTileEntries, layout.numel));
@@ -42,20 +43,23 @@ void aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
         });
       }
       T* const out = gradient + tile * kTileEntries;
+      bool finite_here = true;
       for (int64_t offset = 0; offset < entries; ++offset) {
         const Accumulate average = sums[offset] / workers;
+        finite_here &= is_finite(average);
         // One NaN: the sign and payload of a computed one depend on the device.
         out[offset] = Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
       }
+      if (!finite_here) finite = false;
     }
   });
+  return finite;
 }
 
 }  // namespace
 
-void aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
-  if (const Kernels* kernels = kernels_for(arguments.layout.type)) return aggregate_blocks(arguments, *kernels, parallel_for);
-  with_value_type(arguments.layout.type, [&]<typename T>(T) { aggregate_values<T>(arguments, parallel_for); });
+bool aggregate_plain(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  return with_value_type(arguments.layout.type, [&]<typename T>(T) { return aggregate_values<T>(arguments, parallel_for); });
 }
 
 }  // namespace regtopk

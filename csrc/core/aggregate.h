@@ -22,6 +22,7 @@ struct AggregateArguments {
   Distortion distortion = Distortion::kPrevious;
 };
 
-void aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for);
+// Returns whether every entry of the gradient is finite. Picks a path as compress() does.
+bool aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for);
 
 }  // namespace regtopk

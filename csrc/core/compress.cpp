@@ -5,8 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "compress_bracketed.h"
-#include "kernel_choice.h"
+#include "plain.h"
 
 namespace regtopk {
 namespace {
@@ -210,8 +209,7 @@ class Compressor {
 
 }  // namespace
 
-void compress(const CompressArguments& arguments, const ParallelFor& parallel_for) {
-  if (const Kernels* kernels = kernels_for(arguments.layout.type)) return compress_bracketed(arguments, *kernels, parallel_for);
+void compress_plain(const CompressArguments& arguments, const ParallelFor& parallel_for) {
   with_value_type(arguments.layout.type, [&]<typename T>(T) { Compressor<T>(arguments, parallel_for).run(); });
 }
 
@@ -224,7 +222,7 @@ void put_back(const PayloadView& payload, void* residual, const ParallelFor& par
       for (int64_t tile = begin; tile < end; ++tile) {
         payload.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
           const Accumulate value = Traits<T>::load(values[entry]);
-          if (is_finite(value)) kept[tile * kTileEntries + offset] += value;
+          if (is_finite(value) && value != 0) kept[tile * kTileEntries + offset] += value;
         });
       }
     });

@@ -38,9 +38,11 @@ struct CompressArguments {
   std::optional<Bracket> bracket = std::nullopt;
 };
 
+// Selects by the fastest path there is for the value type on this machine; see dispatch.cpp. Every path gives the same bytes.
 void compress(const CompressArguments& arguments, const ParallelFor& parallel_for);
 
-// Undoes a payload that was sent in vain: r[S] += v for the finite values. The others never left the residual.
+// Undoes a payload that was sent in vain: r[S] += v for the finite values. The others never left the residual. A value of 0
+// changes no bit.
 void put_back(const PayloadView& payload, void* residual, const ParallelFor& parallel_for);
 
 }  // namespace regtopk

@@ -63,7 +63,7 @@ std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadL
   if (auto error = expect_field("numel", wanted.numel, header.numel)) return error;
   if (auto error = expect_field("k", wanted.k, header.k)) return error;
   if (header.flags & ~kFlagNonFinite) return PayloadError{"flags", "0 or 1", std::to_string(header.flags)};
-  if (auto error = expect_field("reserved", 0, header.reserved)) return error;
+  if (auto error = expect_field("spans", wanted.spans, header.spans)) return error;
   if (header.repeated > header.k) return PayloadError{"repeated", "at most " + std::to_string(header.k), std::to_string(header.repeated)};
   if (auto error = expect_field("entries before tile 0", 0, static_cast<uint64_t>(payload.first_entry(0)))) return error;
   for (int64_t tile = 0; tile < layout.tiles; ++tile) {
@@ -79,12 +79,25 @@ std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadL
 
 }  // namespace
 
-PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type) {
+PayloadLayout::PayloadLayout(int64_t numel, int64_t k, ValueType type, int64_t spans) {
   if (k < 1 || k > numel || k > int64_t{UINT32_MAX}) {
     throw std::invalid_argument(
         "payload: expected 1 <= k <= min(numel, 2^32 - 1), got k=" + std::to_string(k) + " and numel=" + std::to_string(numel));
   }
-  *this = of_checked(numel, k, type, value_bytes(type));
+  *this = of_checked(numel, k, type, value_bytes(type), spans);
+}
+
+int64_t PayloadView::entry_at(int64_t index) const {
+  const int64_t tile = index / kTileEntries, offset = index % kTileEntries;
+  const int64_t begin = first_entry(tile);
+  if (offset == 0 || tile >= layout_.tiles) return begin;
+  if (layout_.support == Support::kOffsets) {
+    const uint16_t* const first = offsets();
+    return std::lower_bound(first + begin, first + first_entry(tile + 1), offset) - first;
+  }
+  const uint8_t* const bits = bitmap(tile);
+  const int64_t rest = offset % 8 == 0 ? 0 : std::popcount(static_cast<unsigned>(bits[offset / 8] & ((1u << (offset % 8)) - 1)));
+  return begin + count_bits(bits, offset / 8) + rest;
 }
 
 std::optional<PayloadError> check_payload(const uint8_t* bytes, const PayloadLayout& layout, const ParallelFor& parallel_for) {

@@ -1,7 +1,9 @@
 // The payload: what one worker sends for one bucket, as bytes.
 //
-//   header | entries before each tile (u32) | offsets (u16 per entry) or bitmap (1 bit per gradient entry) | values
+//   header | exchange part | entries before each tile (u32) | offsets (u16 per entry) or bitmap (1 bit per gradient entry) | values
 //
+// The exchange part is there where the bucket has spans, its parameters: the scale of the gradients (f64), what this rank
+// alone did to its state (u64), and one bit per span, 1 where the gradient is zero in all its entries.
 // Each part starts at a multiple of 8 bytes and the whole is a multiple of 16; bytes between parts are 0. A tile is
 // 65,536 consecutive gradient entries, so that a u16 offset reaches exactly one. Entries are in ascending order.
 // The bitmap is used where it is the smaller of the two, k / J > 1/16. The size depends on (J, k, value type) alone and
@@ -25,7 +27,7 @@ static_assert(std::endian::native == std::endian::little, "payloads are written 
 inline constexpr uint32_t kPayloadMagic = 0x6b707472;  // "rtpk"
 inline constexpr uint16_t kPayloadVersion = 1;
 inline constexpr int64_t kTileEntries = 65536;
-inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN: the step is void
+inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN
 
 enum class Support : uint8_t { kOffsets = 0, kBitmap = 1 };
 
@@ -41,23 +43,32 @@ struct PayloadHeader {
   uint64_t repeated;   // entries that were sent in the last step too
   uint64_t displaced;  // entries that the plain magnitude would have sent and the RegTop-k factor did not
   uint32_t flags;
-  uint32_t reserved;
+  uint32_t spans;      // 0 where there is no exchange part
 };
 static_assert(sizeof(PayloadHeader) == 64);
 
-// Where the parts of a payload of (numel, k, type) lie, in bytes from its beginning.
+// The fixed beginning of the exchange part; the bits follow.
+struct ExchangePart {
+  double scale;   // what the gradients were multiplied by
+  uint64_t deed;  // see deed.h
+};
+
+// Where the parts of a payload of (numel, k, type, spans) lie, in bytes from its beginning.
 struct PayloadLayout {
   // Throws std::invalid_argument unless 1 <= k <= numel and k fits the u32 counts.
-  PayloadLayout(int64_t numel, int64_t k, ValueType type);
+  PayloadLayout(int64_t numel, int64_t k, ValueType type, int64_t spans = 0);
   // The same of numbers that were checked before, without the exception that device code cannot throw.
-  REGTOPK_HOST_DEVICE static PayloadLayout of_checked(int64_t numel, int64_t k, ValueType type, int64_t bytes_per_value) {
+  REGTOPK_HOST_DEVICE static PayloadLayout of_checked(
+      int64_t numel, int64_t k, ValueType type, int64_t bytes_per_value, int64_t spans = 0) {
     PayloadLayout layout;
     layout.numel = numel;
     layout.k = k;
     layout.type = type;
     layout.support = k > numel / 16 ? Support::kBitmap : Support::kOffsets;
     layout.tiles = (numel + kTileEntries - 1) / kTileEntries;
-    layout.tile_starts_at = sizeof(PayloadHeader);
+    layout.spans = spans;
+    layout.zero_bits_at = sizeof(PayloadHeader) + sizeof(ExchangePart);
+    layout.tile_starts_at = spans == 0 ? sizeof(PayloadHeader) : round_up(layout.zero_bits_at + (spans + 7) / 8, 8);
     layout.support_at = round_up(layout.tile_starts_at + layout.tiles * 4, 8);
     layout.values_at = round_up(layout.support_at + (layout.support == Support::kOffsets ? k * 2 : (numel + 7) / 8), 8);
     layout.bytes = round_up(layout.values_at + k * bytes_per_value, 16);
@@ -67,8 +78,8 @@ struct PayloadLayout {
   int64_t numel, k;
   ValueType type;
   Support support;
-  int64_t tiles;
-  int64_t tile_starts_at, support_at, values_at, bytes;
+  int64_t tiles, spans;
+  int64_t zero_bits_at, tile_starts_at, support_at, values_at, bytes;
 
   REGTOPK_HOST_DEVICE int64_t tile_entries(int64_t tile) const {
     return tile + 1 < tiles ? kTileEntries : numel - tile * kTileEntries;
@@ -106,6 +117,7 @@ class PayloadView {
  public:
   PayloadView(const uint8_t* bytes, const PayloadLayout& layout) : bytes_(bytes), layout_(layout) {}
 
+  const uint8_t* bytes() const { return bytes_; }
   const PayloadLayout& layout() const { return layout_; }
   PayloadHeader header() const {
     PayloadHeader header;
@@ -115,12 +127,22 @@ class PayloadView {
   int64_t first_entry(int64_t tile) const {
     return tile < layout_.tiles ? reinterpret_cast<const uint32_t*>(bytes_ + layout_.tile_starts_at)[tile] : layout_.k;
   }
+  ExchangePart exchange_part() const {
+    ExchangePart part;
+    std::memcpy(&part, bytes_ + sizeof(PayloadHeader), sizeof part);
+    return part;
+  }
+  // Whether the gradient was zero in all entries of that span.
+  bool is_zero(int64_t span) const { return (bytes_[layout_.zero_bits_at + span / 8] >> (span % 8) & 1) != 0; }
   template <typename T>
   const T* values() const {
     return reinterpret_cast<const T*>(bytes_ + layout_.values_at);
   }
   const uint16_t* offsets() const { return reinterpret_cast<const uint16_t*>(bytes_ + layout_.support_at); }
   const uint8_t* bitmap(int64_t tile) const { return bytes_ + layout_.support_at + tile * (kTileEntries / 8); }
+
+  // The first entry at or behind that gradient index.
+  int64_t entry_at(int64_t index) const;
 
   // Calls function(entry, offset) for each entry of a tile, ascending; offset is in [0, 65536).
   template <typename Function>
@@ -189,6 +211,7 @@ REGTOPK_HOST_DEVICE inline PayloadHeader make_header(const PayloadLayout& layout
   header.numel = static_cast<uint64_t>(layout.numel);
   header.k = static_cast<uint64_t>(layout.k);
   header.plan = plan;
+  header.spans = static_cast<uint32_t>(layout.spans);
   return header;
 }
 

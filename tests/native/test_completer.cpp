@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/exchange/completer.h"
+#include "../../csrc/transport/completer.h"
 #include "check.h"
 
 namespace {
@@ -25,7 +25,7 @@ void run_in_order(uint64_t seed) {
     for (int i = 0; i < kTasks; ++i) {
       completer.submit({.arrived = [&arrived, i] { return arrived[i].load(); },
                         .deadline = Completer::Clock::now() + 60s,
-                        .complete = [&order, i](Completer::Outcome outcome) {
+                        .complete = [&order, i](Completer::Outcome outcome, const std::string&) {
                           CHECK(outcome == Completer::Outcome::kArrived);
                           order.push_back(i);
                         }});
@@ -47,13 +47,36 @@ void run_in_order(uint64_t seed) {
   }
 }
 
+// What is doubted ends before its deadline, with the reason; what is only late is asked about and then arrives.
+void run_with_doubts() {
+  Completer completer;
+  std::atomic<int> asked = 0, doubted = 0, arrived = 0;
+  completer.submit({.arrived = [] { return false; },
+                    .doubt = [&] { return ++asked < 3 ? "" : "nobody comes"; },
+                    .doubt_from = Completer::Clock::now() + 1ms,
+                    .doubt_every = 1ms,
+                    .deadline = Completer::Clock::now() + 60s,
+                    .complete = [&](Completer::Outcome outcome, const std::string& why) {
+                      doubted += outcome == Completer::Outcome::kDoubted && why == "nobody comes";
+                    }});
+  completer.submit({.arrived = [&] { return asked >= 6; },
+                    .doubt = [&] { return ++asked, ""; },
+                    .doubt_from = Completer::Clock::now(),
+                    .doubt_every = 1ms,
+                    .deadline = Completer::Clock::now() + 60s,
+                    .complete = [&](Completer::Outcome outcome, const std::string&) { arrived += outcome == Completer::Outcome::kArrived; }});
+  CHECK(completer.wait_idle(Completer::Clock::now() + 60s));
+  CHECK(doubted == 1 && arrived == 1);
+  CHECK(completer.stop());  // something was given up that may still be going on
+}
+
 void run_past_the_deadline() {
   Completer completer;
   std::atomic<int> timed_out = 0;
   for (int i = 0; i < 20; ++i) {
     completer.submit({.arrived = [] { return false; },
                       .deadline = Completer::Clock::now() + 2ms,
-                      .complete = [&](Completer::Outcome outcome) { timed_out += outcome == Completer::Outcome::kTimedOut; }});
+                      .complete = [&](Completer::Outcome outcome, const std::string&) { timed_out += outcome == Completer::Outcome::kTimedOut; }});
   }
   CHECK(completer.wait_idle(Completer::Clock::now() + 60s));
   CHECK(timed_out == 20);
@@ -73,7 +96,7 @@ void stop_among_others() {
           for (;;) {
             completer.submit({.arrived = [] { return true; },
                               .deadline = Completer::Clock::now() + 60s,
-                              .complete = [&](Completer::Outcome) { ++completed; }});
+                              .complete = [&](Completer::Outcome, const std::string&) { ++completed; }});
             ++submitted;
             completer.wait_idle(Completer::Clock::now());
             waker();
@@ -97,7 +120,7 @@ void stop_with_tasks_outstanding() {
   for (int i = 0; i < 5; ++i) {
     completer.submit({.arrived = [] { return false; },
                       .deadline = Completer::Clock::now() + 60s,
-                      .complete = [&](Completer::Outcome outcome) { stopped += outcome == Completer::Outcome::kStopped; }});
+                      .complete = [&](Completer::Outcome outcome, const std::string&) { stopped += outcome == Completer::Outcome::kStopped; }});
   }
   CHECK(completer.stop());
   CHECK(stopped == 5);
@@ -109,6 +132,7 @@ int main() {
   for (uint64_t round = 0; round < 20; ++round) {
     run_in_order(round);
     run_past_the_deadline();
+    run_with_doubts();
     stop_among_others();
     stop_with_tasks_outstanding();
   }

@@ -289,19 +289,26 @@ void write_average(const AverageArguments& arguments) {
   const auto workers = V::floats(arguments.workers);
   const auto zero = V::floats(0.0f);
   const bool streaming = arguments.streaming && aligned;
+  const auto infinity = V::keys(kInfinityKey);
+  auto unusual = V::at_least(V::keys(0), infinity);  // nowhere
+  const auto average_at = [&](int64_t at) {
+    const auto average = V::quotient(V::load(arguments.sums + at), workers);
+    unusual = unusual | V::at_least(V::magnitude(average), infinity);
+    return T::template wire_of<V>(average);
+  };
   for (int64_t block = 0; block * kAverageBlock < arguments.entries; ++block) {
     const int64_t first = block * kAverageBlock;
     const bool touched = arguments.touched[block] != 0;
     if (arguments.entries - first < kAverageBlock) {
       for (int64_t at = first; at < arguments.entries; at += V::kLanes) {
-        const auto wire = T::template wire_of<V>(V::quotient(V::load(arguments.sums + at), workers));
+        const auto wire = average_at(at);
         const int64_t count = arguments.entries - at < V::kLanes ? arguments.entries - at : V::kLanes;
         T::template store_first<V>(out + at, count, wire);
         V::store(arguments.sums + at, zero);
       }
     } else if (touched) {
       for (int64_t at = first; at < first + kAverageBlock; at += V::kLanes) {
-        const auto wire = T::template wire_of<V>(V::quotient(V::load(arguments.sums + at), workers));
+        const auto wire = average_at(at);
         if (streaming) V::stream(out + at, wire);
         else T::template store<V>(out + at, wire);
         V::store(arguments.sums + at, zero);
@@ -315,6 +322,7 @@ void write_average(const AverageArguments& arguments) {
       }
     }
   }
+  if (V::bits(unusual) != 0) *arguments.non_finite = true;
   if (streaming) V::finish_streaming();
 }
 

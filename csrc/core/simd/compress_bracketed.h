@@ -1,6 +1,6 @@
 #pragma once
 
-#include "compress.h"
+#include "../compress.h"
 #include "kernels.h"
 
 namespace regtopk {

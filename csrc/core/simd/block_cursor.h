@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "payload.h"
+#include "../payload.h"
 
 namespace regtopk {
 

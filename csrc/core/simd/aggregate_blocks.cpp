@@ -4,6 +4,7 @@
 #include "aggregate_blocks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -21,8 +22,9 @@ struct alignas(64) Sums {
   uint8_t touched[kBlockEntries / kAverageBlock] = {};
 };
 
+// Returns whether all that it wrote is finite.
 template <typename T>
-void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels, int64_t begin, int64_t end) {
+bool aggregate_range(const AggregateArguments& arguments, const Kernels& kernels, int64_t begin, int64_t end) {
   const PayloadLayout& layout = arguments.layout;
   T* const gradient = static_cast<T*>(arguments.gradient);
   float* const feedback = static_cast<float*>(arguments.feedback);
@@ -42,6 +44,7 @@ void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
   const bool bitmap = layout.support == Support::kBitmap;
   // At such densities next to nothing stays untouched.
   if (bitmap) std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{1});
+  bool non_finite = false;
   for (int64_t number = begin; number < end; ++number) {
     const Block block(number, layout.numel);
     for (int64_t worker = 0; worker < arguments.workers; ++worker) {
@@ -79,21 +82,25 @@ void aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
          .gradient = gradient + block.index,
          .entries = block.entries,
          .workers = static_cast<float>(arguments.workers),
-         .streaming = streaming});
+         .streaming = streaming,
+         .non_finite = &non_finite});
     if (!bitmap) std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{0});
   }
+  return !non_finite;
 }
 
 }  // namespace
 
-void aggregate_blocks(const AggregateArguments& arguments, const Kernels& kernels, const ParallelFor& parallel_for) {
+bool aggregate_blocks(const AggregateArguments& arguments, const Kernels& kernels, const ParallelFor& parallel_for) {
+  std::atomic<bool> finite = true;
   with_value_type(arguments.layout.type, [&]<typename T>(T) {
     if constexpr (sizeof(typename Traits<T>::Accumulate) == sizeof(float)) {
       parallel_for(Block::count(arguments.layout.numel), [&](int64_t begin, int64_t end) {
-        aggregate_range<T>(arguments, kernels, begin, end);
+        if (!aggregate_range<T>(arguments, kernels, begin, end)) finite = false;
       });
     }
   });
+  return finite;
 }
 
 }  // namespace regtopk

@@ -1,7 +1,7 @@
 // Sample (K0): a bracket around the k-th largest score, from a few entries of the bucket.
 #pragma once
 
-#include "compress.h"
+#include "../compress.h"
 
 namespace regtopk {
 

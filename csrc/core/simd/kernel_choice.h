@@ -1,8 +1,8 @@
 #pragma once
 
-#include "cpu_variant.h"
+#include "../cpu_variant.h"
 #include "kernels.h"
-#include "value_types.h"
+#include "../value_types.h"
 
 namespace regtopk {
 

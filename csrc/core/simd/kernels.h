@@ -60,6 +60,7 @@ struct AverageArguments {
   int64_t entries;
   float workers;
   bool streaming;  // write around the caches
+  bool* non_finite;  // out: set where an average is not finite, else left alone
 };
 inline constexpr int64_t kAverageBlock = 64;
 

@@ -1,5 +1,18 @@
 // Compress with a sampled bracket: one pass over memory where the plain path needs four.
 //
+//   r, g  [J]  ┄┄┄ sampled sectors ┄┄►  sample      low ┌──────── score ────────┐ high
+//      │                                                │   below  │ inside │ above
+//      ▼                                                ▼
+//   accumulate, block by block (8,192 entries, in the first-level cache):
+//      below low     r = a
+//      inside        r = a        listed: a, key, offset      ─┐
+//      above high    r = a - v    listed, taken to be sent    ─┤   lists, one per range of blocks
+//      ┌───────────────────────────────────────────────────────┘
+//      ▼
+//   choose      the k-th key of the lists, and where its ties end ──►  k entries, and where each block's begin
+//      ▼
+//   pack        payload; r = a - v where an entry inside is sent, r = a where one above is not
+//
 //   sample      a few entries -> low <= k-th score <= high, nearly always
 //   accumulate  r = a; lists the entries with score >= low, with a, key and offset; those above high are taken to be sent,
 //               r = a - v, while their cache line is at hand. Per fp32 entry 8 bytes read, 4 written, and 10 per listed one
