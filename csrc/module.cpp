@@ -12,9 +12,11 @@
 #include <algorithm>
 #include <mutex>
 
-#include "exchange/exchange.h"
-#include "exchange/local_exchange.h"
+#include "core/cpu_variant.h"
+#include "frontends/ddp.h"
+#include "frontends/local.h"
 #include "ops/operators.h"
+#include "transport/gloo.h"
 
 namespace py = pybind11;
 
@@ -22,39 +24,68 @@ namespace regtopk {
 namespace {
 
 // The native way into the exchange, without Python in the backward pass.
-class ExchangeHook : public c10d::CppCommHookInterface<std::shared_ptr<Exchange>> {
+class ExchangeHook : public c10d::CppCommHookInterface<std::shared_ptr<DdpExchange>> {
  public:
   using CppCommHookInterface::CppCommHookInterface;
-  Exchange::FuturePtr runHook(c10d::GradBucket& bucket) override { return state_->run(bucket); }
+  DdpExchange::FuturePtr runHook(c10d::GradBucket& bucket) override { return state_->run(bucket); }
 };
+
+// The way in from Python: the same future, but of a Python object, as DDP's Python hook asserts. The object is made here, so
+// that completing the future needs no GIL, and an error stays the error that it is.
+std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(DdpExchange& exchange, c10d::GradBucket& bucket) {
+  DdpExchange::FuturePtr done;
+  {
+    const py::gil_scoped_release no_gil;
+    done = exchange.run(bucket);
+  }
+  auto result = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get());
+  c10::IValue buffer = torch::jit::toIValue(py::cast(bucket.getBufferRef()), c10::PyObjectType::get());
+  done->addCallback(
+      [result, buffer = std::move(buffer)](c10::ivalue::Future& completed) mutable {
+        if (completed.hasError()) result->setError(completed.exception_ptr());
+        else result->markCompleted(std::move(buffer));
+      },
+      /*uses_future=*/false);
+  return std::make_shared<torch::jit::PythonFutureWrapper>(result);
+}
 
 // Every exchange that may still have a thread, to be stopped before the interpreter ends.
 std::mutex open_exchanges_mutex;
-std::vector<std::weak_ptr<Exchange>> open_exchanges;
+std::vector<std::weak_ptr<DdpExchange>> open_exchanges;
 
-// Ending an exchange joins its thread, and that thread may be running a Python callback: the GIL must be free.
-void delete_without_gil(Exchange* exchange) {
+// Ending an exchange joins its thread, and that thread may need Python: the GIL must be free.
+template <typename T>
+void delete_without_gil(T* object) {
   if (Py_IsInitialized() && PyGILState_Check()) {
     const py::gil_scoped_release no_gil;
-    delete exchange;
+    delete object;
   } else {
-    delete exchange;
+    delete object;
   }
 }
 
-std::shared_ptr<Exchange> open_exchange(
-    const c10::intrusive_ptr<c10d::ProcessGroup>& payload_group, const c10::intrusive_ptr<c10d::ProcessGroup>& control_group,
-    const Options& options, double timeout_seconds, Exchange::Scale scale) {
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_seconds * 1000));
-  std::shared_ptr<Exchange> exchange(new Exchange(payload_group, control_group, options, timeout, std::move(scale)), &delete_without_gil);
+// What Python's `open_groups` returns: the groups of payloads and of control, the exchange's own store, the timeout in seconds.
+using GroupTuple = std::tuple<c10::intrusive_ptr<c10d::Backend>, c10::intrusive_ptr<c10d::Backend>, c10::intrusive_ptr<c10d::Store>, double>;
+
+std::shared_ptr<DdpExchange> make_exchange(
+    const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple()> open_groups, std::function<double()> scale,
+    Worker::AppliedKeys applied) {
+  const auto open = [open_groups = std::move(open_groups)](std::function<std::string()> own_calls) -> std::shared_ptr<Transport> {
+    auto [payloads, control, store, timeout] = open_groups();
+    const std::string who = c10::str("rank ", payloads->getRank(), ": sparse_hook");
+    const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
+    return {new GlooTransport({payloads, control, store, milliseconds}, who, std::move(own_calls)), &delete_without_gil<GlooTransport>};
+  };
+  std::shared_ptr<DdpExchange> exchange(
+      new DdpExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<DdpExchange>);
   const std::lock_guard lock(open_exchanges_mutex);
   std::erase_if(open_exchanges, [](const auto& weak) { return weak.expired(); });
   open_exchanges.push_back(exchange);
   return exchange;
 }
 
-void shutdown_all() {
-  std::vector<std::shared_ptr<Exchange>> exchanges;
+void close_all() {
+  std::vector<std::shared_ptr<DdpExchange>> exchanges;
   {
     const std::lock_guard lock(open_exchanges_mutex);
     for (const auto& weak : open_exchanges) {
@@ -62,48 +93,56 @@ void shutdown_all() {
     }
     open_exchanges.clear();
   }
-  for (const auto& exchange : exchanges) exchange->shutdown();
+  for (const auto& exchange : exchanges) exchange->close();
 }
 
-py::dict to_dict(const Statistics& statistics) {
+py::dict statistics_of(const Worker& worker) {
+  const Statistics& statistics = worker.statistics;
+  const int64_t* const counters = worker.counters.const_data_ptr<int64_t>();
   py::dict result;
-  result["steps"] = statistics.steps;
-  result["void_steps"] = statistics.void_steps;
-  result["rebuilds"] = statistics.rebuilds;
-  result["history_dropped"] = statistics.history_dropped;
-  result["dense_buckets"] = statistics.dense_buckets;
-  result["entries"] = statistics.entries;
-  result["sent_entries"] = statistics.sent_entries;
-  result["repeated"] = statistics.repeated;
-  result["displaced"] = statistics.displaced;
-  result["bytes_sent"] = statistics.bytes_sent;
-  result["bytes_dense"] = statistics.bytes_dense;
-  result["compress_seconds"] = statistics.compress_seconds;
-  result["exchange_seconds"] = statistics.exchange_seconds;
-  result["aggregate_seconds"] = statistics.aggregate_seconds;
+  result["steps"] = statistics.steps.load();
+  result["void_steps"] = statistics.void_steps + (worker.steps.is_void() ? 1 : 0);
+  result["rebuilds"] = statistics.rebuilds.load();
+  result["history_dropped"] = statistics.history_dropped + counters[2];
+  result["residual_dropped"] = statistics.residual_dropped.load();
+  result["dense_buckets"] = statistics.dense_buckets.load();
+  result["entries"] = statistics.entries.load();
+  result["sent_entries"] = statistics.sent_entries.load();
+  result["repeated"] = counters[0];
+  result["displaced"] = counters[1];
+  result["bytes_sent"] = statistics.bytes_sent.load();
+  result["bytes_dense"] = statistics.bytes_dense.load();
+  result["compress_seconds"] = statistics.compress_seconds.load();
+  result["exchange_seconds"] = statistics.exchange_seconds.load();
+  result["aggregate_seconds"] = statistics.aggregate_seconds.load();
   return result;
 }
 
-// Pieces travel as {key: (residual, sent_index, sent_value, feedback)}, None for what is not there.
-using PieceTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+// Pieces travel as {key: (parameter, residual, sent_index, sent_value, feedback, idle)}, None for what is not there.
+using OptionalTensor = std::optional<at::Tensor>;
+using PieceTuple = std::tuple<OptionalTensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool>;
+using PieceTuples = std::unordered_map<ParameterKey, PieceTuple>;
 
-std::unordered_map<ParameterKey, PieceTuple> export_pieces(Worker& worker) {
+PieceTuples export_pieces(Worker& worker) {
   const auto optional = [](const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
-  std::unordered_map<ParameterKey, PieceTuple> result;
-  for (const auto& [key, piece] : worker.export_pieces()) {
-    result[key] = {piece.residual, optional(piece.sent_index), optional(piece.sent_value), optional(piece.feedback)};
+  PieceTuples result;
+  for (const auto& [key, piece] : worker.copy_pieces()) {
+    const bool idle = piece.idle.defined() && piece.idle.item<uint8_t>() != 0;
+    result[key] = {
+        optional(piece.owner.tensor()), piece.residual, optional(piece.sent_index), optional(piece.sent_value), optional(piece.feedback), idle};
   }
   return result;
 }
 
-void import_pieces(Worker& worker, const std::unordered_map<ParameterKey, PieceTuple>& tuples, int64_t step) {
-  std::unordered_map<ParameterKey, Piece> pieces;
+void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step) {
+  Pieces pieces;
   for (const auto& [key, tuple] : tuples) {
-    const auto& [residual, sent_index, sent_value, feedback] = tuple;
-    pieces[key] = {residual, sent_index.value_or(at::Tensor()), sent_value.value_or(at::Tensor()), feedback.value_or(at::Tensor())};
+    const auto& [parameter, residual, sent_index, sent_value, feedback, idle] = tuple;
+    pieces[key] = {
+        parameter ? Owner(*parameter) : Owner(), residual, sent_index.value_or(at::Tensor()), sent_value.value_or(at::Tensor()),
+        feedback.value_or(at::Tensor()), idle ? at::ones({1}, at::kByte) : at::Tensor()};
   }
-  worker.import_pieces(std::move(pieces));
-  worker.set_step(step);
+  worker.replace_pieces(std::move(pieces), step);
 }
 
 }  // namespace
@@ -115,17 +154,22 @@ PYBIND11_MODULE(_C, module) {
   py::module_::import("torch._C._distributed_c10d");
 
   module.attr("torch_version") = TORCH_VERSION;
-  module.def("payload_bytes", [](int64_t numel, int64_t k, const py::object& dtype) {
-    return payload_bytes(numel, k, reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
-  });
+  module.def(
+      "payload_bytes",
+      [](int64_t numel, int64_t k, const py::object& dtype, int64_t spans) {
+        if (!THPDtype_Check(dtype.ptr())) {
+          throw py::type_error("payload_bytes: expected a torch.dtype, got " + std::string(py::str(py::type::of(dtype).attr("__name__"))));
+        }
+        return payload_bytes(numel, k, reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type, spans);
+      },
+      py::arg("numel"), py::arg("k"), py::arg("dtype"), py::arg("spans") = 0);
   // Reads REGTOPK_CPU on the first call; ValueError where it names no instruction set of this machine.
   module.def("cpu_variant", [] { return name_of(cpu_variant()); });
   module.def("set_cpu_variant", &set_cpu_variant);
   module.def("available_cpu_variants", &available_cpu_variants);
-  module.def("force_bracket", &force_bracket);
-  module.def("shutdown_all", &shutdown_all, release_gil());
+  module.def("close_all", &close_all, release_gil());
   // The key under which the state of a parameter is kept.
-  module.def("parameter_key", [](const at::Tensor& parameter) { return reinterpret_cast<ParameterKey>(parameter.unsafeGetTensorImpl()); });
+  module.def("parameter_key", &key_of);
 
   py::class_<Options>(module, "Options")
       .def(py::init([](bool regularised, double density, double mu, std::string distortion) {
@@ -133,42 +177,60 @@ PYBIND11_MODULE(_C, module) {
            }),
            py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"));
 
-  py::class_<Exchange, std::shared_ptr<Exchange>>(module, "Exchange")
-      .def(py::init(&open_exchange), py::arg("payload_group"), py::arg("control_group"), py::arg("options"), py::arg("timeout_seconds"),
-           py::arg("scale"))
-      .def("run", [](Exchange& exchange, c10d::GradBucket& bucket) {
-        Exchange::FuturePtr future;
-        {
-          const py::gil_scoped_release no_gil;
-          future = exchange.run(bucket);
-        }
-        return std::make_shared<torch::jit::PythonFutureWrapper>(future);
-      })
-      .def("register_on", [](const std::shared_ptr<Exchange>& exchange, c10d::Reducer& reducer) {
+  py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
+
+  py::enum_<Deed>(module, "Deed").value("RESET", Deed::kReset).value("LOAD", Deed::kLoad);
+
+  py::class_<DdpExchange, std::shared_ptr<DdpExchange>>(module, "DdpExchange")
+      .def(py::init(&make_exchange), py::arg("options"), py::arg("clock"), py::kw_only(), py::arg("open_groups"), py::arg("scale"),
+           py::arg("applied"))
+      .def("run", &run_from_python)
+      .def("register_on", [](const std::shared_ptr<DdpExchange>& exchange, c10d::Reducer& reducer) {
         reducer.register_comm_hook(std::make_unique<ExchangeHook>(exchange));
       })
-      .def("set_dense", &Exchange::set_dense)
-      .def_property_readonly("dense", &Exchange::dense)
-      .def("statistics", [](const Exchange& exchange) { return to_dict(exchange.statistics()); })
-      .def("residual_norm", [](Exchange& exchange) { return exchange.idle_worker().residual_norm(); }, release_gil())
-      .def("step", [](Exchange& exchange) { return exchange.idle_worker().step(); }, release_gil())
-      .def("export_pieces", [](Exchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
+      .def_property_readonly("is_open", &DdpExchange::is_open)
+      .def("set_dense", &DdpExchange::set_dense)
+      .def("skipped", &DdpExchange::skipped, release_gil())
+      .def("did", &DdpExchange::did)
+      .def("statistics", [](const DdpExchange& exchange) { return statistics_of(exchange.worker()); })
+      .def("last_step", [](const DdpExchange& exchange) { return exchange.worker().steps.step(); })
+      .def("wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
+      .def("residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm().item<double>(); }, release_gil())
+      .def("export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
       .def("import_pieces",
-           [](Exchange& exchange, const std::unordered_map<ParameterKey, PieceTuple>& pieces, int64_t step) {
-             import_pieces(exchange.idle_worker(), pieces, step);
+           [](DdpExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
+           release_gil())
+      .def("clear", [](DdpExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); }, release_gil())
+      .def("open", [](DdpExchange& exchange) { exchange.transport(); }, release_gil())
+      .def("rank", [](DdpExchange& exchange) { return exchange.transport().rank(); }, release_gil())
+      .def("workers", [](DdpExchange& exchange) { return exchange.transport().workers(); }, release_gil())
+      .def("gather_texts",
+           [](DdpExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
+             std::vector<std::string> texts;
+             {
+               const py::gil_scoped_release no_gil;
+               Transport& transport = exchange.transport();
+               transport.wait_idle();
+               texts = transport.gather_texts(own, caller, activity);
+             }
+             return std::vector<py::bytes>(texts.begin(), texts.end());
+           })
+      .def("add_up", [](DdpExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
+             exchange.transport().add_up(tensor, caller, activity);
            },
            release_gil())
-      .def("shutdown", &Exchange::shutdown, release_gil());
+      .def("close", &DdpExchange::close, release_gil());
 
   py::class_<LocalExchange>(module, "LocalExchange")
       .def(py::init<Options, int64_t>())
       .def("step", &LocalExchange::step, release_gil())
-      .def("statistics", [](LocalExchange& exchange, int64_t rank) { return to_dict(exchange.worker(rank).statistics()); })
-      .def("residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm(); }, release_gil())
-      .def("last_step", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).step(); })
+      .def("skipped", &LocalExchange::skipped, release_gil())
+      .def("statistics", [](LocalExchange& exchange, int64_t rank) { return statistics_of(exchange.worker(rank)); })
+      .def("last_step", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).steps.step(); })
+      .def("residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm().item<double>(); }, release_gil())
       .def("export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())
       .def("import_pieces",
-           [](LocalExchange& exchange, int64_t rank, const std::unordered_map<ParameterKey, PieceTuple>& pieces, int64_t step) {
+           [](LocalExchange& exchange, int64_t rank, const PieceTuples& pieces, int64_t step) {
              import_pieces(exchange.worker(rank), pieces, step);
            },
            release_gil());

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
       const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
       const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
                          header.support == layout.support && header.numel == static_cast<uint64_t>(layout.numel) &&
-                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 && header.reserved == 0 &&
+                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 && header.spans == 0 &&
                          header.repeated <= header.k;
       if (!valid) report(PayloadField::kHeader);
       else if (header.step != device.step) report(PayloadField::kStep);

@@ -29,6 +29,10 @@ void check_aligned(const char* who, const char* name, const void* pointer) {
       " beyond one; pass a tensor with memory of its own, not a slice");
 }
 
+void check_no_spans(const char* who, const std::optional<at::Tensor>& spans) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!spans, who, ": expected a bucket without spans on CUDA, got spans; this version exchanges CPU gradients");
+}
+
 void check_countable(const char* who, int64_t numel) {
   TORCH_CHECK_VALUE(numel <= kMaxEntries, who, ": expected at most 2^32 - 1 gradient entries on CUDA, got ", numel);
 }
@@ -60,8 +64,11 @@ unsigned long long* worst_status_on(const at::Device& device) {
 
 void compress_cuda(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
-    const std::optional<at::Tensor>& feedback, int64_t k, double mu, c10::string_view distortion, int64_t step, int64_t plan) {
+    const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t k, double mu,
+    c10::string_view distortion, int64_t step, int64_t plan, double, int64_t, int64_t, bool, at::OptionalIntArrayRef) {
   constexpr const char* who = "compress_";
+  check_no_spans(who, spans);
   CompressLaunch arguments{.layout = check_bucket(who, gradient, k), .sampling = {}};
   const int64_t numel = gradient.numel();
   const at::Device device = gradient.device();
@@ -108,9 +115,11 @@ void compress_cuda(
 }
 
 void aggregate_cuda(
-    const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, int64_t k, int64_t rank,
-    c10::string_view distortion, int64_t step, int64_t plan) {
+    const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback,
+    const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t k, int64_t rank,
+    c10::string_view distortion, int64_t step, int64_t plan, int64_t) {
   constexpr const char* who = "aggregate_";
+  check_no_spans(who, spans);
   AggregateLaunch arguments{.layout = check_bucket(who, gradient, k)};
   const at::Device device = gradient.device();
   check_countable(who, gradient.numel());
@@ -161,8 +170,8 @@ void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::Sc
 }
 
 // A change of layout is rare: through the host, which waits for the device.
-at::Tensor encode_cuda(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan) {
-  return encode(indices.cpu(), values.cpu(), numel, step, plan).to(indices.device());
+at::Tensor encode_cuda(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {
+  return encode(indices.cpu(), values.cpu(), numel, step, plan, spans).to(indices.device());
 }
 
 std::tuple<at::Tensor, at::Tensor> decode_cuda(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype) {

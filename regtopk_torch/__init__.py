@@ -33,4 +33,4 @@ __all__ = ["CheckpointError", "LocalExchange", "RegTopKState", "TopKState", "att
 _C.cpu_variant()
 
 # Before the interpreter ends, every exchange lets go of its thread: a pending future with a Python callback would hang it.
-atexit.register(_C.shutdown_all)
+atexit.register(_C.close_all)

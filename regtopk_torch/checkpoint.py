@@ -4,10 +4,23 @@ A piece holds flat tensors in the parameter's memory order, the order of a gradi
 (row-major) order, so that it does not depend on the memory format.
 """
 
+from typing import NamedTuple
+
 import torch
 
 FORMAT = "regtopk_torch"
 VERSION = 1
+
+
+class Piece(NamedTuple):
+    """What is kept of one parameter, flat and in its memory order; None for what there is not."""
+
+    parameter: torch.Tensor | None
+    residual: torch.Tensor  # [numel], accumulate dtype
+    sent_index: torch.Tensor | None = None  # [m] int64, ascending
+    sent_value: torch.Tensor | None = None  # [m], gradient dtype
+    feedback: torch.Tensor | None = None  # [m], accumulate dtype
+    idle: bool = False  # zero gradient on all ranks in the last step
 
 
 def accumulate_dtype(dtype):
@@ -16,8 +29,19 @@ def accumulate_dtype(dtype):
 
 
 def in_shape_of(flat, parameter):
-    """View a flat tensor in the parameter's memory order as a tensor of its shape."""
-    return flat.as_strided(parameter.size(), parameter.stride())
+    """View a flat tensor in the order in which DDP's bucket holds the parameter as a tensor of its shape: the order of its
+    memory where that has no gaps and no overlaps, else row-major."""
+    return flat.as_strided(parameter.size(), parameter.stride()) if _is_dense(parameter) else flat.view(parameter.size())
+
+
+def _is_dense(tensor):
+    """Whether the strides are those of some order of the dimensions, without gaps."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _memory_index(parameter):
@@ -32,14 +56,19 @@ def to_state_dict(pieces, named_keys, header, *, step):
 
     An entry has `shape` (list of int) and, once the parameter has been exchanged, `residual` (the parameter's shape, fp32 or
     fp64) and the history of the last step: `sent_index` (int64 [m], flat and ascending), `sent_value` ([m], gradient dtype),
-    `feedback` ([m], accumulate dtype; RegTop-k only).
+    `feedback` ([m], accumulate dtype; RegTop-k only), and `idle` (True) where its gradient was zero on all ranks in the last step.
+    Parameters that require no gradient have an entry only where something is kept of them.
     """
     parameters = {}
     for name, parameter, key in named_keys:
+        if key not in pieces and not parameter.requires_grad:
+            continue
         entry = {"shape": list(parameter.shape)}
         if key in pieces:
-            residual, sent_index, sent_value, feedback = pieces[key]
+            _, residual, sent_index, sent_value, feedback, idle = pieces[key]
             entry["residual"] = in_shape_of(residual, parameter).contiguous()
+            if idle:
+                entry["idle"] = True
             if sent_index is not None:
                 to_memory = _memory_index(parameter)
                 order = slice(None)
@@ -67,17 +96,21 @@ def from_state_dict(who, state_dict, named_keys, header):
     if type(step) is not int or not -1 <= step < 2**62:
         raise ValueError(f"{who}: expected step to be an integer in [-1, 2^62), got {step!r}")
     parameters = state_dict.get("parameters")
-    expected = {name for name, _, _ in named_keys}
-    if not isinstance(parameters, dict) or set(parameters) != expected:
-        names = set(parameters) if isinstance(parameters, dict) else set()
+    known = {name for name, _, _ in named_keys}
+    expected = {name for name, parameter, _ in named_keys if parameter.requires_grad}
+    names = set(parameters) if isinstance(parameters, dict) else set()
+    # What is frozen now may have been frozen then, and may not.
+    if not isinstance(parameters, dict) or not expected <= names <= known:
         raise ValueError(
             f"{who}: expected a state dict of this model's {len(expected)} parameters, got {len(names)}; "
-            f"missing {sorted(expected - names)[:3]}, unknown {sorted(map(str, names - expected))[:3]}"
+            f"missing {sorted(expected - names)[:3]}, unknown {sorted(map(str, names - known))[:3]}"
         )
     # Feedback means something else under another distortion, and nothing without regularisation.
     same_feedback = all(_is(state_dict.get(name), header[name]) for name in ("method", "distortion"))
     pieces = {}
     for name, parameter, key in named_keys:
+        if name not in names:
+            continue
         entry = parameters[name]
         if not isinstance(entry, dict):
             raise ValueError(f"{who}: expected a dict with what was kept of {name}, got {_describe(entry)}")
@@ -132,15 +165,16 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
         who, state_dict = read(saved)
         pieces, step = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
         steps.add(step)
-        for key, (residual, sent_index, _, _) in pieces.items():
-            share = residual.double() * weight
+        for key, piece in pieces.items():
+            share = piece.residual.double() * weight
             sums[key] = sums[key].add_(share) if key in sums else share
-            if sent_index is not None and saved * world_size // saved_world_size == rank:
-                dropped += len(sent_index)
+            if piece.sent_index is not None and saved * world_size // saved_world_size == rank:
+                dropped += len(piece.sent_index)
     if len(steps) > 1:
         raise ValueError(f"{who}: expected state dicts of one step, got steps {sorted(steps)}")
-    dtypes = {key: accumulate_dtype(parameter.dtype) for _, parameter, key in named_keys}
-    return {key: (total.to(dtypes[key]), None, None, None) for key, total in sums.items()}, steps.pop(), dropped
+    parameters = {key: parameter for _, parameter, key in named_keys}
+    loaded = {key: Piece(parameters[key], total.to(accumulate_dtype(parameters[key].dtype))) for key, total in sums.items()}
+    return loaded, steps.pop(), dropped
 
 
 def _piece(where, entry, parameter, *, keep_feedback):
@@ -150,8 +184,11 @@ def _piece(where, entry, parameter, *, keep_feedback):
         raise ValueError(f"{where}: expected a finite residual, got infinities or NaN")
     flat = torch.empty(parameter.numel(), dtype=accumulate)
     in_shape_of(flat, parameter).copy_(residual)
+    idle = entry.get("idle", False)
+    if type(idle) is not bool:
+        raise ValueError(f"{where}: expected idle to be True or False, got {_describe(idle)}")
     if "sent_index" not in entry:
-        return flat, None, None, None
+        return Piece(parameter, flat, idle=idle)
     count = entry["sent_index"].numel() if isinstance(entry["sent_index"], torch.Tensor) else 0
     index = _tensor(where, entry, "sent_index", torch.int64, (count,))
     value = _tensor(where, entry, "sent_value", parameter.dtype, (count,))
@@ -168,7 +205,7 @@ def _piece(where, entry, parameter, *, keep_feedback):
         value = value[order]
         feedback = None if feedback is None else feedback[order]
     # Copies: what the caller does with its dict later must not change the state.
-    return flat, index.clone(), value.clone(), None if feedback is None else feedback.clone()
+    return Piece(parameter, flat, index.clone(), value.clone(), None if feedback is None else feedback.clone(), idle)
 
 
 def _tensor(where, entry, name, dtype, shape):

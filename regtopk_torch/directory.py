@@ -15,9 +15,9 @@ import os
 import pathlib
 import re
 import secrets
+import weakref
 
 import torch
-import torch.distributed as dist
 
 from regtopk_torch import checkpoint, states
 
@@ -27,6 +27,7 @@ VERSION = 1
 _RANK_FILE = re.compile(r"regtopk-[0-9a-f]{8}-rank\d{5}\.pt")
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 22
+_owners = weakref.WeakValueDictionary()  # the states of this process, by the directory that they saved to or loaded from
 
 
 class CheckpointError(RuntimeError):
@@ -56,9 +57,11 @@ def save(state, module, directory):
         CheckpointError: on every rank, naming the rank and the reason, if any rank failed (a full disk, say). The directory
             then holds the checkpoint that was there before, whole, or the new one, whole, where what failed came after its
             manifest was in place.
+        ValueError: a directory that another state of this process saves to; nothing is written.
     """
     directory = pathlib.Path(directory)
     group = _Group("save", state)
+    _claim(group.who, state, directory)
 
     def prepare():
         directory.mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,7 @@ def load(state, module, directory):
             return _read_rank_file(directory, manifest, rank)
 
         loaded = checkpoint.from_state_dicts(read_file, manifest["world_size"], states._named_keys(module), state._checkpoint_header())
-        state._exchange.step()  # waits for a pending exchange, which may fail: now, not when others have changed theirs
+        state._exchange.wait_idle()  # for a pending exchange, which may fail: now, not when others have changed theirs
         return digest, loaded
 
     (_, loaded), digests = group.agree("read the checkpoint", read)
@@ -139,6 +142,15 @@ def load(state, module, directory):
             "every rank must see the same directory"
         )
     state._import(*loaded)
+    _owners.setdefault(directory.resolve(), state)
+
+
+def _claim(who, state, directory):
+    """Make the directory this state's; raise ValueError if it belongs to another one of this process."""
+    owner = _owners.get(path := directory.resolve())
+    if owner is not None and owner is not state:
+        raise ValueError(f"{who}: expected a directory of this state's own, got {directory}, which another state of this job saves to")
+    _owners[path] = state
 
 
 def write_file(path, write):
@@ -224,10 +236,10 @@ class _Group:
     def __init__(self, what, state):
         if not isinstance(state, states.TopKState):
             raise TypeError(f"{what}: expected a TopKState or RegTopKState, got {type(state).__name__}")
-        self._group = state._payload_group
-        self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        self._exchange = state._exchange
+        self.rank, self.size = self._exchange.rank(), self._exchange.workers()
+        self._what = what
         self.who = f"rank {self.rank}: {what}"
-        self._timeout = states._timeout(self._group).total_seconds()
 
     def agree(self, what, action):
         """Return (own result, [shared value of each rank]); raise CheckpointError on every rank if any rank's action failed.
@@ -241,14 +253,12 @@ class _Group:
         except Exception as caught:
             shared, error = None, caught
         report = {"value": shared, "error": None if error is None else f"{self.who}: {_message(error)}"}
-        reports = [None] * self.size
         try:
-            dist.all_gather_object(reports, report, group=self._group)
+            texts = self._exchange.gather_texts(json.dumps(report).encode(), self._what, f"rt.{self._what}, which is to {what}")
         except RuntimeError as lost:
             reason = f"; this rank failed too: {_message(error)}" if error else ""
-            raise CheckpointError(
-                f"{self.who}: expected all {self.size} ranks to {what} within {self._timeout:g} s, got: {lost}{reason}", agreed=False
-            ) from lost
+            raise CheckpointError(f"{self.who}: expected all {self.size} ranks to {what}, got: {lost}{reason}", agreed=False) from lost
+        reports = [json.loads(text) for text in texts]
         errors = [each["error"] for each in reports if each["error"] is not None]
         if errors:
             others = f"; {len(errors) - 1} more of {self.size} ranks failed" if len(errors) > 1 else ""

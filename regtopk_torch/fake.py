@@ -6,12 +6,22 @@ from regtopk_torch import _C
 
 
 @torch.library.register_fake("regtopk::compress_")
-def _(gradient, residual, payload, sent, feedback, *, k, mu=1.0, distortion="previous", step=0, plan=0):
+def _(gradient, residual, payload, sent, feedback, spans=None, idle=None, verdict=None, applied=None, counters=None, **options):
     return None
 
 
 @torch.library.register_fake("regtopk::aggregate_")
-def _(gradient, payloads, feedback, *, k, rank=0, distortion="previous", step=0, plan=0):
+def _(gradient, payloads, feedback, spans=None, idle=None, verdict=None, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::judge_")
+def _(tensor, verdict, *, round):
+    return None
+
+
+@torch.library.register_fake("regtopk::settle_")
+def _(residual, sent, spans, idle, verdict, applied, counters, *, dtype, sent_round):
     return None
 
 
@@ -21,8 +31,8 @@ def _(residual, payload, *, dtype):
 
 
 @torch.library.register_fake("regtopk::encode")
-def _(indices, values, *, numel, step=0, plan=0):
-    return indices.new_empty(_C.payload_bytes(numel, values.shape[0], values.dtype), dtype=torch.uint8)
+def _(indices, values, *, numel, step=0, plan=0, spans=0):
+    return indices.new_empty(_C.payload_bytes(numel, values.shape[0], values.dtype, spans), dtype=torch.uint8)
 
 
 @torch.library.register_fake("regtopk::decode")

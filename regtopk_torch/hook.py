@@ -3,12 +3,8 @@
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from regtopk_torch import groups
 from regtopk_torch.states import TopKState
-
-
-def _value(done):
-    # DDP's Python hook asserts that the future holds a Python object; the exchange's own future holds a C++ tensor.
-    return done.value()
 
 
 def sparse_hook(state, bucket):
@@ -31,9 +27,10 @@ def sparse_hook(state, bucket):
 
     Raises:
         TypeError: `bucket` is not a GradBucket, or its dtype is not supported.
-        ValueError: options, model, step or the GradScaler's scale differ between ranks; the message names the ranks and
-            both values.
-        torch.distributed.DistBackendError: a rank did not answer within the group's timeout.
+        ValueError: options, model, step, calls of the state or the GradScaler's scale differ between ranks; the message names the
+            ranks and both values. The state is for another process group than the model.
+        torch.distributed.DistBackendError: a rank did not answer within the group's timeout, or waits, as it says within
+            seconds, for something else.
     """
     if not isinstance(state, TopKState):
         raise TypeError(f"sparse_hook: expected a TopKState or RegTopKState, got {type(state).__name__}")
@@ -42,7 +39,7 @@ def sparse_hook(state, bucket):
             f"sparse_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
             "compiled autograd's Python reducer is not supported, set torch._dynamo.config.optimize_ddp to another mode"
         )
-    return state._exchange.run(bucket).then(_value)
+    return state._exchange.run(bucket)
 
 
 def attach(ddp, state):
@@ -64,9 +61,8 @@ def attach(ddp, state):
         raise TypeError(f"attach: expected a DistributedDataParallel, got {type(ddp).__name__}")
     if not isinstance(state, TopKState):
         raise TypeError(f"attach: expected a TopKState or RegTopKState, got {type(state).__name__}")
-    ranks = dist.get_process_group_ranks(ddp.process_group)
-    if ranks != state.ranks:
-        raise ValueError(f"attach: expected a state for the model's ranks {ranks}, got one for {state.ranks}")
+    groups.check_model("attach", ddp, groups.group_of(state))
     state._exchange.register_on(ddp.reducer)
+    ddp.logger._set_comm_hook_name(sparse_hook.__qualname__)
     # As register_comm_hook does: DDP keeps the pair, and with it the state, alive.
     ddp._comm_hooks.append((sparse_hook, state))

@@ -1,5 +1,7 @@
 """N workers in one process, on the kernels and in the order of N processes under DDP."""
 
+import numbers
+
 import torch
 
 from regtopk_torch import _C, checkpoint
@@ -23,8 +25,9 @@ class LocalExchange:
 
     def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous"):
         options = check_options("LocalExchange", method=method, density=density, mu=mu, distortion=distortion)
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+        if isinstance(num_workers, bool) or not isinstance(num_workers, numbers.Integral) or num_workers < 1:
             raise ValueError(f"LocalExchange: expected num_workers to be an integer of at least 1, got {num_workers!r}")
+        num_workers = int(num_workers)
         self._header = {"method": method, "distortion": distortion, "world_size": num_workers}
         self._num_workers = num_workers
         self._exchange = _C.LocalExchange(options, num_workers)
@@ -49,6 +52,7 @@ class LocalExchange:
             A new tensor, or list of tensors, in the shape of one worker's gradients; None for parameters in no bucket, zero
             for parameters whose gradients are zero in all entries on all workers: their residuals wait.
         """
+        _check_gradients(gradients)
         single = all(isinstance(gradient, torch.Tensor) for gradient in gradients)
         per_worker = [[gradient] for gradient in gradients] if single else [list(gradient) for gradient in gradients]
         if buckets is None:
@@ -63,26 +67,41 @@ class LocalExchange:
         """
         if rank is not None:
             result = self._exchange.statistics(rank)
-            result["residual_norm"] = self._exchange.residual_norm(rank)
         else:
             ranks = [self.stats(rank) for rank in range(self._num_workers)]
             once = ("steps", "void_steps", "density", "workers")
             result = {name: ranks[0][name] if name in once else sum(r[name] for r in ranks) for name in ranks[0]}
-            result["residual_norm"] = sum(r["residual_norm"] ** 2 for r in ranks) ** 0.5
         result["density"] = result["sent_entries"] / result["entries"] if result["entries"] else 0.0
         result["workers"] = self._num_workers
         return result
 
+    def residual_norm(self, rank=None):
+        """Return the 2-norm of one worker's residuals, or of all, in fp64 and of unscaled gradient."""
+        ranks = range(self._num_workers) if rank is None else [rank]
+        return sum(self._exchange.residual_norm(rank) ** 2 for rank in ranks) ** 0.5
+
+    def reset(self):
+        """Drop residuals and histories of all workers: gradient that was held back is lost. The step number stays."""
+        for rank in range(self._num_workers):
+            self._exchange.import_pieces(rank, {}, self._exchange.last_step(rank))
+
+    def skipped(self):
+        """Say that the last step was not applied: what was sent in it returns at the next step."""
+        self._exchange.skipped()
+
+    def _pieces(self, rank):
+        return {key: checkpoint.Piece(*piece) for key, piece in self._exchange.export_pieces(rank).items()}
+
     def residuals(self, rank):
         """Return {parameter index: residual, flat} of one worker, as copies; fp32, or fp64 for fp64 gradients."""
-        return {key: piece[0] for key, piece in self._exchange.export_pieces(rank).items()}
+        return {key: piece.residual for key, piece in self._pieces(rank).items()}
 
     def state_dict(self):
         """Return residuals, histories and steps of all workers, as a dict that `torch.load(weights_only=True)` reads."""
         workers = []
         for rank in range(self._num_workers):
-            pieces = self._exchange.export_pieces(rank)
-            named = [(str(key), pieces[key][0], key) for key in sorted(pieces)]
+            pieces = self._pieces(rank)
+            named = [(str(key), pieces[key].residual, key) for key in sorted(pieces)]
             header = {**self._header, "rank": rank}
             workers.append(checkpoint.to_state_dict(pieces, named, header, step=self._exchange.last_step(rank)))
         return {"workers": workers}
@@ -102,7 +121,20 @@ class LocalExchange:
             named = [_like_a_gradient(f"{who}: worker {rank}", name, entry) for name, entry in parameters.items()]
             loaded.append(checkpoint.from_state_dict(who, worker, named, {**self._header, "rank": rank}))
         for rank, (pieces, step) in enumerate(loaded):
-            self._exchange.import_pieces(rank, pieces, step)
+            # The workers of a simulation know their parameters by index alone.
+            self._exchange.import_pieces(rank, {key: piece._replace(parameter=None) for key, piece in pieces.items()}, step)
+
+
+def _check_gradients(gradients):
+    if not isinstance(gradients, (list, tuple)):
+        raise TypeError(f"LocalExchange: expected a list with the gradients of each worker, got {type(gradients).__name__}")
+    for rank, worker in enumerate(gradients):
+        parts = [worker] if isinstance(worker, torch.Tensor) else worker
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"LocalExchange: expected a tensor or a list of tensors of worker {rank}, got {type(worker).__name__}")
+        for index, part in enumerate(parts):
+            if not isinstance(part, torch.Tensor):
+                raise TypeError(f"LocalExchange: expected a tensor as gradient {index} of worker {rank}, got {type(part).__name__}")
 
 
 def _like_a_gradient(where, name, entry):

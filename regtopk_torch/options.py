@@ -1,6 +1,7 @@
 """The options of the selection, checked once."""
 
 import math
+import numbers
 
 from regtopk_torch import _C
 
@@ -13,7 +14,7 @@ def check_options(who, *, method, density, mu, distortion):
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     for name, value in (("density", density), ("mu", mu)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{who}: expected {name} to be a number, got {value!r}")
     if not 0 < density <= 1:
         raise ValueError(
@@ -23,4 +24,4 @@ def check_options(who, *, method, density, mu, distortion):
         raise ValueError(f"{who}: expected a finite mu > 0, got mu={mu}; TopKState is the limit mu -> 0")
     if distortion not in DISTORTIONS:
         raise ValueError(f"{who}: expected distortion 'previous' or 'current', got {distortion!r}")
-    return _C.Options(regularised=method == "regtopk", density=density, mu=mu, distortion=distortion)
+    return _C.Options(regularised=method == "regtopk", density=float(density), mu=float(mu), distortion=distortion)

@@ -130,14 +130,24 @@ class Worker:
     sent: Message | None = None
     feedback: torch.Tensor | None = None
     in_vain: bool = False
+    idle: torch.Tensor | None = None  # bool [J]: what was zero on all workers in the last step
 
-    def compress(self, gradient):
-        """Return this step's Message and update the residual: what is sent plus what is kept is what was given."""
+    def compress(self, gradient, zero=None):
+        """Return this step's Message and update the residual: what is sent plus what is kept is what was given.
+
+        `zero`, bool [J], marks the parameters whose gradient is zero in all entries here. Those that were so on all workers in
+        the last step are idle (+): they score 0, are sent as 0 if at all, and keep their residual.
+        """
         wide = accumulate_dtype(gradient.dtype)
         if self.residual is None:
             self.residual = torch.zeros(gradient.numel(), dtype=wide)
         if self.in_vain:
             self.put_back()
+        elif self.idle is not None:
+            self.take_back(self.idle)
+        idle = torch.zeros(gradient.numel(), dtype=torch.bool) if zero is None or self.idle is None else zero & self.idle
+        waiting = self.residual[idle].clone()
+        self.residual[idle] = 0
         accumulated = self.residual + gradient.to(wide)  # line 4
         sent_index = None if self.sent is None else self.sent.index
         feedback = None if self.mu is None else self.feedback
@@ -149,31 +159,52 @@ class Worker:
         kept = accumulated.clone()
         kept[index] -= value.to(wide)  # line 8
         self.residual = torch.where(finite, kept, self.residual)  # (+) an entry that is not finite keeps what it had
+        self.residual[idle] = waiting
 
         repeated, displaced = self._compare_with_last_step(accumulated, score, index)
         self.sent = Message(index, value, not bool(finite.all()), repeated, displaced)
         self.feedback = None
         return self.sent
 
-    def receive(self, total, *, void):
-        """Take Z of this step, shape [J] in the wide dtype, and whether any worker flagged the step."""
-        self.in_vain = void
+    def receive(self, total, *, void, idle=None):
+        """Take Z of this step, shape [J] in the wide dtype, whether the step is void (some sum, of any bucket, is not finite),
+        and which parameters, bool [J], were zero on all workers."""
+        self.in_vain, self.idle = void, idle
         if self.mu is not None:
             index = self.sent.index
             self.feedback = feedback_of(total[index], self.sent.value.to(total.dtype), self.distortion)
+            if idle is not None:
+                self.feedback = torch.where(idle[index], math.inf, self.feedback)
+
+    def settled(self):
+        """The residual with what is about to return to it."""
+        kept, returning = self.residual.clone(), None
+        if self.in_vain:
+            returning = torch.ones(len(self.sent.index), dtype=torch.bool)
+        elif self.idle is not None and self.sent is not None:
+            returning = self.idle[self.sent.index]
+        return kept if returning is None else self._returned(kept, returning)
 
     def take_back(self, idle):
-        """What was sent for entries of `idle`, bool [J], returns to the residual, and out of the history (+)."""
+        """What was sent for idle entries, bool [J], was applied nowhere and returns to the residual (+). It stays in the history
+        as a value of 0 that is not regularised."""
+        if self.sent is None:
+            return
         taken = idle[self.sent.index]
-        self.residual[self.sent.index[taken]] += self.sent.value[taken].to(self.residual.dtype)
-        self.sent = replace(self.sent, index=self.sent.index[~taken], value=self.sent.value[~taken])
-        self.feedback = None if self.feedback is None else self.feedback[~taken]
+        self.residual = self._returned(self.residual, taken)
+        self.sent = replace(self.sent, value=torch.where(taken, torch.zeros_like(self.sent.value), self.sent.value))
 
     def put_back(self):
         """A void step was applied nowhere: its finite values return to the residual, its history is forgotten (+)."""
-        value = self.sent.value.to(self.residual.dtype)
-        self.residual[self.sent.index] += torch.where(value.isfinite(), value, 0.0)
+        self.residual = self._returned(self.residual, torch.ones(len(self.sent.index), dtype=torch.bool))
         self.sent, self.feedback, self.in_vain = None, None, False
+
+    def _returned(self, residual, which):
+        """The residual with the finite values sent of `which`, bool [k]; a value of 0 changes no bit."""
+        value = self.sent.value.to(residual.dtype)
+        which = which & value.isfinite() & (value != 0)
+        residual[self.sent.index[which]] += value[which]
+        return residual
 
     def _compare_with_last_step(self, accumulated, score, index):
         if self.sent is None:
@@ -197,14 +228,13 @@ def sum_in_rank_order(messages, numel):
     return total
 
 
-def idle_entries(gradients, sizes):
-    """The entries, bool [J], of parameters of these sizes whose gradients are zero in all entries on all workers (+).
+def zero_entries(gradient, sizes):
+    """The entries, bool [J], of parameters of these sizes whose gradient is zero in all entries (+).
 
-    DDP throws the result away for a parameter that no worker used, and writes it for one whose gradient happens to be zero.
-    With zero as the result, and what was sent taken back, nothing is lost or applied twice in either case.
+    DDP throws the result away for a parameter that no worker used, and writes it for one whose gradient happens to be zero on
+    all. With zero as the result, and what was sent taken back, nothing is lost or applied twice in either case.
     """
-    zero = torch.stack(gradients).eq(0).all(dim=0)
-    return torch.cat([part.all().expand(len(part)) for part in zero.split(sizes)])
+    return torch.cat([part.eq(0).all().expand(len(part)) for part in gradient.split(sizes)])
 
 
 @dataclass
@@ -220,16 +250,16 @@ class Exchange:
 
     def step(self, gradients):
         """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
-        messages = [worker.compress(gradient) for worker, gradient in zip(self.workers, gradients, strict=True)]
+        zero = [zero_entries(gradient, self.sizes) if self.sizes else None for gradient in gradients]
+        messages = [worker.compress(*given) for worker, *given in zip(self.workers, gradients, zero, strict=True)]
         total = sum_in_rank_order(messages, gradients[0].numel())
-        void = any(message.non_finite for message in messages)
-        idle = idle_entries(gradients, self.sizes) if self.sizes else torch.zeros(gradients[0].numel(), dtype=torch.bool)
+        void = not bool(total.isfinite().all())
+        idle = torch.stack(zero).all(dim=0) if self.sizes else None
         for worker in self.workers:
-            worker.receive(total, void=void)
-            worker.take_back(idle)
+            worker.receive(total, void=void, idle=idle)
         # By a tensor: dividing by a number may multiply by its rounded inverse.
         average = to_wire(total / torch.tensor(float(len(messages)), dtype=total.dtype), gradients[0].dtype)
-        return torch.where(idle, torch.zeros_like(average), average)
+        return average if idle is None else torch.where(idle, torch.zeros_like(average), average)
 
 
 def encode(message, numel, *, step=0, plan=0):

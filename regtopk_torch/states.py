@@ -1,18 +1,28 @@
 """The state objects that `register_comm_hook` takes: options, residuals and history of one worker."""
 
+import json
+import warnings
+import weakref
+
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from regtopk_torch import _C, checkpoint
+from regtopk_torch import _C, checkpoint, groups
 from regtopk_torch.options import check_options
+
+# States that share a GradScaler share its clock: what one of them finds to be void is void for all.
+_clocks = weakref.WeakKeyDictionary()
+_states = weakref.WeakSet()
 
 
 class TopKState:
     """Top-k with error feedback: each worker sends the k = density * J largest entries of gradient + residual.
 
-    Constructing a state is a collective: every rank of the group constructs it, with the same arguments. It creates two
-    gloo process groups of its own, because gloo matches collectives by the order in which they are issued and DDP issues
-    others on its group. Options are fixed from then on.
+    Every rank of the group constructs a state with the same arguments. Constructing one opens nothing and waits for nobody;
+    the first bucket, or the first collective such as `rt.save`, opens process groups of the state's own (gloo, because gloo
+    matches collectives by the order in which they are issued and DDP issues others on its group), and `close()` or the end of
+    the state gives them back. Ranks use their states for the first time in the same order. Options are fixed.
 
     Args:
         density (float): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5), at
@@ -20,56 +30,60 @@ class TopKState:
         process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
         grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
             rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
-            their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are.
+            their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are. States of
+            several models that it scales share its verdict.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype, and what rounding cuts off stays in the residual.
 
-    A parameter whose gradient is zero in all entries on all ranks gets zero, and its residuals wait: whether DDP throws the
-    result away (find_unused_parameters, for one that no rank used) or writes it, nothing is lost.
+    A step is void if any entry of any bucket's average is not finite: what was sent returns with the next step, but for the
+    parameters that a torch optimizer has stepped on all the same. `skipped()` says the same of a finite step.
+
+    A parameter whose gradient is zero in all entries on all ranks, and still is, is idle: its residual waits, bit for bit,
+    and takes no other entry's place, until its gradient comes back.
+
+    A copy or a pickle takes options and residuals along, the latter with their parameters, but no process group.
 
     Raises:
-        TypeError, ValueError: an option out of range; a group that this rank is not in.
-        RuntimeError: no default process group.
+        TypeError, ValueError: an option out of range; at the first use, a group that this rank is not in, or that is not the
+            model's.
+        RuntimeError: no default process group at the first use.
     """
 
     _method = "topk"
 
     def __init__(self, density=0.001, *, process_group=None, grad_scaler=None):
-        self._open(density=density, mu=1.0, distortion="previous", process_group=process_group, grad_scaler=grad_scaler)
+        self._construct(density=density, mu=1.0, distortion="previous", process_group=process_group, grad_scaler=grad_scaler)
 
-    def _open(self, *, density, mu, distortion, process_group, grad_scaler):
+    def _construct(self, *, density, mu, distortion, process_group, grad_scaler):
         who = type(self).__name__
         options = check_options(who, method=self._method, density=density, mu=mu, distortion=distortion)
         self._density, self._mu, self._distortion = float(density), float(mu), distortion
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError(
-                f"{who}: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
-            )
-        group = dist.group.WORLD if process_group is None else process_group
-        if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
-            raise ValueError(
-                f"{who}: expected a process group with this rank ({dist.get_rank()}) in it, got one without; "
-                "construct the state on the group's ranks only"
-            )
-        self._ranks = dist.get_process_group_ranks(group)
-        timeout = _timeout(group)
-
-        def own_group():
-            part = len(self._ranks) < dist.get_world_size()
-            return dist.new_group(self._ranks, timeout=timeout, backend="gloo", use_local_synchronization=part)
-
-        self._payload_group = own_group()
-        self._exchange = _C.Exchange(
-            payload_group=self._payload_group,
-            control_group=own_group(),
-            options=options,
-            timeout_seconds=timeout.total_seconds(),
-            scale=None if grad_scaler is None else grad_scaler.get_scale,
-        )
+        if process_group is not None and not isinstance(process_group, (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))):
+            raise TypeError(f"{who}: expected process_group to be a ProcessGroup, got {type(process_group).__name__}; of a mesh, mesh.get_group()")
+        self._process_group, self._grad_scaler = process_group, grad_scaler
         self._history_dropped = 0  # by loading
+        self._stepped = (-1, [])  # a step, and the optimizers that have stepped since it began
+        # The exchange must not keep its state alive: it would never be given back.
+        this = weakref.ref(self)
+        clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
+        self._exchange = _C.DdpExchange(
+            options,
+            clock,
+            open_groups=lambda: groups.open_groups(this()),
+            scale=None if grad_scaler is None else grad_scaler.get_scale,
+            applied=lambda: this()._applied(),
+        )
+        _states.add(self)
+
+    def __repr__(self):
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})"
+
+    def _options(self):
+        return {"density": self._density}
 
     @property
     def density(self):
@@ -79,22 +93,25 @@ class TopKState:
     @property
     def ranks(self):
         """Global ranks of the group."""
-        return list(self._ranks)
+        return dist.get_process_group_ranks(groups.group_of(self))
 
     def stats(self):
-        """Return this rank's sums since construction, as a dict; no collective.
+        """Return this rank's sums since construction, as a dict; no collective, no wait, no pass over a tensor.
 
-        steps, void_steps (a non-finite gradient on some rank: everything sent returned to the residuals), rebuilds (bucket
-        layouts taken apart), history_dropped (entries whose history ended early), dense_buckets, entries (J summed over
-        steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced (entries that plain
-        magnitude would have sent and the RegTop-k factor did not), bytes_sent and bytes_dense (what this rank puts on the
-        network: (N - 1) payloads, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds, exchange_seconds
-        (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers, residual_norm (2-norm
-        in fp64, of unscaled gradient; reads every residual).
+        steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
+        (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets,
+        entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
+        (entries that plain magnitude would have sent and the RegTop-k factor did not), bytes_sent and bytes_dense (what this
+        rank puts on the network: (N - 1) payloads, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
+        exchange_seconds (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers.
         """
         statistics = self._exchange.statistics()
         statistics["history_dropped"] += self._history_dropped
-        return _with_ratios(statistics, len(self._ranks), self._exchange.residual_norm())
+        return _with_ratios(statistics, self._exchange.workers() if self._exchange.is_open else None)
+
+    def residual_norm(self):
+        """Return the 2-norm of this rank's residuals, in fp64 and of unscaled gradient; reads all of them. Between steps."""
+        return self._exchange.residual_norm()
 
     def state_dict(self, module):
         """Return this rank's residuals, history and step as a dict that `torch.load(weights_only=True)` reads.
@@ -103,10 +120,17 @@ class TopKState:
             module (torch.nn.Module): the model, or the DistributedDataParallel around it. Its parameter names are the keys.
 
         Call it between steps. No collective; every rank has its own.
+
+        Raises:
+            ValueError: something is held back for parameters that the module does not have.
         """
-        return checkpoint.to_state_dict(
-            self._exchange.export_pieces(), _named_keys(module), self._checkpoint_header(), step=self._exchange.step()
-        )
+        who = f"{type(self).__name__}.state_dict"
+        named_keys = _named_keys(module)
+        pieces = self._pieces()
+        left = _not_among(pieces, {key for _, _, key in named_keys})
+        if left:
+            raise ValueError(f"{who}: expected the module whose gradients were exchanged, got one without parameters of shapes {left}")
+        return checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), step=self._exchange.last_step())
 
     def load_state_dict(self, state_dict, module):
         """Replace residuals, history and step by those of `state_dict`, made on the same rank of a world of the same size.
@@ -115,6 +139,8 @@ class TopKState:
         in another layout the residuals are the same and k per bucket follows the layout. Given the list of the state dicts of
         all ranks, in rank order, that world may have had another size: the residuals are redistributed so that the average
         they stand for stays (`checkpoint.shares`), and the history is dropped, which `stats()["history_dropped"]` counts.
+
+        Load on every rank: a rank that loads alone is an error at the next bucket, on all ranks, that names it.
 
         Raises:
             TypeError, ValueError: of another model, shape, rank, world size or version. The state is unchanged then.
@@ -129,42 +155,76 @@ class TopKState:
         else:
             self._import(*checkpoint.from_state_dict(who, state_dict, _named_keys(module), self._checkpoint_header()))
 
+    def _pieces(self):
+        return {key: checkpoint.Piece(*piece) for key, piece in self._exchange.export_pieces().items()}
+
     def _import(self, pieces, step, history_dropped=0):
         self._exchange.import_pieces(pieces, step)
+        self._exchange.did(_C.Deed.LOAD)
         self._history_dropped += history_dropped
 
     def flush(self, module):
-        """Write the unscaled average of all residuals to the parameters' gradients and clear the residuals; a collective.
+        """Write the unscaled average of the residuals to the parameters' gradients and clear what was written; a collective.
 
-        Call it on every rank after the last step, then `optimizer.step()`: what was held back is applied. Every parameter
-        that requires a gradient gets one, in its own dtype and shape, replacing what `.grad` held; an all-reduce in fp32 (or
-        fp64) per parameter.
+        Call it on every rank between steps, then `optimizer.step()` (not `scaler.step(optimizer)`: the gradient is unscaled) at
+        a learning rate that is not 0: what was held back is applied. It is many steps' worth of gradient at once.
+
+        A parameter gets a gradient, in its own dtype and shape and in place of what `.grad` held, where some rank holds a
+        residual for it; the others' `.grad` is left alone. Residuals of parameters that require no gradient, or that the module
+        does not have, stay, and a UserWarning says so. One all-reduce in fp32 (or fp64) per parameter.
 
         Raises:
             torch.distributed.DistBackendError: a rank did not answer within the group's timeout; the residuals stay.
         """
-        pieces = self._exchange.export_pieces()
-        with torch.no_grad():
-            for _, parameter, key in _named_keys(module):
-                residual = pieces[key][0] if key in pieces else torch.zeros(parameter.numel(), dtype=checkpoint.accumulate_dtype(parameter.dtype))
-                self._sum_over_ranks(residual)
-                average = torch.empty_like(parameter)
-                average.copy_(checkpoint.in_shape_of(residual.div_(len(self._ranks)), parameter))
-                parameter.grad = average
-        self.reset()
+        pieces = self._pieces()
+        named = {
+            name: (parameter, key)
+            for name, parameter, key in _named_keys(module)
+            if key in pieces and parameter.requires_grad
+        }
+        held = {name: [parameter.numel(), str(checkpoint.accumulate_dtype(parameter.dtype))] for name, (parameter, _) in named.items()}
+        everywhere = {}  # what any rank holds, in an order that is the same on all
+        for text in self._exchange.gather_texts(json.dumps(held).encode(), "flush", "the flush"):
+            for name, form in json.loads(text).items():
+                everywhere.setdefault(name, form)
+        flushable = {name: entry for name, entry in ((n, _find(module, n)) for n in everywhere) if entry is not None}
+        averages = {}
+        for name, (numel, dtype) in everywhere.items():
+            residual = torch.zeros(numel, dtype=torch.float64 if dtype == "torch.float64" else torch.float32)
+            if name in named and pieces[named[name][1]].residual.numel() == numel:
+                residual.copy_(pieces[named[name][1]].residual)
+            self._exchange.add_up(residual, "flush", "the flush")
+            averages[name] = residual.div_(self._exchange.workers())
+        flushed = []
+        with torch.no_grad(), torch.inference_mode(False):
+            for name, average in averages.items():
+                parameter = flushable.get(name)
+                if parameter is None or parameter.numel() != average.numel() or not parameter.requires_grad:
+                    continue
+                gradient = torch.empty_like(parameter)
+                gradient.copy_(checkpoint.in_shape_of(average, parameter))
+                parameter.grad = gradient
+                flushed.append(_C.parameter_key(parameter))
+        self._exchange.clear(flushed)
+        left = _not_among(pieces, set(flushed))
+        if left:
+            warnings.warn(
+                f"flush: kept the residuals of parameters that require no gradient or that the module does not have, of shapes {left}",
+                stacklevel=2,
+            )
 
-    def _sum_over_ranks(self, residual):
-        try:
-            dist.all_reduce(residual, group=self._payload_group)
-        except RuntimeError as error:
-            raise dist.DistBackendError(
-                f"rank {dist.get_rank(self._payload_group)}: flush: expected the residuals of all {len(self._ranks)} ranks within "
-                f"{_timeout(self._payload_group).total_seconds():g} s, got: {error}"
-            ) from error
+    def skipped(self):
+        """Say that the last step was not applied, on every rank: what was sent in it returns at the next step.
+
+        For scripts that decide so themselves. A step whose average is not finite needs no such call, with a GradScaler or
+        without: the state sees which optimizers step.
+        """
+        self._exchange.skipped()
 
     def reset(self):
-        """Drop residuals and history: gradient that was held back is lost. The step number stays."""
-        self._exchange.import_pieces({}, self._exchange.step())
+        """Drop residuals and history, on every rank: gradient that was held back is lost. The step number stays."""
+        self._exchange.import_pieces({}, self._exchange.last_step())
+        self._exchange.did(_C.Deed.RESET)
 
     def pause(self):
         """Exchange dense gradients from the next bucket on, keeping the residuals; on every rank, or all get an error."""
@@ -174,12 +234,50 @@ class TopKState:
         """Exchange sparse gradients again from the next bucket on; the first such step has no history."""
         self._exchange.set_dense(False)
 
+    def close(self):
+        """Give the state's process groups and its thread back. What it holds can still be saved on this rank; a bucket, or a
+        collective, is an error from then on."""
+        self._exchange.close()
+
+    def __getstate__(self):
+        pieces = [tuple(piece) for piece in self._pieces().values() if piece.parameter is not None]
+        return {"options": self._options(), "grad_scaler": self._grad_scaler, "step": self._exchange.last_step(), "pieces": pieces}
+
+    def __setstate__(self, copied):
+        options = {"mu": 1.0, "distortion": "previous", **copied["options"]}
+        self._construct(**options, process_group=None, grad_scaler=copied["grad_scaler"])
+        pieces = {_C.parameter_key(piece[0]): piece for piece in copied["pieces"]}
+        self._exchange.import_pieces(pieces, copied["step"])
+
+    def _note(self, optimizer):
+        """An optimizer has stepped: remember it until the next step begins."""
+        step, optimizers = self._stepped
+        if step != self._exchange.last_step():
+            optimizers = []
+            self._stepped = (self._exchange.last_step(), optimizers)
+        optimizers.append(weakref.ref(optimizer))
+
+    def _applied(self):
+        """The keys of the parameters that optimizers have stepped on since the last step began."""
+        step, optimizers = self._stepped
+        if step != self._exchange.last_step():
+            return []
+        found = (reference() for reference in optimizers)
+        return [
+            _C.parameter_key(parameter)
+            for optimizer in found
+            if optimizer is not None
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+
     def _checkpoint_header(self):
+        group = groups.group_of(self)
         return {
             "method": self._method,
             "distortion": self._distortion,
-            "world_size": len(self._ranks),
-            "rank": self._ranks.index(dist.get_rank()),
+            "world_size": dist.get_world_size(group),
+            "rank": dist.get_rank(group),
         }
 
 
@@ -201,7 +299,10 @@ class RegTopKState(TopKState):
     _method = "regtopk"
 
     def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None):
-        self._open(density=density, mu=mu, distortion=distortion, process_group=process_group, grad_scaler=grad_scaler)
+        self._construct(density=density, mu=mu, distortion=distortion, process_group=process_group, grad_scaler=grad_scaler)
+
+    def _options(self):
+        return {"density": self._density, "mu": self._mu, "distortion": self._distortion}
 
     @property
     def mu(self):
@@ -214,23 +315,42 @@ class RegTopKState(TopKState):
         return self._distortion
 
 
-def _timeout(group):
-    """The timeout of a group's own collectives; the groups of a state take it over."""
-    try:
-        return group._get_backend(torch.device("cpu")).options._timeout
-    except (AttributeError, RuntimeError):  # no CPU backend, or one without options
-        return dist.constants.default_pg_timeout
+def _after_step(optimizer, args, kwargs):
+    """Every optimizer's step, torch's own hook: what counts is what was applied, not what should have been."""
+    found_inf = getattr(optimizer, "found_inf", None)  # set around the step of an optimizer that skips by itself
+    if found_inf is not None and bool(found_inf):
+        return
+    for state in _states:
+        state._note(optimizer)
 
 
-def _with_ratios(statistics, workers, residual_norm):
+register_optimizer_step_post_hook(_after_step)
+
+
+def _with_ratios(statistics, workers):
     statistics["density"] = statistics["sent_entries"] / statistics["entries"] if statistics["entries"] else 0.0
     statistics["workers"] = workers
-    statistics["residual_norm"] = residual_norm
     return statistics
 
 
+def _bare(module):
+    return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
+
+
+def _name(name):
+    """A parameter's name without what torch.compile puts around a module."""
+    return name.replace("_orig_mod.", "")
+
+
 def _named_keys(module):
-    """(name, parameter, key) of every parameter that requires a gradient, without DDP's prefix."""
-    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-        module = module.module
-    return [(name, parameter, _C.parameter_key(parameter)) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    """(name, parameter, key) of every parameter, without DDP's and torch.compile's prefixes."""
+    return [(_name(name), parameter, _C.parameter_key(parameter)) for name, parameter in _bare(module).named_parameters()]
+
+
+def _find(module, wanted):
+    return next((parameter for name, parameter, _ in _named_keys(module) if name == wanted), None)
+
+
+def _not_among(pieces, keys):
+    """The shapes of the parameters of those pieces whose key is not among `keys`."""
+    return [list(piece.parameter.shape) for key, piece in pieces.items() if key not in keys and piece.parameter is not None]

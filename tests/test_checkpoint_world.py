@@ -59,7 +59,7 @@ def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
                 for rank in range(size)
             ]
             assert all(step == 4 and dropped == 0 for _, step, dropped in loaded)
-            now = torch.stack([pieces[7][0] for pieces, _, _ in loaded])
+            now = torch.stack([pieces[7].residual for pieces, _, _ in loaded])
             assert now.dtype == dtype
             now = now.double()
             bound = ROUNDING[dtype] * now.abs().mean(0) + SUMMATION * saved.abs().mean(0)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_state
 
 import regtopk_torch as rt
-from regtopk_torch import _C
+from regtopk_torch import _C, groups
 
 HOSTILE = 1
 PARAMETERS = len(list(make_model().parameters()))
@@ -22,25 +22,26 @@ ENTRIES = sum(parameter.numel() for parameter in make_model().parameters())
 
 
 class Message:
-    """The bytes of one rank's message: payload | scale (fp64) | a bit per parameter, padded to 16 bytes."""
+    """The bytes of one rank's message: header | scale (fp64), deed (u64), a bit per parameter, padded to 8 | the rest."""
+
+    SCALE, DEED = 64, 72
+    TILE_STARTS = 80 + -(-PARAMETERS // 64) * 8
+    SUPPORT = TILE_STARTS + 8  # one tile
 
     def __init__(self, k):
         self.k = k
-        self.payload_bytes = _C.payload_bytes(ENTRIES, k, torch.float32)
-        self.bytes = -(-(self.payload_bytes + 8 + -(-PARAMETERS // 8)) // 16) * 16
+        self.bytes = _C.payload_bytes(ENTRIES, k, torch.float32, PARAMETERS)
 
     def valid(self, header):
         """A message of the step and the plan that `header` names, with k entries of value 1."""
         fields = dict(zip(FIELDS, header, strict=True))
         index = torch.randperm(ENTRIES, generator=torch.Generator().manual_seed(0))[: self.k].sort().values
         step, plan = fields["step"], struct.unpack("<q", struct.pack("<Q", fields["plan"]))[0]
-        payload = torch.ops.regtopk.encode(index, torch.ones(self.k), numel=ENTRIES, step=step, plan=plan)
-        message = torch.zeros(self.bytes, dtype=torch.uint8)
-        message[: self.payload_bytes] = payload
+        message = torch.ops.regtopk.encode(index, torch.ones(self.k), numel=ENTRIES, step=step, plan=plan, spans=PARAMETERS)
         return self.with_scale(message, 1.0)
 
     def with_scale(self, message, scale):
-        return self.with_bytes(message, self.payload_bytes, struct.pack("<d", scale))
+        return self.with_bytes(message, self.SCALE, struct.pack("<d", scale))
 
     @staticmethod
     def with_bytes(message, at, content):
@@ -56,23 +57,32 @@ class Message:
     def damages(self, valid):
         """{what the error must say: message}."""
         fields = {"magic": 1, "version": 9, "value type": 0, "support": 1 - struct.unpack_from(HEADER, valid.numpy().tobytes())[3], "step": 77}
-        fields |= {"numel": 2**63, "k": 2**64 - 1, "plan": 3, "repeated": self.k + 1, "flags": 2, "reserved": 1}
+        fields |= {"numel": 2**63, "k": 2**64 - 1, "plan": 3, "repeated": self.k + 1, "flags": 2, "spans": 9999}
         damages = {f"expected {name} .* in the payload of rank 1, got {value}": self.with_field(valid, name, value) for name, value in fields.items()}
-        damages["expected entries before tile 0 0 in the payload of rank 1, got 7"] = self.with_bytes(valid, 64, struct.pack("<I", 7))
+        damages["expected entries before tile 0 0 in the payload of rank 1, got 7"] = self.with_bytes(valid, self.TILE_STARTS, struct.pack("<I", 7))
         if self.k > ENTRIES // 16:
             flipped = valid.clone()
-            flipped[72] ^= 1
+            flipped[self.SUPPORT] ^= 1
             damages["expected entries in tile 0 .* in the payload of rank 1"] = flipped
-            damages[r"expected offset of entry \d+ .* in the payload of rank 1"] = self.with_bytes(valid, 72 + (ENTRIES - 1) // 8, b"\xff")
+            damages[r"expected offset of entry \d+ .* in the payload of rank 1"] = self.with_bytes(valid, self.SUPPORT + (ENTRIES - 1) // 8, b"\xff")
         else:
-            damages["expected offset of entry 1 more than .* in the payload of rank 1, got 0"] = self.with_bytes(valid, 74, b"\0\0")
-            last = self.with_bytes(valid, 72 + 2 * (self.k - 1), struct.pack("<H", ENTRIES))
+            damages["expected offset of entry 1 more than .* in the payload of rank 1, got 0"] = self.with_bytes(valid, self.SUPPORT + 2, b"\0\0")
+            last = self.with_bytes(valid, self.SUPPORT + 2 * (self.k - 1), struct.pack("<H", ENTRIES))
             damages[f"expected offset of entry {self.k - 1} .* less than {ENTRIES} in the payload of rank 1, got {ENTRIES}"] = last
         for scale, text in ((0.0, "0"), (2.0, "2"), (-1.0, "-1"), (math.nan, "nan"), (math.inf, "inf")):
             damages[f"expected the same gradient scale on every rank, got 1 on rank 0 and {text} on rank 1"] = self.with_scale(valid, scale)
+        damages["got no call on rank 0 and 1 call, reset\\(\\) on rank 1; make the call on every rank"] = self.with_bytes(valid, self.DEED, struct.pack("<Q", 257))
         noise = random.Random(0).randbytes(self.bytes)
         damages["rank 1"] = torch.frombuffer(bytearray(noise), dtype=torch.uint8)
         return damages
+
+
+def payloads_of(state):
+    """The process group of a state's payloads, once `take_part` has it opened."""
+    return opened[state][0]
+
+
+opened = {}
 
 
 def take_part(rank, density, entry):
@@ -80,6 +90,8 @@ def take_part(rank, density, entry):
     all that gave; for the hostile one, nothing."""
     model = make_model()
     state = make_state("regtopk", density)
+    open_groups = groups.open_groups
+    groups.open_groups = lambda state: opened.setdefault(state, open_groups(state))
 
     def wrap():
         # The error leaves DDP in the middle of a step: each exchange gets another one around the same parameters.
@@ -101,7 +113,7 @@ def take_part(rank, density, entry):
         ddp = wrap()
         if rank == HOSTILE:
             sent = valid if name is None else form.damages(valid)[name]
-            dist.all_gather_into_tensor(received, sent, group=state._payload_group)
+            payloads_of(state)._allgather_base(received, sent).wait()
             header = list(struct.unpack_from(HEADER, received.numpy().tobytes()))  # rank 0's, of this step
             header[FIELDS.index("step")] += 1
             valid = form.valid(header)
@@ -122,7 +134,7 @@ def take_part(rank, density, entry):
         found[name] = error, bucket, kept
     ddp = wrap()
     if rank == HOSTILE:
-        dist.all_gather_into_tensor(received, valid, group=state._payload_group)
+        payloads_of(state)._allgather_base(received, valid).wait()
         return None
     loss_of(ddp, batch(rank, 2)).backward()
     return found, [parameter.grad.clone() for parameter in model.parameters()]
@@ -134,7 +146,7 @@ def test_hostile_bytes_are_an_error_on_every_rank_and_change_nothing(density, en
     results = run_workers(take_part, 3, density, entry)
     honest = [results[0], results[2]]
     for found, _ in honest:
-        assert "got 1 on rank 0 and 0 on rank 1" in found[None][0]  # nothing but zeros: the scale is what is looked at first
+        assert "expected magic 1802531954 in the payload of rank 1, got 0" in found[None][0]  # nothing but zeros
         for name, (error, bucket, kept) in found.items():
             assert name is None or re.search(name, error), f"expected {name!r}, got {error!r}"
             assert bucket, f"{name}: expected an untouched bucket"

@@ -40,7 +40,8 @@ def hold_a_callback(rank):
         # Only now may the other rank's payload come: the callback is not run at once, in this thread.
         dist.barrier()
         assert held.wait(LIMIT)
-        for action in (state.stats, lambda: state.state_dict(ddp), state.reset, lambda: rt.sparse_hook(state, bucket)):
+        state.stats()  # waits for nothing
+        for action in (state.residual_norm, lambda: state.state_dict(ddp), state.reset, lambda: rt.sparse_hook(state, bucket)):
             try:
                 action()
             except dist.DistBackendError as error:
@@ -51,7 +52,7 @@ def hold_a_callback(rank):
     ddp.register_comm_hook(state, hook)
     for step in range(BEFORE + 1):
         loss_of(ddp, batch(rank, step)).backward()
-    return messages, state.stats()["steps"], state.stats()["residual_norm"]
+    return messages, state.stats()["steps"], state.residual_norm()
 
 
 def test_what_needs_a_pending_exchange_done_waits_for_it_and_then_says_so():
@@ -71,7 +72,7 @@ def shut_down(rank):
         steps.append(bucket.index())
         if len(steps) <= BEFORE:
             return future
-        state._exchange.shutdown()
+        state.close()
         try:
             future.wait()
         except Exception as error:

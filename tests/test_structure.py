@@ -10,10 +10,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Folder -> project folders whose headers it may include. Arrows point from the network to the arithmetic.
 MAY_INCLUDE = {
-    "csrc/core": {"csrc/core"},
+    "csrc/core": {"csrc/core", "csrc/core/simd"},
+    "csrc/core/simd": {"csrc/core", "csrc/core/simd"},
     "csrc/ops": {"csrc/core", "csrc/ops"},
-    "csrc/exchange": {"csrc/core", "csrc/ops", "csrc/exchange"},
-    "csrc": {"csrc/ops", "csrc/exchange"},  # module.cpp
+    "csrc/memory": {"csrc/ops", "csrc/memory"},
+    "csrc/transport": {"csrc/transport"},
+    "csrc/exchange": {"csrc/core", "csrc/ops", "csrc/memory", "csrc/transport", "csrc/exchange"},
+    "csrc/frontends": {"csrc/ops", "csrc/transport", "csrc/exchange", "csrc/frontends"},
+    "csrc": {"csrc/core", "csrc/ops", "csrc/transport", "csrc/frontends"},  # module.cpp
     "cuda": {"csrc/core", "csrc/ops", "cuda"},
 }
 FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2|pybind11|Python\.h|cuda)")
@@ -35,10 +39,24 @@ def test_includes_follow_the_arrows(path):
         if quote == '"':
             target = str((path.parent / name).resolve().parent.relative_to(ROOT))
             assert target in MAY_INCLUDE[folder], f"{folder} must not include {name}"
-        elif folder == "csrc/core":
+        elif folder.startswith("csrc/core"):
             assert not FRAMEWORK.match(name), f"core must not include {name}"
         if path.name != "module.cpp":
             assert not PYTHON.match(name), f"only module.cpp sees Python, not {name}"
+        if folder != "csrc/frontends":
+            assert name != "torch/csrc/distributed/c10d/comm.hpp", "only a front end knows a GradBucket"
+
+
+def test_a_contract_includes_no_implementation():
+    # A header that says what a path computes does not lead to the file that picks one.
+    for name in ("compress.h", "aggregate.h", "plain.h"):
+        assert not any("simd" in included for _, included in includes(ROOT / "csrc/core" / name)), name
+
+
+@pytest.mark.parametrize("folder", ["exchange", "frontends"])
+def test_the_exchange_never_reads_what_a_tensor_holds(folder):
+    for path in sorted((ROOT / "csrc" / folder).iterdir()):
+        assert not re.search(r"data_ptr|\.item<", path.read_text()), f"{path.name}: operators read and write tensors, on their device"
 
 
 def imported_modules(path):
@@ -70,7 +88,7 @@ def test_the_hook_has_no_string_annotations():
 
 def test_the_build_lists_every_source_once():
     listed = re.findall(r"\b(?:csrc|cuda)/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())
-    core = re.findall(r"\b\w+\.cpp\b", (ROOT / "csrc/core/CMakeLists.txt").read_text())
+    core = re.findall(r"\b(?:simd/)?\w+\.cpp\b", (ROOT / "csrc/core/CMakeLists.txt").read_text())
     listed += [f"csrc/core/{name}" for name in core]
     compiled = [str(path.relative_to(ROOT)) for path in sources() if path.suffix in {".cpp", ".cu"}]
     assert sorted(set(listed)) == sorted(compiled)

@@ -3,7 +3,10 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
+
+#include "operators.h"
 
 #ifndef _OPENMP
 #error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
@@ -42,14 +45,39 @@ void check_vector(const char* who, const char* name, const at::Tensor& tensor, a
       numel, "], got shape ", tensor.sizes(), " and strides ", tensor.strides());
 }
 
-PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k) {
+PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k, int64_t spans) {
   const ValueType type = value_type_of(who, gradient.scalar_type());
   check_vector(who, "gradient", gradient, gradient.scalar_type(), gradient.numel());
   TORCH_CHECK_VALUE(
       k >= 1 && k <= gradient.numel() && k <= int64_t{UINT32_MAX}, who, ": expected 1 <= k <= min(", gradient.numel(),
       " gradient entries, 2^32 - 1), got k=", k);
-  return PayloadLayout(gradient.numel(), k, type);
+  return PayloadLayout(gradient.numel(), k, type, spans);
 }
+
+int64_t check_spans(const char* who, const std::optional<at::Tensor>& spans, int64_t numel) {
+  if (!spans) return 0;
+  check_vector(who, "spans", *spans, at::kLong, spans->numel());
+  TORCH_CHECK_VALUE(spans->numel() >= 2, who, ": expected spans of at least one parameter, got ", spans->numel() - 1);
+  if (spans->is_cpu()) {
+    const int64_t* const offsets = spans->const_data_ptr<int64_t>();
+    const int64_t count = spans->numel() - 1;
+    TORCH_CHECK_VALUE(
+        offsets[0] == 0 && offsets[count] == numel && std::is_sorted(offsets, offsets + count + 1), who,
+        ": expected spans ascending from 0 to ", numel, ", got others");
+  }
+  return spans->numel() - 1;
+}
+
+void check_flags(const char* who, const char* name, const at::Tensor& flags, int64_t spans) {
+  check_vector(who, name, flags, at::kByte, spans);
+}
+
+void check_verdict(const char* who, const at::Tensor& verdict, int64_t round) {
+  check_vector(who, "verdict", verdict, at::kLong, kVerdictRounds);
+  TORCH_CHECK_VALUE(round >= -1, who, ": expected a round of at least -1, got ", round);
+}
+
+void check_counters(const char* who, const at::Tensor& counters) { check_vector(who, "counters", counters, at::kLong, 3); }
 
 void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout) {
   TORCH_CHECK_TYPE(payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
@@ -71,7 +99,8 @@ void check_feedback_rows(
       rank + feedback.size(0) - 1);
 }
 
-PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type) {
+PayloadLayout check_own_payload(
+    const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted) {
   check_vector(who, name, payload, at::kByte, payload.numel());
   PayloadHeader header{};
   TORCH_CHECK_VALUE(
@@ -81,10 +110,11 @@ PayloadLayout check_own_payload(const char* who, const char* name, const at::Ten
   TORCH_CHECK_VALUE(
       header.k >= 1 && header.k <= static_cast<uint64_t>(numel) && header.k <= UINT32_MAX, who, ": expected a ", name,
       " that holds 1 to ", numel, " entries, got ", header.k);
-  const PayloadLayout layout(numel, static_cast<int64_t>(header.k), type);
+  const PayloadLayout layout(numel, static_cast<int64_t>(header.k), type, header.spans);
   TORCH_CHECK_VALUE(
       payload.numel() == layout.bytes, who, ": expected ", name, " of ", layout.bytes, " bytes for ", layout.k, " of ", numel,
       " entries, got ", payload.numel());
+  if (trusted) return layout;
   if (const auto error = check_payload(payload.const_data_ptr<uint8_t>(), layout, torch_parallel_for())) {
     TORCH_CHECK_VALUE(false, who, ": expected ", error->field, " ", error->expected, " in ", name, ", got ", error->got);
   }

@@ -10,6 +10,7 @@
 #include "../core/parallel.h"
 #include "../core/payload.h"
 #include "../core/score.h"
+#include "../core/spans.h"
 
 namespace regtopk {
 
@@ -23,14 +24,22 @@ double checked_mu(const char* who, double mu);
 // A contiguous, one-dimensional tensor of a dtype and a number of entries.
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel);
 // A contiguous gradient bucket of a supported dtype, not empty; returns the layout of its payload.
-PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k);
+PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k, int64_t spans = 0);
+// The ends of a bucket's parameters, or none. Only their number where the tensor is not on the CPU.
+int64_t check_spans(const char* who, const std::optional<at::Tensor>& spans, int64_t numel);
+// The small tensors of a bucket with spans; their dtypes and shapes are checked.
+void check_flags(const char* who, const char* name, const at::Tensor& flags, int64_t spans);
+void check_verdict(const char* who, const at::Tensor& verdict, int64_t round);
+void check_counters(const char* who, const at::Tensor& counters);
 // The payloads of all workers, one a row.
 void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout);
 // Rows of feedback for the entries of ranks rank … rank + rows - 1 of `workers`.
 void check_feedback_rows(
     const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers);
-// A payload of the bucket that `layout` describes, of any k: the layout that its own header gives. Reads all of it.
-PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type);
+// A payload of a bucket, of any k and any spans: the layout that its own header gives. Reads all of it, unless it is trusted
+// to be as compress_ or encode wrote it.
+PayloadLayout check_own_payload(
+    const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted = false);
 
 // at::parallel_for, one tile a grain: torch.set_num_threads threads, the calling one among them.
 ParallelFor torch_parallel_for();

@@ -1,14 +1,28 @@
 // The operators' schemas. Devices register their implementations in files of their own.
+//
+// Of a bucket with `spans`, int64 [P + 1], the ends of its parameters, a payload has an exchange part, and these small tensors
+// on the bucket's device carry what one stage finds out and another acts on, so that nobody waits for the device:
+//
+//   idle      uint8 [P]  1 where all ranks' gradients were zero in the last step: written by aggregate_, read by compress_
+//   verdict   int64 [64] round r is void where entry r % 64 holds r: written by aggregate_ and judge_, read by compress_
+//   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
+//   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
 #include <torch/library.h>
 
 TORCH_LIBRARY(regtopk, library) {
   library.def(
-      "compress_(Tensor gradient, Tensor(a!) residual, Tensor(b!) payload, Tensor? sent, Tensor? feedback, *, "
-      "int k, float mu=1.0, str distortion='previous', int step=0, int plan=0) -> ()");
+      "compress_(Tensor gradient, Tensor(a!) residual, Tensor(b!) payload, Tensor? sent, Tensor? feedback, Tensor? spans=None, "
+      "Tensor? idle=None, Tensor? verdict=None, Tensor? applied=None, Tensor(c!)? counters=None, *, int k, float mu=1.0, "
+      "str distortion='previous', int step=0, int plan=0, float scale=1.0, int deed=0, int sent_round=-1, bool trusted=False, "
+      "int[]? bracket=None) -> ()");
   library.def(
-      "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, *, "
-      "int k, int rank=0, str distortion='previous', int step=0, int plan=0) -> ()");
+      "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
+      "Tensor(d!)? verdict=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, int round=-1) -> ()");
+  library.def("judge_(Tensor tensor, Tensor(a!) verdict, *, int round) -> ()");
+  library.def(
+      "settle_(Tensor(a!) residual, Tensor(b!) sent, Tensor spans, Tensor idle, Tensor verdict, Tensor? applied, Tensor(c!) counters, *, "
+      "ScalarType dtype, int sent_round) -> ()");
   library.def("put_back_(Tensor(a!) residual, Tensor payload, *, ScalarType dtype) -> ()");
-  library.def("encode(Tensor indices, Tensor values, *, int numel, int step=0, int plan=0) -> Tensor");
+  library.def("encode(Tensor indices, Tensor values, *, int numel, int step=0, int plan=0, int spans=0) -> Tensor");
   library.def("decode(Tensor payload, *, int numel, int k, ScalarType dtype) -> (Tensor indices, Tensor values)");
 }

@@ -1,12 +1,15 @@
 #include "operators.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/full.h>
 
 #include "../core/payload.h"
 #include "checks.h"
 
 namespace regtopk {
 namespace {
+
+using Optional = std::optional<at::Tensor>;
 
 template <typename Signature>
 auto find_operator(const char* name) {
@@ -16,21 +19,42 @@ auto find_operator(const char* name) {
 }  // namespace
 
 void compress_(
-    const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
-    const std::optional<at::Tensor>& feedback, const CompressOptions& options, int64_t step, int64_t plan) {
+    const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const Optional& sent, const Optional& feedback,
+    const Shared& shared, const Optional& applied, const at::Tensor& counters, const Selection& selection, const Stamp& stamp,
+    int64_t sent_round) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-      int64_t, double, c10::string_view, int64_t, int64_t)>("regtopk::compress_");
-  operation.call(gradient, residual, payload, sent, feedback, options.k, options.mu, options.distortion, step, plan);
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
+      const Optional&, const Optional&, const Optional&, int64_t, double, c10::string_view, int64_t, int64_t, double, int64_t, int64_t,
+      bool, at::OptionalIntArrayRef)>("regtopk::compress_");
+  operation.call(
+      gradient, residual, payload, sent, feedback, shared.spans, shared.idle, shared.verdict, applied, counters, selection.k,
+      selection.mu, selection.distortion, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed), sent_round,
+      /*trusted=*/true, /*bracket=*/std::nullopt);
 }
 
 void aggregate_(
-    const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const CompressOptions& options,
-    int64_t rank, int64_t step, int64_t plan) {
+    const at::Tensor& gradient, const at::Tensor& payloads, const Optional& feedback, const Shared& shared, const Selection& selection,
+    const Stamp& stamp, int64_t rank) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, int64_t, c10::string_view, int64_t, int64_t)>(
-      "regtopk::aggregate_");
-  operation.call(gradient, payloads, feedback, options.k, rank, options.distortion, step, plan);
+      const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t, int64_t,
+      c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
+  operation.call(
+      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, selection.k, rank, selection.distortion, stamp.step,
+      stamp.plan, stamp.round);
+}
+
+void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
+  static const auto operation = find_operator<void(const at::Tensor&, const at::Tensor&, int64_t)>("regtopk::judge_");
+  operation.call(tensor, verdict, round);
+}
+
+void settle_(
+    const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const Optional& applied, const at::Tensor& counters,
+    at::ScalarType dtype, int64_t sent_round) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&,
+      at::ScalarType, int64_t)>("regtopk::settle_");
+  operation.call(residual, sent, shared.spans, shared.idle, shared.verdict, applied, counters, dtype, sent_round);
 }
 
 void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype) {
@@ -38,10 +62,10 @@ void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::Scalar
   operation.call(residual, payload, dtype);
 }
 
-at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan) {
+at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {
   static const auto operation =
-      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t)>("regtopk::encode");
-  return operation.call(indices, values, numel, step, plan);
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t)>("regtopk::encode");
+  return operation.call(indices, values, numel, step, plan, spans);
 }
 
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype) {
@@ -50,11 +74,19 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t num
   return operation.call(payload, numel, k, dtype);
 }
 
-int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype) {
+int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans) {
   TORCH_CHECK_VALUE(
       k >= 1 && k <= numel && k <= int64_t{UINT32_MAX}, "payload_bytes: expected 1 <= k <= min(numel, 2^32 - 1), got k=", k,
       " and numel=", numel);
-  return PayloadLayout(numel, k, value_type_of("payload_bytes", dtype)).bytes;
+  return PayloadLayout(numel, k, value_type_of("payload_bytes", dtype), spans).bytes;
+}
+
+at::Tensor make_verdict(at::Device device) {
+  return at::full({kVerdictRounds}, -1, at::TensorOptions().dtype(at::kLong).device(device));
+}
+
+bool is_void(const at::Tensor& verdict, int64_t round) {
+  return round >= 0 && verdict.select(0, round % kVerdictRounds).item<int64_t>() == round;
 }
 
 }  // namespace regtopk

@@ -1,4 +1,5 @@
 // The operators as C++ functions, called through the dispatcher so that each tensor's device picks the implementation.
+// What they do to which tensor is said beside the schemas, in library.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,32 +7,51 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
-
-#include "../core/cpu_variant.h"
 
 namespace regtopk {
 
-struct CompressOptions {
+// What of the selection does not change from step to step.
+struct Selection {
   int64_t k;
   double mu;
-  std::string distortion;
+  const std::string& distortion;
+};
+
+// The small tensors that the stages of a bucket share.
+struct Shared {
+  at::Tensor spans, idle, verdict;
+};
+
+// Which step of which plan a payload belongs to; see compress.h and core/deed.h.
+struct Stamp {
+  int64_t step, plan, round;
+  double scale;
+  uint64_t deed;
 };
 
 void compress_(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
-    const std::optional<at::Tensor>& feedback, const CompressOptions& options, int64_t step, int64_t plan);
+    const std::optional<at::Tensor>& feedback, const Shared& shared, const std::optional<at::Tensor>& applied, const at::Tensor& counters,
+    const Selection& selection, const Stamp& stamp, int64_t sent_round);
 void aggregate_(
-    const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const CompressOptions& options,
-    int64_t rank, int64_t step, int64_t plan);
+    const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
+    const Selection& selection, const Stamp& stamp, int64_t rank);
+void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round);
+void settle_(
+    const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
+    const at::Tensor& counters, at::ScalarType dtype, int64_t sent_round);
 void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype);
-at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan);
+at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
-int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype);
+int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 
-// For tests: until the next call, compress_ on the CPU takes these score keys as its bracket instead of sampling one.
-void force_bracket(std::optional<std::pair<uint32_t, uint32_t>> keys);
+// Rounds that a verdict remembers.
+inline constexpr int64_t kVerdictRounds = 64;
+// A verdict in which no round is void.
+at::Tensor make_verdict(at::Device device);
+// Reads it, which on CUDA waits for the device.
+bool is_void(const at::Tensor& verdict, int64_t round);
 
 }  // namespace regtopk

@@ -12,7 +12,7 @@
 namespace regtopk {
 namespace {
 
-at::Tensor encode_cpu(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan) {
+at::Tensor encode_cpu(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {
   constexpr const char* who = "encode";
   const ValueType type = value_type_of(who, values.scalar_type());
   const int64_t k = values.numel();
@@ -23,7 +23,7 @@ at::Tensor encode_cpu(const at::Tensor& indices, const at::Tensor& values, int64
   TORCH_CHECK_VALUE(
       first[0] >= 0 && first[k - 1] < numel && std::adjacent_find(first, first + k, std::greater_equal<>()) == first + k, who,
       ": expected strictly ascending indices in [0, ", numel, "), got others");
-  const PayloadLayout layout(numel, k, type);
+  const PayloadLayout layout(numel, k, type, spans);
   const at::Tensor payload = at::empty({layout.bytes}, indices.options().dtype(at::kByte));
   const PayloadHeader header = make_header(layout, static_cast<uint64_t>(step), static_cast<uint64_t>(plan));
   with_value_type(type, [&]<typename T>(T) {

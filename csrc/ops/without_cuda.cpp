@@ -12,7 +12,7 @@ void no_cuda_kernels(const c10::OperatorHandle& operation, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
-  for (const char* name : {"compress_", "aggregate_", "put_back_", "encode", "decode"}) {
+  for (const char* name : {"compress_", "aggregate_", "judge_", "settle_", "put_back_", "encode", "decode"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernels>());
   }
 }

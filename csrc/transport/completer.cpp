@@ -1,5 +1,6 @@
 #include "completer.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace regtopk {
@@ -36,13 +37,16 @@ bool Completer::stop() {
     state_->stopping = true;
   }
   state_->changed.notify_all();
-  if (thread_.joinable()) {
-    // The last owner may be let go of by a task, on the thread itself.
-    if (thread_.get_id() == std::this_thread::get_id()) thread_.detach();
-    else thread_.join();
+  {
+    const std::lock_guard lock(stop_mutex_);
+    if (thread_.joinable()) {
+      // The last owner may be let go of by a task, on the thread itself.
+      if (thread_.get_id() == std::this_thread::get_id()) thread_.detach();
+      else thread_.join();
+    }
   }
   const std::lock_guard lock(state_->mutex);
-  return state_->outstanding_at_stop;
+  return state_->outstanding;
 }
 
 void Completer::run(const std::shared_ptr<State>& shared) {
@@ -52,14 +56,23 @@ void Completer::run(const std::shared_ptr<State>& shared) {
     state->changed.wait(lock, [&] { return state->stopping || !state->pending.empty(); });
     if (state->pending.empty()) return;
     Task& task = state->pending.front();  // a deque keeps the front in place while others are added
-    const bool woken = state->changed.wait_until(lock, task.deadline, [&] { return state->stopping || task.arrived(); });
-    Outcome outcome = woken ? Outcome::kArrived : Outcome::kTimedOut;
-    if (state->stopping && !task.arrived()) {
-      outcome = Outcome::kStopped;
-      state->outstanding_at_stop = true;
+    const auto decided = [&] { return state->stopping || task.arrived(); };
+    std::string why;
+    Clock::time_point next_doubt = task.doubt ? task.doubt_from : task.deadline;
+    while (!state->changed.wait_until(lock, std::min(next_doubt, task.deadline), decided) && Clock::now() < task.deadline) {
+      lock.unlock();
+      why = task.doubt();
+      lock.lock();
+      if (!why.empty()) break;
+      next_doubt = Clock::now() + task.doubt_every;
+    }
+    Outcome outcome = Outcome::kArrived;
+    if (!task.arrived()) {
+      outcome = state->stopping ? Outcome::kStopped : why.empty() ? Outcome::kTimedOut : Outcome::kDoubted;
+      state->outstanding = true;
     }
     lock.unlock();
-    task.complete(outcome);
+    task.complete(outcome, why);
     task = Task{};  // lets go of what it holds before anyone is told that it is done
     lock.lock();
     state->pending.pop_front();

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 
 namespace regtopk {
@@ -16,11 +17,14 @@ namespace regtopk {
 class Completer {
  public:
   using Clock = std::chrono::steady_clock;
-  enum class Outcome { kArrived, kTimedOut, kStopped };
+  enum class Outcome { kArrived, kTimedOut, kDoubted, kStopped };
   struct Task {
-    std::function<bool()> arrived;          // cheap; must not block
+    std::function<bool()> arrived;  // cheap; must not block
+    std::function<std::string()> doubt = {};  // why it will never arrive, or nothing; asked now and then from `doubt_from` on
+    Clock::time_point doubt_from = Clock::time_point::max();
+    Clock::duration doubt_every = std::chrono::seconds(1);
     Clock::time_point deadline;
-    std::function<void(Outcome)> complete;  // called once, never throws
+    std::function<void(Outcome, const std::string& why)> complete;  // called once, never throws
   };
 
   Completer();
@@ -33,7 +37,8 @@ class Completer {
   std::function<void()> waker() const;
   // Waits until nothing is pending; false if that has not happened by the deadline.
   bool wait_idle(Clock::time_point deadline) const;
-  // Completes everything pending with kStopped and ends the thread. Returns whether an arrival was still outstanding.
+  // Completes everything pending with kStopped and ends the thread. Returns whether anything was ever completed that had not
+  // arrived: what it waited for may be going on still. Two threads may call it at once.
   bool stop();
 
  private:
@@ -42,11 +47,12 @@ class Completer {
     std::condition_variable changed;
     std::deque<Task> pending;  // the front one stays while it is being completed
     bool stopping = false;
-    bool outstanding_at_stop = false;
+    bool outstanding = false;  // something was completed that had not arrived
   };
   static void run(const std::shared_ptr<State>& state);
 
   std::shared_ptr<State> state_ = std::make_shared<State>();
+  std::mutex stop_mutex_;
   std::thread thread_;
 };
 

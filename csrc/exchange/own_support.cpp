@@ -1,0 +1,71 @@
+#include "own_support.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace regtopk::own_support {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
+Selection selection_of(const Worker& worker, const Plan& plan) { return {plan.k, worker.options.mu, worker.options.distortion}; }
+
+Stamp stamp_of(const Worker& worker, const Plan& plan) {
+  return {worker.steps.step(), plan.hash, plan.round, worker.steps.scale(), worker.deed()};
+}
+
+}  // namespace
+
+at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
+  const Clock::time_point start = Clock::now();
+  at::Tensor payload = plan.next_payload();
+  compress_(
+      gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
+      worker.counters, selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round);
+  worker.statistics.compress_seconds += seconds_since(start);
+  return payload;
+}
+
+void receive(const std::vector<Receiver>& receivers, const at::Tensor& received, const at::Tensor& gradient) {
+  const Clock::time_point start = Clock::now();
+  const auto& [worker, plan, payload] = receivers.front();
+  const int64_t rows = static_cast<int64_t>(receivers.size());
+  if (worker.options.regularised && !plan.feedback_buffer.defined()) {
+    plan.feedback_buffer = at::empty({rows, plan.k}, plan.residual.options());
+  }
+  try {
+    aggregate_(
+        gradient, received, optional(plan.feedback_buffer), plan.shared, selection_of(worker, plan), stamp_of(worker, plan), worker.rank);
+  } catch (const c10::ValueError& error) {
+    // What the received bytes are not, said by the operator; a user knows the rank and the hook.
+    const std::string text = error.what_without_backtrace();
+    C10_THROW_ERROR(ValueError, worker.who + text.substr(std::min(text.size(), std::strlen("aggregate_"))));
+  }
+  const double seconds = seconds_since(start);
+  const double gradient_bytes = static_cast<double>(plan.numel) * static_cast<double>(c10::elementSize(plan.layout.dtype));
+  for (int64_t row = 0; row < rows; ++row) {
+    auto& [each, its_plan, its_payload] = receivers[row];
+    its_plan.remember(its_payload, plan.feedback_buffer.defined() ? plan.feedback_buffer[row] : at::Tensor(), its_plan.round);
+    if (&its_plan != &plan) its_plan.shared.idle.copy_(plan.shared.idle);
+    Statistics& statistics = each.statistics;
+    statistics.entries += plan.numel;
+    statistics.sent_entries += plan.k;
+    statistics.bytes_sent += static_cast<double>((each.workers - 1) * its_payload.numel());
+    statistics.bytes_dense += 2.0 * static_cast<double>(each.workers - 1) / static_cast<double>(each.workers) * gradient_bytes;
+    statistics.aggregate_seconds += row == 0 ? seconds : 0.0;
+  }
+}
+
+void fail(Plan& plan, const at::Tensor& payload) {
+  plan.remember(payload, at::Tensor(), plan.round);
+  plan.in_vain = true;
+}
+
+}  // namespace regtopk::own_support

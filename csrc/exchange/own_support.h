@@ -1,0 +1,45 @@
+// The scheme in which every rank chooses its own entries and all ranks add up everybody's: Top-k and RegTop-k.
+//
+//   front end         sparse_hook or attach, LocalExchange        what a bucket is, and whose
+//      │  Bucket
+//      ▼
+//   Worker::enter     begins a step? which plan? ── new layout ─► Store::make
+//      │  Plan
+//      ▼
+//   send              compress_ ─► payload: settles the last step (void, idle), accumulates, selects, packs
+//      │  payload
+//      ▼
+//   transport         all-gather ─► received [N, bytes]           who issues it, in which order, on which thread
+//      │
+//      ▼
+//   receive           aggregate_ ─► the bucket: checks every payload, adds in rank order, divides by N, judges, feeds back
+//
+// The host never looks at what a tensor holds: header, scale, bits of idle parameters and verdict are the operators' to write
+// and read, in tensors on the bucket's device.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "worker.h"
+
+namespace regtopk::own_support {
+
+// This worker's payload, in a buffer of the plan; the gradient is only read.
+at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient);
+
+// Who receives: a worker and its plan for the bucket.
+struct Receiver {
+  Worker& worker;
+  Plan& plan;
+  at::Tensor payload;  // what it has sent
+};
+
+// Writes the average of what `received` [N, bytes] holds to `gradient`, and remembers for each receiver, of consecutive
+// ranks, what it sent. ValueError, before anything is written, where the bytes are not what every rank should have sent.
+void receive(const std::vector<Receiver>& receivers, const at::Tensor& received, const at::Tensor& gradient);
+
+// The payload reached nobody: it returns to the residual at the next step.
+void fail(Plan& plan, const at::Tensor& payload);
+
+}  // namespace regtopk::own_support

@@ -1,0 +1,134 @@
+#include "worker.h"
+
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../ops/checks.h"
+
+namespace regtopk {
+
+int64_t Options::entries_to_send(int64_t numel) const {
+  const double wanted = std::floor(density * static_cast<double>(numel) + 0.5);
+  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
+}
+
+Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clock> clock)
+    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)), counters(at::zeros({3}, at::kLong)) {}
+
+void Worker::check(const Bucket& bucket) const {
+  // Inside these bounds a residual keeps its bits through changes of the scale by powers of two: its entries stay normal.
+  constexpr double kLargest = 0x1p64;
+  TORCH_CHECK_VALUE(
+      bucket.scale >= 1 / kLargest && bucket.scale <= kLargest, who, ": expected a gradient scale between 2^-64 and 2^64, got ",
+      bucket.scale, "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
+  if (!bucket.keeps) return;
+  value_type_of(who.c_str(), bucket.layout.dtype);
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu(), who, ": expected gradients on the CPU, got ", bucket.layout.device,
+      "; this version exchanges CPU gradients over gloo");
+  if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
+}
+
+bool Worker::begins_step(const Bucket& bucket) const {
+  const int64_t round = steps.round();
+  bool seen = std::any_of(bucket.layout.spans.begin(), bucket.layout.spans.end(), [this](const Span& span) { return seen_.contains(span.key); });
+  if (!seen && bucket.keeps) {
+    const auto plan = store_.find(bucket.layout, bucket.index);
+    seen = plan ? plan->round == round && round >= 0 : store_.was_exchanged(bucket.layout, round);
+  }
+  return steps.begins(bucket.index, bucket.scale, seen);
+}
+
+std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied) {
+  if (begins_step(bucket)) begin_step(bucket.scale, applied);
+  steps.note(bucket.index);
+  if (!bucket.keeps) {
+    for (const Span& span : bucket.layout.spans) seen_.insert(span.key);
+    return nullptr;
+  }
+  std::shared_ptr<Plan> plan = store_.find(bucket.layout, bucket.index);
+  if (!plan) {
+    Store::Garbage garbage;  // freed after the lock is
+    const std::lock_guard lock(mutex_);
+    plan = store_.make(
+        bucket.layout, owners(), options.entries_to_send(bucket.layout.numel()), steps.clock().verdict(), counters, garbage);
+    publish_counts();
+  }
+  plan->round = steps.round();
+  return plan;
+}
+
+void Worker::begin_step(double scale, const AppliedKeys& applied) {
+  const bool was_void = steps.is_void();
+  std::unordered_set<ParameterKey> applied_keys;
+  if (was_void && applied) {
+    for (const ParameterKey key : applied()) applied_keys.insert(key);
+  }
+  const std::lock_guard lock(mutex_);
+  for (const auto& plan : store_.plans()) {
+    if (!applied_keys.empty() && plan->sent.defined() && plan->sent_round == steps.round()) {
+      std::vector<uint8_t> flags;
+      for (const Span& span : plan->layout.spans) flags.push_back(applied_keys.contains(span.key) ? 1 : 0);
+      plan->applied = at::tensor(flags, at::kByte).to(plan->layout.device);
+    }
+    // What was sent is of the old scale; what nobody received, or a verdict that is about to be forgotten, can't wait.
+    const bool too_old = plan->sent_round >= 0 && plan->sent_round + kVerdictRounds / 2 < steps.round();
+    if (scale != steps.scale() || plan->in_vain || too_old) plan->settle(counters);
+  }
+  if (scale != steps.scale()) store_.multiply(scale / steps.scale(), feedback_has_scale());
+  seen_.clear();
+  steps.begin(scale);
+  ++statistics.steps;
+  if (was_void) ++statistics.void_steps;
+  publish_counts();
+}
+
+void Worker::publish_counts() {
+  statistics.rebuilds = store_.rebuilds;
+  statistics.history_dropped = store_.history_dropped;
+  statistics.residual_dropped = store_.residual_dropped;
+}
+
+at::Tensor Worker::residual_norm() {
+  at::Tensor sum_of_squares = at::zeros({}, at::kDouble);
+  for (const auto& [key, piece] : copy_pieces()) {
+    sum_of_squares += at::linalg_vector_norm(piece.residual, 2, std::nullopt, false, at::kDouble).square().cpu();
+  }
+  return sum_of_squares.sqrt();
+}
+
+Pieces Worker::copy_pieces() {
+  Store::Garbage garbage;
+  const std::lock_guard lock(mutex_);
+  Pieces pieces = store_.copy_pieces(counters, garbage);
+  publish_counts();
+  const double scale = steps.scale();
+  if (scale == 1) return pieces;
+  for (auto& [key, piece] : pieces) {
+    piece.residual.div_(scale);
+    if (feedback_has_scale() && piece.feedback.defined()) piece.feedback.div_(scale);
+  }
+  return pieces;
+}
+
+void Worker::replace_pieces(Pieces pieces, int64_t step) {
+  Store::Garbage garbage;
+  const std::lock_guard lock(mutex_);
+  store_.replace(std::move(pieces), garbage);
+  seen_.clear();
+  if (steps.is_void()) ++statistics.void_steps;
+  steps.restart(step);
+}
+
+void Worker::clear(const std::vector<ParameterKey>& keys) {
+  const std::lock_guard lock(mutex_);
+  store_.clear(keys, counters);
+  publish_counts();
+}
+
+}  // namespace regtopk

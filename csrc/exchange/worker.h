@@ -1,0 +1,83 @@
+// One worker's side of the exchange, without a network: what it keeps, which step it is in, what it has counted. A front
+// end has one of these, the local exchange one per simulated worker; schemes work on it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "../core/deed.h"
+#include "../memory/store.h"
+#include "statistics.h"
+#include "steps.h"
+
+namespace regtopk {
+
+struct Options {
+  bool regularised = true;  // RegTop-k, else Top-k
+  double density = 0.001;   // k / J
+  double mu = 5.0;
+  std::string distortion = "previous";
+
+  int64_t entries_to_send(int64_t numel) const;
+};
+
+// One bucket as a front end hands it over.
+struct Bucket {
+  Layout layout;
+  int64_t index;       // its place among the buckets of a step
+  double scale;        // what its gradients were multiplied by
+  bool keeps = true;   // whether there are residuals to keep for it: not for sparse tensors
+};
+
+class Worker {
+ public:
+  // The parameters of this worker that an optimizer has applied since its last step began; asked for after a void step alone.
+  using AppliedKeys = std::function<std::vector<ParameterKey>()>;
+  using MakeOwners = std::function<std::vector<Owner>()>;
+
+  // `who` begins the messages of errors that are not an operator's.
+  Worker(Options options, std::string who, std::shared_ptr<Clock> clock);
+
+  const Options options;
+  std::string who;  // begins messages
+  int64_t rank = 0, workers = 1;  // set before the first bucket
+  Steps steps;
+  Statistics statistics;
+  const at::Tensor counters;  // see ops/library.cpp
+
+  // Raises TypeError or ValueError unless gradients of that bucket can be exchanged.
+  void check(const Bucket& bucket) const;
+  bool begins_step(const Bucket& bucket) const;
+  // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
+  // take on its scale.
+  std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
+
+  // These are in units of the gradient before scaling. Between steps only.
+  at::Tensor residual_norm();  // in fp64; reads every residual
+  Pieces copy_pieces();
+  void replace_pieces(Pieces pieces, int64_t step);
+  void clear(const std::vector<ParameterKey>& keys);
+
+  // What this rank alone did, for its messages.
+  void did(Deed deed) { deed_ = next_deed(deed_, deed); }
+  uint64_t deed() const { return deed_; }
+
+ private:
+  void begin_step(double scale, const AppliedKeys& applied);
+  void publish_counts();
+  bool feedback_has_scale() const { return options.regularised && options.distortion == "current"; }
+
+  // Guards the store. Nobody waits for it with the GIL, and nothing is freed under it.
+  std::mutex mutex_;
+  Store store_;
+  std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
+  std::atomic<uint64_t> deed_ = 0;
+};
+
+}  // namespace regtopk

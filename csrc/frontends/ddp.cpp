@@ -1,0 +1,164 @@
+#include "ddp.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+#include "../exchange/agreement.h"
+#include "../exchange/dense.h"
+#include "../ops/checks.h"
+
+namespace regtopk {
+namespace {
+
+Transport::FuturePtr completed(const at::Tensor& buffer) {
+  auto future = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get());
+  future->markCompleted(buffer);
+  return future;
+}
+
+}  // namespace
+
+DdpExchange::DdpExchange(Options options, std::shared_ptr<Clock> clock, Owner owner)
+    : worker_(std::make_shared<Worker>(std::move(options), "sparse_hook", std::move(clock))), owner_(std::move(owner)) {}
+
+DdpExchange::~DdpExchange() { close(); }
+
+Transport& DdpExchange::transport() {
+  {
+    const std::lock_guard lock(open_mutex_);
+    TORCH_CHECK(!closed_, worker_->who, ": expected an open exchange, got one that was closed; construct a new state");
+    if (!transport_) {
+      transport_ = owner_.open([worker = worker_] { return describe_deed(worker->deed()); });
+      worker_->rank = transport_->rank();
+      worker_->workers = transport_->workers();
+      worker_->who = c10::str("rank ", worker_->rank, ": sparse_hook");
+    }
+  }
+  return *transport_;
+}
+
+Worker& DdpExchange::idle_worker() {
+  if (transport_) transport_->wait_idle();
+  return *worker_;
+}
+
+DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
+  RECORD_FUNCTION("regtopk::exchange", std::vector<c10::IValue>());
+  const at::NoGradGuard no_grad;
+  const at::Tensor& buffer = ddp_bucket.getBufferRef();
+  if (buffer.numel() == 0 && !buffer.is_sparse()) return completed(buffer);
+  transport();
+  Bucket bucket{
+      .layout = {{}, buffer.scalar_type(), buffer.device()},
+      .index = static_cast<int64_t>(ddp_bucket.getIndex()),
+      .scale = owner_.scale ? owner_.scale() : 1.0,
+      .keeps = !buffer.is_sparse()};
+  try {
+    const std::vector<at::Tensor> parameters = ddp_bucket.getParameters();
+    bucket.layout.spans.reserve(parameters.size());
+    for (const at::Tensor& parameter : parameters) {
+      bucket.layout.spans.push_back({key_of(parameter), parameter.numel()});
+      // DDP hands complex gradients over as twice as many real ones; only the parameter tells.
+      if (parameter.is_complex()) value_type_of(worker_->who.c_str(), parameter.scalar_type());
+    }
+    worker_->check(bucket);
+    TORCH_CHECK_VALUE(
+        !bucket.keeps || bucket.layout.numel() == buffer.numel(), worker_->who, ": expected a bucket that holds its parameters' ",
+        bucket.layout.numel(), " entries, got ", buffer.numel());
+  } catch (const std::exception& error) {
+    transport_->announce_failure(error.what());
+    throw;
+  }
+  return exchange(buffer, bucket, ddp_bucket);
+}
+
+DdpExchange::FuturePtr DdpExchange::exchange(const at::Tensor& buffer, const Bucket& bucket, const c10d::GradBucket& ddp_bucket) {
+  // DDP has waited for all of the step before, unless one bucket's error let the user go on while others were pending: what
+  // those take and return must not be mixed with what this step does.
+  if (worker_->begins_step(bucket)) transport_->wait_idle();
+  const std::shared_ptr<Plan> plan = worker_->enter(
+      bucket,
+      [&] {
+        std::vector<regtopk::Owner> owners;
+        for (const at::Tensor& parameter : ddp_bucket.getParameters()) owners.emplace_back(parameter);
+        return owners;
+      },
+      owner_.applied);
+  if (!plan || plan->agreed_version != options_version_) {
+    const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
+    if (!agreed_.contains(hash)) {
+      agree_on(bucket, hash, ddp_bucket.isLast());
+      agreed_.insert(hash);
+    }
+    if (plan) plan->agreed_version = options_version_;
+  }
+  return plan && !dense_ ? sparse(buffer, plan) : dense(buffer, plan);
+}
+
+DdpExchange::FuturePtr DdpExchange::sparse(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan) {
+  const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
+  if (!plan->received.defined()) plan->received = at::empty({worker_->workers, payload.numel()}, payload.options());
+  return transport_->gather(
+      payload, plan->received,
+      {.result = buffer,
+       .step = worker_->steps.step(),
+       .finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); },
+       .fail = [plan, payload] { own_support::fail(*plan, payload); },
+       .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }});
+}
+
+DdpExchange::FuturePtr DdpExchange::dense(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan) {
+  const double bytes = dense::send(*worker_, plan.get(), buffer);
+  return transport_->all_reduce(
+      {.result = buffer,
+       .step = worker_->steps.step(),
+       .finish = [worker = worker_, buffer, bytes] { dense::receive(*worker, buffer, bytes); },
+       .fail = [] {},
+       .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }});
+}
+
+void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {
+  const Options& options = worker_->options;
+  const Layout& layout = bucket.layout;
+  agree(
+      *transport_,
+      {{"method", options.regularised ? "RegTop-k" : "Top-k"},
+       {"density", round_trip(options.density)},
+       {"mu", options.regularised ? round_trip(options.mu) : "none"},
+       {"distortion", options.regularised ? options.distortion : "none"},
+       {"mode", !bucket.keeps ? "all-reduce of sparse tensors" : dense_ ? "dense (paused)" : "sparse"},
+       {"gradient dtype", c10::toString(layout.dtype)},
+       {"bucket", c10::str(layout.spans.size(), " parameters with ", layout.numel(), " entries", last ? ", the last bucket" : "")},
+       {"bucket layout (hash)", std::to_string(hash)},
+       {"calls of reset, load_state_dict, pause, resume and skipped", describe_deed(worker_->deed())},
+       {"step", std::to_string(worker_->steps.step())}});
+}
+
+void DdpExchange::set_dense(bool dense) {
+  if (dense == dense_) return;
+  dense_ = dense;
+  ++options_version_;
+  agreed_.clear();
+  worker_->did(dense ? Deed::kPause : Deed::kResume);
+}
+
+void DdpExchange::skipped() {
+  idle_worker();
+  worker_->steps.clock().make_void(worker_->steps.round());
+  worker_->did(Deed::kSkipped);
+}
+
+void DdpExchange::close() {
+  std::shared_ptr<Transport> transport;
+  {
+    const std::lock_guard lock(open_mutex_);
+    closed_ = true;
+    transport = transport_;
+  }
+  if (transport) transport->close();
+  owner_ = {};
+}
+
+}  // namespace regtopk

@@ -1,0 +1,129 @@
+#include "local.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/Exception.h>
+
+#include <unordered_set>
+
+namespace regtopk {
+namespace {
+
+// The entries of a gradient in the memory order of `first`, worker 0's: a DDP bucket holds them so, and with channels_last
+// that is not the logical order.
+at::Tensor flat_as(const at::Tensor& first, const at::Tensor& gradient) {
+  if (!first.is_non_overlapping_and_dense()) return gradient.contiguous().view({-1});
+  const at::Tensor ordered = gradient.strides() == first.strides()
+                                 ? gradient
+                                 : at::empty_strided(first.sizes(), first.strides(), gradient.options()).copy_(gradient);
+  return ordered.as_strided({first.numel()}, {1});
+}
+
+// The reverse: a flat average in the shape of `first`.
+at::Tensor shaped_as(const at::Tensor& first, const at::Tensor& flat) {
+  if (!first.is_non_overlapping_and_dense()) return flat.view(first.sizes());
+  return flat.as_strided(first.sizes(), first.strides());
+}
+
+constexpr const char* kWho = "LocalExchange";
+
+void check_gradients(const std::vector<std::vector<at::Tensor>>& gradients, int64_t workers) {
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(gradients.size()) == workers, kWho, ": expected the gradients of ", workers, " workers, got ", gradients.size());
+  const std::vector<at::Tensor>& first = gradients.front();
+  for (const auto& of_worker : gradients) {
+    TORCH_CHECK_VALUE(
+        of_worker.size() == first.size(), kWho, ": expected ", first.size(), " gradients of every worker, got ", of_worker.size());
+    for (size_t i = 0; i < first.size(); ++i) {
+      TORCH_CHECK_TYPE(
+          of_worker[i].layout() == at::kStrided, kWho, ": expected dense gradients, got gradient ", i, " of layout ", of_worker[i].layout());
+      TORCH_CHECK_VALUE(
+          of_worker[i].sizes() == first[i].sizes() && of_worker[i].scalar_type() == first[i].scalar_type(), kWho,
+          ": expected gradient ", i, " of shape ", first[i].sizes(), " and dtype ", first[i].scalar_type(), " of every worker, got ",
+          of_worker[i].sizes(), " and ", of_worker[i].scalar_type());
+    }
+  }
+}
+
+void check_buckets(const std::vector<std::vector<int64_t>>& buckets, int64_t parameters) {
+  std::unordered_set<int64_t> seen;
+  for (const auto& bucket : buckets) {
+    TORCH_CHECK_VALUE(!bucket.empty(), kWho, ": expected buckets of at least one parameter, got an empty one");
+    for (const int64_t parameter : bucket) {
+      TORCH_CHECK_INDEX(
+          parameter >= 0 && parameter < parameters, kWho, ": expected parameters below ", parameters, " in the buckets, got ", parameter);
+      TORCH_CHECK_VALUE(seen.insert(parameter).second, kWho, ": expected every parameter in one bucket, got parameter ", parameter, " twice");
+    }
+  }
+}
+
+}  // namespace
+
+LocalExchange::LocalExchange(Options options, int64_t workers) {
+  TORCH_CHECK_VALUE(workers >= 1, kWho, ": expected at least 1 worker, got ", workers);
+  const auto clock = std::make_shared<Clock>();
+  for (int64_t rank = 0; rank < workers; ++rank) {
+    workers_.push_back(std::make_unique<Worker>(options, kWho, clock));
+    workers_.back()->rank = rank;
+    workers_.back()->workers = workers;
+  }
+}
+
+Worker& LocalExchange::worker(int64_t rank) {
+  TORCH_CHECK_INDEX(rank >= 0 && rank < workers(), kWho, ": expected a rank below ", workers(), ", got ", rank);
+  return *workers_[rank];
+}
+
+void LocalExchange::skipped() { worker(0).steps.clock().make_void(worker(0).steps.round()); }
+
+std::vector<at::Tensor> LocalExchange::step(
+    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets, double scale) {
+  const at::NoGradGuard no_grad;
+  check_gradients(gradients, workers());
+  const std::vector<at::Tensor>& first = gradients.front();
+  check_buckets(buckets, static_cast<int64_t>(first.size()));
+
+  for (const auto& one : workers_) one->steps.end();
+  std::vector<at::Tensor> averages(first.size());
+  for (size_t index = 0; index < buckets.size(); ++index) {
+    const auto& parameters = buckets[index];
+    const at::Tensor& like = first[parameters.front()];
+    Bucket bucket{.layout = {{}, like.scalar_type(), like.device()}, .index = static_cast<int64_t>(index), .scale = scale};
+    for (const int64_t parameter : parameters) bucket.layout.spans.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel()});
+    for (const int64_t parameter : parameters) {
+      TORCH_CHECK_VALUE(
+          first[parameter].scalar_type() == bucket.layout.dtype, kWho, ": expected one dtype in a bucket, got ", bucket.layout.dtype,
+          " and ", first[parameter].scalar_type());
+    }
+    worker(0).check(bucket);
+    const int64_t numel = bucket.layout.numel();
+    const at::Tensor average = at::empty({numel}, like.options());
+    if (numel > 0) {
+      at::Tensor received;
+      std::vector<std::shared_ptr<Plan>> plans;
+      std::vector<own_support::Receiver> receivers;
+      for (int64_t rank = 0; rank < workers(); ++rank) {
+        std::vector<at::Tensor> parts;
+        for (const int64_t parameter : parameters) parts.push_back(flat_as(first[parameter], gradients[rank][parameter]));
+        plans.push_back(worker(rank).enter(bucket, [&] { return std::vector<Owner>(parameters.size()); }, nullptr));
+        const at::Tensor payload = own_support::send(worker(rank), *plans.back(), parts.size() == 1 ? parts.front() : at::cat(parts));
+        at::Tensor& rows = plans.front()->received;
+        if (!rows.defined()) rows = at::empty({workers(), payload.numel()}, payload.options());
+        rows[rank].copy_(payload);
+        received = rows;
+        receivers.push_back({worker(rank), *plans.back(), payload});
+      }
+      own_support::receive(receivers, received, average);
+    }
+    int64_t offset = 0;
+    for (const int64_t parameter : parameters) {
+      averages[parameter] = shaped_as(first[parameter], average.narrow(0, offset, first[parameter].numel()));
+      offset += first[parameter].numel();
+    }
+  }
+  return averages;
+}
+
+}  // namespace regtopk

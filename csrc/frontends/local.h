@@ -1,0 +1,30 @@
+// N workers in one process, on the same kernels and in the same order as N processes under DDP: for simulations, and as
+// the twin that a distributed run must equal bit for bit. Its transport is a tensor: every worker's payload is a row.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../exchange/own_support.h"
+
+namespace regtopk {
+
+class LocalExchange {
+ public:
+  LocalExchange(Options options, int64_t workers);
+
+  // gradients[worker][parameter], of equal shapes for all workers; buckets[i] lists the parameters of bucket i in the
+  // order in which their gradients lie in it; all gradients were multiplied by `scale`, and so are the averages. Returns the
+  // average of every listed parameter, undefined for others.
+  std::vector<at::Tensor> step(
+      const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets, double scale);
+
+  Worker& worker(int64_t rank);
+  int64_t workers() const { return static_cast<int64_t>(workers_.size()); }
+  void skipped();
+
+ private:
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+}  // namespace regtopk

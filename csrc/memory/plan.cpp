@@ -1,0 +1,74 @@
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/searchsorted.h>
+
+#include <utility>
+
+namespace regtopk {
+
+at::Tensor Plan::next_payload() {
+  at::Tensor& payload = payloads_[std::exchange(next_, 1 - next_)];
+  if (!payload.defined()) {
+    const int64_t bytes = payload_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()));
+    payload = at::empty({bytes}, residual.options().dtype(at::kByte));
+  }
+  return payload;
+}
+
+void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round) {
+  sent = payload;
+  sent_k = k;
+  feedback = feedback_of_payload;
+  sent_round = in_round;
+  applied.reset();
+}
+
+int64_t Plan::forget() {
+  in_vain = false;
+  sent_round = -1;
+  applied.reset();
+  feedback.reset();
+  if (!sent.defined()) return 0;
+  sent.reset();
+  return std::exchange(sent_k, 0);
+}
+
+void Plan::settle(const at::Tensor& counters) {
+  if (!sent.defined()) return;
+  if (in_vain) {
+    put_back_(residual, sent, layout.dtype);
+    shared.idle.zero_();
+    forget();
+    return;
+  }
+  settle_(residual, sent, shared, applied.defined() ? std::optional(applied) : std::nullopt, counters, layout.dtype, sent_round);
+  if (is_void(shared.verdict, sent_round)) forget();
+}
+
+std::vector<Piece> Plan::split() const {
+  const at::Tensor ends = shared.spans.cpu();
+  at::Tensor indices, values, bounds;
+  if (sent.defined()) {
+    std::tie(indices, values) = decode(sent, numel, sent_k, layout.dtype);
+    bounds = at::searchsorted(indices, shared.spans).cpu();
+  }
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < static_cast<int64_t>(layout.spans.size()); ++i) {
+    const int64_t begin = ends[i].item<int64_t>();
+    Piece piece;
+    piece.owner = owners[i];
+    piece.residual = residual.narrow(0, begin, layout.spans[i].numel);
+    piece.idle = shared.idle.narrow(0, i, 1);
+    if (sent.defined()) {
+      const int64_t first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();
+      piece.sent_index = indices.slice(0, first, last).sub(begin);
+      piece.sent_value = values.slice(0, first, last);
+      if (feedback.defined()) piece.feedback = feedback.slice(0, first, last);
+    }
+    pieces.push_back(std::move(piece));
+  }
+  return pieces;
+}
+
+}  // namespace regtopk

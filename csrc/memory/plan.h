@@ -1,0 +1,61 @@
+// What a worker keeps for one bucket layout, and what of it belongs to one parameter.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../ops/operators.h"
+#include "layout.h"
+
+namespace regtopk {
+
+// The state of one parameter. Indices are flat, in the parameter's memory order.
+struct Piece {
+  Owner owner;
+  at::Tensor residual;    // [numel], accumulate dtype
+  at::Tensor sent_index;  // [m] int64, ascending; undefined where there is no history
+  at::Tensor sent_value;  // [m], gradient dtype
+  at::Tensor feedback;    // [m], accumulate dtype; undefined for Top-k
+  at::Tensor idle;        // uint8 [1], or undefined: not idle
+};
+
+// The state of one bucket layout, in tensors on the bucket's device. Buffers live as long as the plan: a step allocates nothing.
+struct Plan {
+  Layout layout;
+  std::vector<Owner> owners;  // of the spans
+  int64_t numel = 0, k = 0, hash = 0;
+  Shared shared;        // the ends of the spans, which of them are idle, and the clock's verdict
+  at::Tensor residual;  // [numel], accumulate dtype
+
+  // The last payload sent and what came back for it. `sent` is undefined without history, `feedback` also for Top-k.
+  at::Tensor sent;      // bytes
+  int64_t sent_k = 0;
+  at::Tensor feedback;  // [sent_k]
+  int64_t sent_round = -1;
+  at::Tensor applied;     // see ops/library.cpp; undefined where nothing is to be said
+  bool in_vain = false;   // `sent` reached nobody and must return to the residual
+
+  int64_t round = -1;     // of the last bucket exchanged on this plan
+  int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
+
+  // Own payloads, in turn: one may still be read, by a network or as `sent`, while the other is written.
+  at::Tensor next_payload();
+  at::Tensor received;         // [workers, bytes], where a transport puts everybody's payloads
+  at::Tensor feedback_buffer;  // [rows, k]
+
+  void remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round);
+  // Ends the history and returns its number of entries.
+  int64_t forget();
+  // Does at once what the next compress would do first: what was not applied returns to the residual. Waits for the device.
+  void settle(const at::Tensor& counters);
+  // The pieces, settled: as views of this plan's tensors where they can be.
+  std::vector<Piece> split() const;
+
+ private:
+  at::Tensor payloads_[2];
+  int next_ = 0;
+};
+
+}  // namespace regtopk

@@ -1,0 +1,50 @@
+// Finds out, within seconds, why ranks wait for each other in vain.
+//
+// All ranks go through the same activities in the same order: an agreement, the exchange of a bucket, a save. Where one rank
+// alone calls something, ranks wait in different activities with the same number, each for the others, until a timeout that
+// says nothing. So a rank that has waited for a while writes into the group's store what it waits in, and reads what the others
+// wait in. A rank that is merely late has written nothing.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <string>
+
+namespace regtopk {
+
+class Watch {
+ public:
+  // `own_calls` says in words what this rank alone has called.
+  Watch(
+      c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t ranks, std::chrono::milliseconds timeout,
+      std::function<std::string()> own_calls);
+
+  // How long a wait is ordinary, and how often it is asked about after that.
+  std::chrono::milliseconds patience() const { return patience_; }
+  std::chrono::milliseconds interval() const { return patience_ / 2; }
+
+  // The number of an activity that begins now.
+  int64_t begin();
+  // Says that this rank waits in that activity, and returns what contradicts it on another rank, in words; empty if nothing does.
+  std::string contradiction(int64_t number, const std::string& activity);
+  // Says that this rank failed instead of beginning the next activity.
+  void announce_failure(const std::string& why);
+
+ private:
+  void publish(int64_t number, const std::string& kind, const std::string& text);
+
+  const c10::intrusive_ptr<c10d::Store> store_;
+  const int64_t rank_, ranks_;
+  const std::chrono::milliseconds patience_;
+  const std::function<std::string()> own_calls_;
+  std::mutex mutex_;
+  int64_t begun_ = 0, published_ = -1;
+  bool failure_announced_ = false;  // of the activity begun_
+  std::string found_;  // what contradicts; the record that the others need to see stays as it is then
+};
+
+}  // namespace regtopk

@@ -1,0 +1,93 @@
+"""The process groups of a state: opened at its first use, on the store of the model's group."""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def group_of(state):
+    """The process group of a state's model.
+
+    Raises:
+        RuntimeError: no default process group. ValueError: a group that this rank is not in.
+    """
+    who = type(state).__name__
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{who}: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
+        )
+    group = dist.group.WORLD if state._process_group is None else state._process_group
+    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise ValueError(
+            f"{who}: expected a process group with this rank ({dist.get_rank()}) in it, got one without; "
+            "use the state on the group's ranks only"
+        )
+    return group
+
+
+def check_model(who, ddp, group):
+    """Raise ValueError unless the model's process group has the ranks of `group`."""
+    expected, got = dist.get_process_group_ranks(ddp.process_group), dist.get_process_group_ranks(group)
+    if expected != got:
+        raise ValueError(f"{who}: expected a state for the model's ranks {expected}, got one for {got}")
+
+
+def open_groups(state):
+    """Return (group for payloads, group for control, store, timeout in seconds); waits for the other ranks.
+
+    The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
+    rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
+
+    Raises:
+        torch.distributed.DistBackendError: a rank did not use its state within the group's timeout.
+    """
+    group = group_of(state)
+    for ddp in _models_of(state):
+        check_model("sparse_hook", ddp, group)
+    rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
+    store = group.get_group_store()
+    number = store.add(f"regtopk/opened/{rank}", 1)
+    store = dist.PrefixStore(f"regtopk/{number}", store)
+    store.set(f"here/{rank}", "yes")
+    try:
+        store.wait([f"here/{other}" for other in range(size)], limit)
+    except RuntimeError as error:
+        missing = [other for other in range(size) if not store.check([f"here/{other}"])]
+        raise dist.DistBackendError(
+            f"rank {rank}: sparse_hook: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
+            f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
+        ) from error
+    payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, limit)
+    control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, limit)
+    return payloads, control, store, limit.total_seconds()
+
+
+def timeout_of(group):
+    """The timeout of a group's own collectives; the groups of a state take it over."""
+    try:
+        return group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # no CPU backend, or one without options
+        return dist.constants.default_pg_timeout
+
+
+def _models_of(state):
+    """The DistributedDataParallel models on which the state is registered: DDP keeps (hook, state) in a list of its own, but
+    does not tell the hook who is asking."""
+    models = []
+    for pair in gc.get_referrers(state):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and pair[1] is state):
+            continue
+        for hooks in gc.get_referrers(pair):
+            if isinstance(hooks, list):
+                models += [owner for owner in _owners_of(hooks) if isinstance(owner, DistributedDataParallel)]
+    return models
+
+
+def _owners_of(hooks):
+    for owner in gc.get_referrers(hooks):
+        if isinstance(owner, dict) and owner.get("_comm_hooks") is hooks:
+            yield from (model for model in gc.get_referrers(owner) if getattr(model, "__dict__", None) is owner)
+        elif getattr(owner, "_comm_hooks", None) is hooks:
+            yield owner
