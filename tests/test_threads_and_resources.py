@@ -143,7 +143,7 @@ def read_statistics_meanwhile(rank, what):
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        for step in range(30):
+        for step in range(20):
             for _ in range(2):
                 ddp(integers(*sizes, seed=step)).backward()
             saved = state.state_dict(ddp)
