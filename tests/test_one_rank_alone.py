@@ -1,0 +1,180 @@
+"""What one rank does alone, or with a group of its own, is an error in words on every rank long before the timeout, or it works."""
+
+import datetime
+import gc
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from given import ENTRIES, Given, integers, register
+from processes import run_workers
+from torch.nn.parallel import DistributedDataParallel
+from training import make_state
+
+import regtopk_torch as rt
+
+TIMEOUT = datetime.timedelta(seconds=60)
+WITHIN = 15.0  # seconds, on a machine that does other things as well
+SIZES = (40, 24)
+
+
+def error_of(function, *arguments):
+    """(type, text, seconds until it came) of what a call raises; (None, "", seconds) where it returns."""
+    start = time.monotonic()
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error), str(error), time.monotonic() - start
+    return None, "", time.monotonic() - start
+
+
+def train_steps(rank, ddp, steps):
+    for step in steps:
+        ddp(integers(*SIZES, seed=10 * step + rank)).backward()
+
+
+def act_alone(rank, entry, method, what, directory):
+    """After three steps one rank does `what`, and all go on with the next step; return the first error of each."""
+    group = dist.new_group(timeout=TIMEOUT)
+    ddp = DistributedDataParallel(Given(*SIZES), process_group=group, bucket_cap_mb=1e-4)
+    state = make_state(method, 0.25, process_group=group)
+    register(ddp, state, entry)
+    train_steps(rank, ddp, range(3))
+    if what == "save":
+        return error_of(rt.save, state, ddp, directory) if rank == 0 else error_of(train_steps, rank, ddp, [3])
+    if rank == 1:
+        if what == "reset":
+            state.reset()
+        elif what == "load_state_dict":
+            state.load_state_dict(state.state_dict(ddp), ddp)
+        else:
+            state.pause()
+    return error_of(train_steps, rank, ddp, [3])
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+@pytest.mark.parametrize("what", ["reset", "load_state_dict", "pause"])
+def test_what_one_rank_does_alone_is_an_error_on_every_rank_that_names_the_rank_and_the_call(what, method, entry):
+    for rank, (kind, message, seconds) in enumerate(run_workers(act_alone, 2, entry, method, what, None, seconds=30)):
+        assert kind in (ValueError, dist.DistBackendError), message
+        assert message.startswith(f"rank {rank}: sparse_hook: expected ")
+        assert what in message and "rank 1" in message
+        assert seconds < WITHIN
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_save_on_one_rank_alone_is_an_error_in_words_on_both(tmp_path, entry):
+    results = run_workers(act_alone, 2, entry, "topk", "save", tmp_path / "checkpoint", seconds=30)
+    for rank, (kind, message, seconds) in enumerate(results):
+        assert kind is not None and f"rank {rank}" in message and "expected" in message and "save" in message
+        assert seconds < WITHIN
+    assert "gradient scale" not in results[1][1], "that is not what is wrong"
+
+
+# Two states and one directory
+
+
+def save_two_states(rank, directory, first):
+    """A second state saves where the first one, which lives, has saved to or loaded from; then the first one ends."""
+    ddps, states = [], []
+    for _ in range(2):
+        ddps.append(DistributedDataParallel(Given(*SIZES)))
+        states.append(make_state("topk", 0.25))
+        rt.attach(ddps[-1], states[-1])
+        train_steps(rank, ddps[-1], range(2))
+    rt.save(states[0], ddps[0], directory)
+    if first == "loaded":
+        states[0].close()
+        del states[0], ddps[0]
+        gc.collect()
+        ddps.append(DistributedDataParallel(Given(*SIZES)))
+        states.append(make_state("topk", 0.25))
+        rt.attach(ddps[-1], states[-1])
+        rt.load(states[-1], ddps[-1], directory)
+        states.reverse()
+        ddps.reverse()
+    found = error_of(rt.save, states[1], ddps[1], directory)
+    again = error_of(rt.save, states[0], ddps[0], directory)  # its own directory
+    del states[0], ddps[0]
+    gc.collect()
+    dist.barrier()  # no rank saves before the first state has ended on all of them
+    return found, again, error_of(rt.save, states[0], ddps[0], directory)
+
+
+@pytest.mark.parametrize("first", ["saved", "loaded"])
+def test_a_second_live_state_may_not_save_into_the_first_ones_directory(tmp_path, first):
+    directory = tmp_path / "checkpoint"
+    for (kind, message, _), again, after in run_workers(save_two_states, 2, directory, first):
+        assert kind is ValueError, message
+        assert "save: expected" in message and str(directory) in message
+        assert again[0] is None and after[0] is None, (again, after)
+
+
+# Groups
+
+
+def train_in_a_subgroup(rank, entry):
+    """Rank 0 has made one more group than its partner; return the gradients of both ranks of the pair."""
+    pair = dist.new_group([0, 1])
+    other = rank in (0, 2) and dist.new_group([0, 2], use_local_synchronization=True)
+    result = None
+    if rank < 2:
+        state = rt.TopKState(0.1, process_group=pair)
+        ddp = DistributedDataParallel(Given(*SIZES), process_group=pair)
+        register(ddp, state, entry)
+        train_steps(rank, ddp, range(3))
+        result = [parameter.grad for parameter in ddp.parameters()]
+    dist.barrier()
+    assert other is not None
+    return result
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_state_works_in_a_subgroup_where_a_rank_has_made_one_more_group_than_its_partner(entry):
+    one, two, _ = run_workers(train_in_a_subgroup, 3, entry, seconds=25)
+    assert all(map(torch.equal, one, two)) and any(gradient.any() for gradient in one)
+
+
+SHORT = datetime.timedelta(seconds=3)
+
+
+def make_a_state_on_one_rank(rank, entry):
+    group = dist.new_group(timeout=SHORT)
+    ddp = DistributedDataParallel(Given(*SIZES), process_group=group)
+
+    def construct_and_train():
+        if rank == 0:
+            register(ddp, rt.TopKState(0.1, process_group=group), entry)
+        train_steps(rank, ddp, range(2))
+
+    return error_of(construct_and_train)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_state_on_one_rank_only_is_an_error_in_words_within_the_timeout(entry):
+    (kind, message, seconds), _ = run_workers(make_a_state_on_one_rank, 2, entry, seconds=60)
+    assert kind in (ValueError, RuntimeError, dist.DistBackendError), message  # not the store's own
+    assert message.startswith("rank 0: sparse_hook: expected ")
+    assert seconds < SHORT.total_seconds() + WITHIN
+
+
+def use_a_state_of_another_group(rank, entry):
+    """Groups of one rank each, under a model of both."""
+    groups = [dist.new_group([member]) for member in range(2)]
+    ddp = DistributedDataParallel(Given(*SIZES))
+    state = rt.TopKState(0.1, process_group=groups[rank])
+
+    def register_and_train():
+        register(ddp, state, entry)
+        train_steps(rank, ddp, range(2))
+
+    return error_of(register_and_train)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_state_of_another_group_than_the_models_is_refused(entry):
+    for rank, (kind, message, _) in enumerate(run_workers(use_a_state_of_another_group, 2, entry, seconds=40)):
+        assert kind is ValueError, message
+        assert f"expected a state for the model's ranks [0, 1], got one for [{rank}]" in message
