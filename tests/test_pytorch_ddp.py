@@ -35,4 +35,4 @@ def test_nothing_fails_that_passes_without_the_hook(outcomes, entry):
     unexpected = {name: report for name, report in failed.items() if name not in EXPECTED_TO_FAIL}
     assert not unexpected, "\n\n".join(f"{name}: {report}" for name, report in unexpected.items())
     assert set(EXPECTED_TO_FAIL) <= set(failed), "a test on the list passes: take it off"
-    assert len(ran) >= 60, "expected most of PyTorch's tests to have run"
+    assert len(ran) >= 50, "expected most of PyTorch's tests to have run"
