@@ -23,6 +23,11 @@ class Piece(NamedTuple):
     idle: bool = False  # zero gradient on all ranks in the last step
 
 
+def plain_name(name):
+    """A parameter's name without what torch.compile puts around a module: the compiled model and the plain one are the same."""
+    return name.replace("_orig_mod.", "")
+
+
 def accumulate_dtype(dtype):
     """Dtype of the residual, the score and the sum for gradients of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -98,6 +103,8 @@ def from_state_dict(who, state_dict, named_keys, header):
     parameters = state_dict.get("parameters")
     known = {name for name, _, _ in named_keys}
     expected = {name for name, parameter, _ in named_keys if parameter.requires_grad}
+    if isinstance(parameters, dict):
+        parameters = {plain_name(name) if isinstance(name, str) else name: entry for name, entry in parameters.items()}
     names = set(parameters) if isinstance(parameters, dict) else set()
     # What is frozen now may have been frozen then, and may not.
     if not isinstance(parameters, dict) or not expected <= names <= known:

@@ -337,14 +337,9 @@ def _bare(module):
     return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
 
 
-def _name(name):
-    """A parameter's name without what torch.compile puts around a module."""
-    return name.replace("_orig_mod.", "")
-
-
 def _named_keys(module):
     """(name, parameter, key) of every parameter, without DDP's and torch.compile's prefixes."""
-    return [(_name(name), parameter, _C.parameter_key(parameter)) for name, parameter in _bare(module).named_parameters()]
+    return [(checkpoint.plain_name(name), parameter, _C.parameter_key(parameter)) for name, parameter in _bare(module).named_parameters()]
 
 
 def _find(module, wanted):

@@ -7,6 +7,7 @@ import torch
 from buckets import same_bits
 
 import regtopk_torch as rt
+from regtopk_torch.checkpoint import plain_name
 
 
 class Books:
@@ -61,7 +62,7 @@ def residuals_of(state, module):
     saved = state.state_dict(module)["parameters"]
     return {
         index: in_memory_order(saved[name]["residual"], parameter)
-        for index, (name, parameter) in enumerate(module.named_parameters())
+        for index, (name, parameter) in enumerate((plain_name(name), parameter) for name, parameter in module.named_parameters())
         if "residual" in saved.get(name, {})
     }
 

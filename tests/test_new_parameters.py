@@ -1,5 +1,6 @@
 """Parameters that come and go under one state: a new one begins at zero, a dead one is dropped, a frozen one keeps its own."""
 
+import ctypes
 import gc
 import os
 
@@ -97,6 +98,8 @@ def resident_bytes():
 def freeze_a_small_parameter(rank, entry):
     """A small parameter beside a large one is frozen, and the model wrapped anew: bytes more, and the small one's residual before and after."""
     torch.manual_seed(0)
+    mmap_threshold = -3  # of mallopt: what is freed above it goes back to the system, whatever was freed before
+    assert ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20) == 1
     module = Given(LARGE, SMALL)
     state = make_state("topk", 0.001)
 
