@@ -150,3 +150,14 @@ def test_the_extension_has_the_cuda_operators_that_the_build_says_it_has():
         if built:
             file = "cuda/operators.cpp" if "CPU and CUDA kernels" in built[0] else "csrc/ops/without_cuda.cpp"
             assert file in of_cuda[0]
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_the_extension_has_no_cuda_runtime_of_its_own():
+    from regtopk_torch import _C
+
+    built = [path.read_text() for path in ROOT.glob(f"build/torch-{torch.__version__}/kernels.txt")]
+    if not built or "CPU and CUDA kernels" not in built[0]:
+        pytest.skip("the extension was built without the CUDA kernels")
+    needed = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout
+    assert f"libcudart.so.{torch.version.cuda.split('.')[0]}" in needed
