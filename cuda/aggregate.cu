@@ -135,7 +135,11 @@ class Aggregate {
       });
     }
     const Accumulate workers = static_cast<Accumulate>(device_.workers);
-    write([&](uint32_t offset) { return Traits<T>::store(shared_.sums[offset] / workers); });
+    write([&](uint32_t offset) {
+      const Accumulate average = shared_.sums[offset] / workers;
+      // One NaN: the sign and payload of a computed one depend on the device.
+      return Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
+    });
   }
 
   // A payload is not valid: NaN for everyone, and nothing of the payloads is used.

@@ -258,6 +258,21 @@ def test_feedback_is_written_for_the_ranks_asked_for(kernels):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_infinities_that_cancel_leave_the_one_nan_on_both_devices(kernels, dtype):
+    numel, k = 100, 4
+    wide = reference.accumulate_dtype(dtype)
+    value = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    messages = [reference.Message(torch.arange(k), sign * value, True, 0, 0) for sign in (1, -1, 1)]
+    payloads = copied(torch.stack([reference.encode(message, numel) for message in messages]))
+    for run in (kernels.aggregate, torch.ops.regtopk.aggregate_):
+        bucket, rows = aligned(numel, dtype), aligned(3 * k, wide).view(3, k)
+        run(bucket, payloads, feedback=rows, k=k, distortion="current")
+        # Z of 3 workers is v at the first entry and NaN elsewhere.
+        assert same_bits(bucket[1:k], torch.full((k - 1,), torch.nan, dtype=dtype))
+        assert same_bits(rows, torch.tensor([[0.0], [2.0], [0.0]], dtype=wide) + torch.tensor([0.0] + [torch.nan] * 3, dtype=wide))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_the_dense_variant_writes_what_was_sent_and_zero_elsewhere(kernels, dtype):
     numel = 9_001
     twin = Twin(kernels, numel, dtype, density=0.02)

@@ -68,9 +68,12 @@ REGTOPK_HOST_DEVICE inline Accumulate magnitude_ratio(Accumulate numerator, Accu
 
 // The feedback kept for an entry that was sent as `value` and whose sum over all workers came out as `sum`:
 // rho itself for the previous-step form, Z - v for the form printed in Algorithm 1, line 5.
+// Of NaN there is one: the sign and payload of a computed one depend on the device.
 template <typename Accumulate>
 REGTOPK_HOST_DEVICE inline Accumulate feedback_of(Accumulate sum, Accumulate value, Distortion distortion) {
-  return distortion == Distortion::kPrevious ? magnitude_ratio(sum, value) : sum - value;
+  if (distortion == Distortion::kPrevious) return magnitude_ratio(sum, value);
+  const Accumulate difference = sum - value;
+  return difference == difference ? difference : std::numeric_limits<Accumulate>::quiet_NaN();
 }
 
 // Score of an entry that was sent in the last step: |a| tanh(rho / mu), eq. 16. An entry that was not sent scores |a|.
