@@ -23,6 +23,8 @@ TORCH_PACKAGES := torch==2.14.1 torchvision==0.29.1
 else
 VENV ?= .venv-torch-$(TORCH)
 TORCH_PACKAGES := torch==$(TORCH)
+# Some versions of torch refuse the newest setuptools: take the newest that this one allows.
+LOOSEN := s/^setuptools==.*/setuptools>=77/
 endif
 
 BIN := $(abspath $(VENV))/bin
@@ -40,7 +42,8 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES) -r requirements.txt
+	sed '$(LOOSEN)' requirements.txt > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES) -r $(VENV)/requirements.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
