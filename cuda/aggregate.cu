@@ -112,7 +112,7 @@ class Aggregate {
 
  public:
   struct Shared {
-    Accumulate sums[kEntries];
+    alignas(16) Accumulate sums[kEntries];
     uint32_t begin[kRanksAtOnce], end[kRanksAtOnce];
     Set set;
     uint32_t smallest;
@@ -123,7 +123,7 @@ class Aggregate {
       : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
 
   __device__ void run() {
-    for (unsigned i = threadIdx.x; i < kEntries; i += kThreads) shared_.sums[i] = Accumulate{0};
+    for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
     __syncthreads();
     each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) {
       shared_.sums[offset] += Traits<T>::load(value);
@@ -134,18 +134,37 @@ class Aggregate {
         device_.feedback.store(row * static_cast<size_t>(device_.layout.k) + entry, feedback_of(shared_.sums[offset], sent, device_.distortion));
       });
     }
-    const Accumulate workers = static_cast<Accumulate>(device_.workers);
+    const Accumulate workers = static_cast<Accumulate>(device_.workers), reciprocal = Accumulate{1} / workers;
+    if ((device_.workers & (device_.workers - 1)) == 0) {
+      // The reciprocal of a power of two is exact, and the product with it has the bits of the quotient.
+      write([&](uint32_t offset) {
+        const Vector<Accumulate> sums = vector_of_sums(offset);
+        Vector<T> averages;
+#pragma unroll
+        for (int i = 0; i < kVectorEntries; ++i) averages.entry[i] = stored(sums.entry[i] * reciprocal);
+        return averages;
+      });
+      return;
+    }
+    // Nearly all sums are 0, and 0 takes the slow path of a division: one test passes over four of them, and one over each
+    // of the others. No sum is -0, because it began at 0.
     write([&](uint32_t offset) {
-      const Accumulate average = shared_.sums[offset] / workers;
-      // One NaN: the sign and payload of a computed one depend on the device.
-      return Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
+      const Vector<Accumulate> sums = vector_of_sums(offset);
+      Vector<T> averages{};
+      if (sums.entry[0] == 0 && sums.entry[1] == 0 && sums.entry[2] == 0 && sums.entry[3] == 0) return averages;
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) {
+        if (sums.entry[i] != 0) averages.entry[i] = stored(sums.entry[i] / workers);
+      }
+      return averages;
     });
   }
 
   // A payload is not valid: NaN for everyone, and nothing of the payloads is used.
   __device__ void refuse() {
     const Accumulate nan = std::numeric_limits<Accumulate>::quiet_NaN();
-    write([&](uint32_t) { return Traits<T>::store(nan); });
+    const T nan_of_bucket = Traits<T>::store(nan);
+    write([&](uint32_t) { return Vector<T>{nan_of_bucket, nan_of_bucket, nan_of_bucket, nan_of_bucket}; });
     const size_t entries = static_cast<size_t>(device_.feedback_workers) * device_.layout.k, step = size_t{gridDim.x} * kThreads;
     for (size_t i = size_t{blockIdx.x} * kThreads + threadIdx.x; device_.feedback && i < entries; i += step) device_.feedback.store(i, nan);
   }
@@ -195,17 +214,26 @@ class Aggregate {
     __syncthreads();
   }
 
-  template <typename Value>
-  __device__ void write(const Value& value_of) {
+  __device__ Vector<Accumulate>& vector_of_sums(uint32_t offset) { return reinterpret_cast<Vector<Accumulate>*>(shared_.sums)[offset / kVectorEntries]; }
+  // One NaN: the sign and payload of a computed one depend on the device.
+  __device__ static T stored(Accumulate average) {
+    return Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
+  }
+
+  // vector_of(offset) gives the four entries from a multiple of four on; past the bucket's end they go unused.
+  template <typename Values>
+  __device__ void write(const Values& vector_of) {
     const uint32_t first = block_ * kEntries, rest = static_cast<uint32_t>(device_.layout.numel) - first;
     const uint32_t entries = rest < kEntries ? rest : kEntries, whole = entries / kVectorEntries * kVectorEntries;
     for (uint32_t offset = threadIdx.x * kVectorEntries; offset < whole; offset += kThreads * kVectorEntries) {
-      Vector<T> vector;
-#pragma unroll
-      for (int i = 0; i < kVectorEntries; ++i) vector.entry[i] = value_of(offset + i);
-      device_.gradient.store_vector(first + offset, vector);
+      device_.gradient.store_vector(first + offset, vector_of(offset));
     }
-    if (whole + threadIdx.x < entries) device_.gradient.store(first + whole + threadIdx.x, value_of(whole + threadIdx.x));
+    if (threadIdx.x == 0 && whole < entries) {
+      const Vector<T> vector = vector_of(whole);
+      for (uint32_t i = 0; i < kVectorEntries; ++i) {
+        if (whole + i < entries) device_.gradient.store(first + whole + i, vector.entry[i]);
+      }
+    }
   }
 
   const Device& device_;
