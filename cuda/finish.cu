@@ -95,8 +95,8 @@ class Finish {
   }
   __device__ void narrow_list(const Selection<Bits>& selection, uint32_t item) {
     const uint32_t size = device_.counters.load_uniform(kListSize), first = item * kListChunk;
-    const uint32_t end = size - first < kListChunk ? size : first + kListChunk;
-    for (uint32_t at = first + threadIdx.x; at < end; at += kThreads) count_key(selection, listed_key(at));
+    const uint32_t entries = size - first < kListChunk ? size - first : kListChunk;
+    for (uint32_t i = threadIdx.x; i < entries; i += kThreads) count_key(selection, listed_key(first + i));
   }
 
   // a of an entry, after accumulate: the residual, and where a is not finite the residual it had plus the gradient.
