@@ -58,6 +58,7 @@ template <typename T, bool kHasFeedback>
 __global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> device) {
   using Accumulate = typename Traits<T>::Accumulate;
   using Bits = typename Traits<T>::Bits;
+  constexpr unsigned kLoadsAhead = 32 / sizeof(Bits);  // 8 vectors of 16 bytes, 4 of 32
   constexpr unsigned kCoarseShift = sizeof(Bits) * 8 - 1 - kHistogramBits, kFineShift = kCoarseShift - kHistogramBits;
   REGTOPK_SHARED(uint32_t[kHistogramBins], high_bins);
   REGTOPK_SHARED(uint32_t[kHistogramBins], low_bins);
@@ -123,13 +124,24 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> devi
   const uint32_t rank_high = static_cast<uint32_t>(device.sampling.rank_high), rank_low = static_cast<uint32_t>(device.sampling.rank_low);
   const auto coarse = [&](unsigned bin) { return device.histogram.load(bin); };
   const Bin high = find_bin(group, found, rank_high, coarse), low = find_bin(group, found, rank_low, coarse);
-  for (uint32_t first = threadIdx.x * kVectorEntries; first < sectors * kSectorEntries; first += kThreads * kVectorEntries) {
-    const Vector<Bits> keys = device.samples.load_vector(first);
+  // One block alone: what takes its time is the latency of the loads, so many are on their way before the first is used.
+  for (uint32_t first = threadIdx.x * kVectorEntries; first < sectors * kSectorEntries; first += kThreads * kVectorEntries * kLoadsAhead) {
+    Vector<Bits> keys[kLoadsAhead];
 #pragma unroll
-    for (int i = 0; i < kVectorEntries; ++i) {
-      const unsigned bin = keys.entry[i] >> kCoarseShift, fine = (keys.entry[i] >> kFineShift) % kHistogramBins;
-      if (bin == high.index) atomicAdd(&high_bins[fine], 1u);
-      if (bin == low.index) atomicAdd(&low_bins[fine], 1u);
+    for (unsigned v = 0; v < kLoadsAhead; ++v) {
+      const uint32_t at = first + v * kThreads * kVectorEntries;
+      if (at < sectors * kSectorEntries) keys[v] = device.samples.load_vector(at);
+    }
+#pragma unroll
+    for (unsigned v = 0; v < kLoadsAhead; ++v) {
+      if (first + v * kThreads * kVectorEntries >= sectors * kSectorEntries) continue;
+#pragma unroll
+      for (int i = 0; i < kVectorEntries; ++i) {
+        const Bits key = keys[v].entry[i];
+        const unsigned bin = key >> kCoarseShift, fine = (key >> kFineShift) % kHistogramBins;
+        if (bin == high.index) atomicAdd(&high_bins[fine], 1u);
+        if (bin == low.index) atomicAdd(&low_bins[fine], 1u);
+      }
     }
   }
   __syncthreads();
