@@ -5,8 +5,9 @@
 // held by blocks that run, and these wait for even earlier phases: so the first unfinished phase always goes on, with any
 // number of blocks. The block that finishes the last item of a phase decides the next one alone, then publishes it.
 //
-// Memory: a writer's __threadfence before its atomic report, and a reader's after it saw the report, order everything
-// written in a phase before everything read in the next. Nothing here may be loaded through the read-only cache.
+// Memory: a block's writes come before its barrier, that before thread 0's __threadfence, and that before its atomic report;
+// on the other side thread 0 sees the report, fences, and the block's reads come after the barrier. Order through barriers
+// and fences adds up, so one thread's fence serves its block. Nothing here may be loaded through the read-only cache.
 #pragma once
 
 #include <cstdint>
@@ -31,16 +32,20 @@ struct Phases {
   }
   // Reports finished items; true in the block that finished the last one of the phase.
   __device__ bool finish_items(uint32_t items, uint32_t items_of_phase) const {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) shared.last = items > 0 && counters.add(kItemsDone, items) + items == items_of_phase;
+    if (threadIdx.x == 0) {
+      shared.last = false;
+      if (items > 0) {
+        __threadfence();
+        shared.last = counters.add(kItemsDone, items) + items == items_of_phase;
+        __threadfence();
+      }
+    }
     __syncthreads();
-    if (shared.last) __threadfence();
     return shared.last;
   }
   // Ends a phase, after its last block has written what the next one reads.
   __device__ void publish() const {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       counters.store(kItemsDone, 0);

@@ -130,11 +130,13 @@ int64_t zeroed_bytes() {
 
 // True in the one block that comes last of all blocks of the kernel; what the others wrote can then be read.
 __device__ inline bool is_last_block(Global<uint32_t> counters, Counter done, uint32_t& flag) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) flag = counters.add(done, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) {  // one thread's fences serve the block: see phases.cuh
+    __threadfence();
+    flag = counters.add(done, 1) == gridDim.x - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (flag) __threadfence();
   return flag;
 }
 
