@@ -39,7 +39,6 @@ class Finish {
     uint32_t ticket = phases.draw();
     for (uint32_t phase = 0;; ++phase) {
       const Selection<Bits> selection = device_.selection.load_uniform(1 + phase);
-      if (selection.task == Task::kDone) return;
       if (selection.task == Task::kNarrow) clear_bins();
       const uint32_t end = selection.first_ticket + selection.items;
       uint32_t items = 0;
@@ -47,7 +46,12 @@ class Finish {
         work(selection, ticket - selection.first_ticket);
       }
       if (items > 0 && selection.task == Task::kNarrow) add_bins();
-      if (phases.finish_items(items, selection.items)) {
+      const bool last = phases.finish_items(items, selection.items);
+      if (selection.task == Task::kPack) {  // no block waits for the last one, which writes the header
+        if (last && threadIdx.x == 0) write_header();
+        return;
+      }
+      if (last) {
         decide(group, selection, phase);
         phases.publish();
       }
@@ -313,24 +317,23 @@ class Finish {
       selection.collected = 1;
       selection.from_residual = device_.counters.load(kListSize) > static_cast<uint64_t>(device_.sampling.list_capacity);
       choose_task(selection, device_);
-    } else if (selection.task == Task::kCount) {
+    } else {  // kCount
       sum_counts(group, device_.above_before);
       sum_counts(group, device_.ties_before);
       selection.task = Task::kPack;
       selection.items = (device_.blocks + kFinishWarps - 1) / kFinishWarps;
-    } else {
-      if (threadIdx.x == 0) {
-        const bool sent_is_ours = !device_.sent.bytes || shared_.sent_entries > 0;
-        DevicePayloadWriter<T>(device_.payload, device_.layout)
-            .store_header(
-                device_.step, device_.plan, device_.counters.load(kRepeated), device_.counters.load(kDisplaced),
-                device_.counters.load(kNonFinite) != 0, sent_is_ours);
-      }
-      selection.task = Task::kDone;
-      selection.items = 0;
     }
     selection.first_ticket = next_ticket;
     if (threadIdx.x == 0) device_.selection.store(2 + phase, selection);
+  }
+
+  // By one thread, once everything is packed.
+  __device__ void write_header() {
+    const bool sent_is_ours = !device_.sent.bytes || shared_.sent_entries > 0;
+    DevicePayloadWriter<T>(device_.payload, device_.layout)
+        .store_header(
+            device_.step, device_.plan, device_.counters.load(kRepeated), device_.counters.load(kDisplaced),
+            device_.counters.load(kNonFinite) != 0, sent_is_ours);
   }
 
   const Device& device_;

@@ -31,7 +31,7 @@ enum Counter : unsigned {
   kCounters = 16
 };
 
-enum class Task : uint32_t { kNarrow, kCollect, kCount, kPack, kDone };
+enum class Task : uint32_t { kNarrow, kCollect, kCount, kPack };
 
 // What is known of the k-th score: it lies in [low, high], `above` entries score more than high, `inside` lie in the range.
 // low == high says all. And what finish does next, over the list or over the residual.
@@ -47,7 +47,7 @@ struct alignas(16) Selection {
 };
 
 // The bracket and the phases of finish. Narrowing gains 11 bits each time: at most 6 times over the residual and 6 over the
-// list in fp64, and collect, count, pack and done.
+// list in fp64, and collect, count and pack.
 inline constexpr unsigned kSelections = 20;
 
 template <typename T>
