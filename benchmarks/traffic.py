@@ -18,7 +18,7 @@ from regtopk_torch import reference
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the emulation is part of the tests, which are not installed
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, copied  # noqa: E402
 
-COMPRESS, AGGREGATE = ["memset", "sample_kernel", "accumulate_kernel", "finish_kernel"], ["memset", "check_kernel", "aggregate_kernel"]
+COMPRESS, AGGREGATE = ["sample_kernel", "accumulate_kernel", "finish_kernel"], ["check_kernel", "aggregate_kernel"]
 
 
 def limit(dtype):
@@ -95,7 +95,7 @@ def main():
     options = parser.parse_args()
     dtype, mu = getattr(torch, options.dtype), None if options.topk else 1.0
     kernels = Kernels()
-    names = sorted({*COMPRESS, *AGGREGATE}, key=(COMPRESS + AGGREGATE).index)
+    names = COMPRESS + AGGREGATE
     print(f"bytes of global memory per entry, loaded + stored; {options.numel:,} entries of {options.dtype}, "
           f"{'Top-k' if options.topk else 'RegTop-k'}{', bracket forced to miss' if options.missed else ''}")  # fmt: skip
     print(" ".join(["density", " N", *(f"{name.removesuffix('_kernel'):>15}" for name in names), "   total", "limit"]))

@@ -23,7 +23,9 @@ struct AggregateDevice {
   uint32_t first_feedback_worker, feedback_workers;
   Distortion distortion;
   uint64_t step, plan;
-  Global<unsigned long long> status, worst_status;
+  Global<unsigned long long> status;  // the complement of the lowest status found, so that zero says that all are valid
+  Global<uint32_t> left;              // blocks
+  Global<unsigned long long> worst_status;
 
   __device__ PayloadReader<T> reader(uint32_t rank) const {
     return PayloadReader<T>(payloads.offset(static_cast<size_t>(rank) * layout.bytes), layout);
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
        item += uint64_t{gridDim.x} * kWarps) {
     const uint32_t rank = static_cast<uint32_t>(item / tiles), tile = static_cast<uint32_t>(item % tiles);
     const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * layout.bytes);
-    const auto report = [&](PayloadField field) { device.status.take_minimum(0, status_of(rank, field)); };
+    const auto report = [&](PayloadField field) { device.status.take_maximum(0, ~status_of(rank, field)); };
     if (tile == 0 && warp.rank() == 0) {
       const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
       const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
@@ -246,14 +248,19 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 4 : 5)
     aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
-  const unsigned long long status = device.status.load_uniform(0);
+  const unsigned long long status = ~device.status.load_uniform(0);
   Aggregate<T> work(device, shared, blockIdx.x);
-  if (status == kPayloadsValid) {
+  if (!__syncthreads_or(status != kPayloadsValid)) {  // a barrier too: the whole block has read the status
     work.run();
-    return;
+  } else {
+    if (blockIdx.x == 0 && threadIdx.x == 0 && device.worst_status) device.worst_status.take_minimum(0, status);
+    work.refuse();
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && device.worst_status) device.worst_status.take_minimum(0, status);
-  work.refuse();
+  // The last block zeroes the workspace for the next call.
+  if (threadIdx.x == 0 && device.left.add(0, 1) == gridDim.x - 1) {
+    device.status.store(0, 0);
+    device.left.store(0, 0);
+  }
 }
 
 }  // namespace
@@ -264,7 +271,6 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
       misaligned(arguments.gradient) || misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
-  if (const cudaError_t error = fill_bytes(arguments.workspace, 0xff, kAggregateWorkspaceBytes, stream); error != cudaSuccess) return error;
   return with_value_type(arguments.layout.type, [&]<typename T>(T) {
     using Accumulate = typename Traits<T>::Accumulate;
     AggregateDevice<T> device(arguments.layout);
@@ -279,6 +285,7 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     device.step = arguments.step;
     device.plan = arguments.plan;
     device.status = Global(static_cast<unsigned long long*>(arguments.workspace));
+    device.left = Global(static_cast<uint32_t*>(arguments.workspace)).offset(2);
     device.worst_status = Global(arguments.worst_status);
     const int64_t warps = arguments.layout.tiles * arguments.workers, most = int64_t{multiprocessors()} * 8;
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));

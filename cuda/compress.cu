@@ -64,9 +64,6 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
     device.distortion = arguments.distortion;
     device.mu = arguments.mu;
     place_workspace(device, static_cast<uint8_t*>(arguments.workspace), has_feedback);
-    if (const cudaError_t error = fill_bytes(arguments.workspace, 0, static_cast<size_t>(zeroed_bytes<T>()), stream); error != cudaSuccess) {
-      return error;
-    }
     launch_sample(device, has_feedback, stream);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
     launch_accumulate(device, has_feedback, stream);

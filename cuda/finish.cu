@@ -356,7 +356,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
   using Work = Finish<T, kHasFeedback>;
   REGTOPK_SHARED(typename Work::Shared, shared);
   REGTOPK_SHARED(Phases::Shared, phases);
-  Work(device, shared).run(Phases{device.counters, phases});
+  const Phases together{device.counters, phases};
+  Work(device, shared).run(together);
+  together.leave();
 }
 
 }  // namespace

@@ -74,6 +74,10 @@ class Global {
     count(index, 1, Kind::kUpdate);
     return atomicMin(pointer_ + index, value);
   }
+  __device__ Value take_maximum(size_t index, Value value) const {
+    count(index, 1, Kind::kUpdate);
+    return atomicMax(pointer_ + index, value);
+  }
 
  private:
 #if defined(__CUDACC__)

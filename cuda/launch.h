@@ -1,9 +1,13 @@
 // The CUDA kernels as functions of raw device pointers and a stream. They allocate nothing, wait for nothing and put all
 // their work on the stream, so that they can be captured in a graph; errors that the device finds are left on the device.
 //
-//   launch_compress   memset · sample · accumulate · finish       as compress() in csrc/core/compress.h
-//   launch_aggregate  memset · check · aggregate                  as aggregate() in csrc/core/aggregate.h
-//   launch_put_back   put_back                                    as put_back() in csrc/core/compress.h
+//   launch_compress   sample · accumulate · finish       as compress() in csrc/core/compress.h
+//   launch_aggregate  check · aggregate                  as aggregate() in csrc/core/aggregate.h
+//   launch_put_back   put_back                           as put_back() in csrc/core/compress.h
+//
+// step, plan, k and mu are arguments of the kernels: a captured graph replays those it was captured with.
+// A workspace begins with bytes that are zero before the first call that uses it, and that every call leaves zero, whatever
+// the bucket. One workspace serves any number of buckets, one call after the other on one stream.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +52,9 @@ struct CompressLaunch {
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
   Sampling sampling;
-  void* workspace = nullptr;         // compress_workspace_bytes, contents of no meaning before or after
+  void* workspace = nullptr;         // compress_workspace_bytes; of these the first kZeroedBytes are zero before and after
 };
+inline constexpr int64_t kZeroedBytes = 8256;
 int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback, const Sampling& sampling);
 cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream);
 
@@ -68,7 +73,7 @@ struct AggregateLaunch {
   int64_t first_feedback_worker = 0, feedback_workers = 0;
   Distortion distortion = Distortion::kPrevious;
   uint64_t step = 0, plan = 0;        // expected in every header
-  void* workspace = nullptr;          // kAggregateWorkspaceBytes
+  void* workspace = nullptr;          // kAggregateWorkspaceBytes, all zero before and after
   // in and out: the lowest status of all calls so far, kPayloadsValid to begin with; or null. The host may copy it whenever
   // it waits for the stream anyway, and raise the error then.
   unsigned long long* worst_status = nullptr;

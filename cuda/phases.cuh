@@ -60,6 +60,14 @@ struct Phases {
     }
     __syncthreads();
   }
+  // Ends the kernel for a block, once it has read what it will read. The last one to leave, after which no block draws or
+  // waits, zeroes the counters for the next call.
+  __device__ void leave() const {
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (counters.add(kLeft, 1) != gridDim.x - 1) return;
+    for (unsigned counter = 0; counter < kCounters; ++counter) counters.store(counter, 0);
+  }
 };
 
 }  // namespace regtopk

@@ -11,9 +11,6 @@
 #define REGTOPK_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 
 namespace regtopk {
-inline cudaError_t fill_bytes(void* address, int value, size_t bytes, cudaStream_t stream) {
-  return cudaMemsetAsync(address, value, bytes, stream);
-}
 inline cudaError_t launch_error() { return cudaGetLastError(); }
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -33,7 +30,6 @@ inline int multiprocessors() {
   (static_cast<void>(stream), simt::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); }))
 
 namespace regtopk {
-inline cudaError_t fill_bytes(void* address, int value, size_t bytes, cudaStream_t) { return simt::fill(address, value, bytes); }
 inline cudaError_t launch_error() { return simt::error.empty() ? cudaSuccess : cudaErrorInvalidValue; }
 inline int multiprocessors() { return simt::schedule.multiprocessors; }
 }  // namespace regtopk

@@ -16,7 +16,7 @@ inline constexpr uint32_t kHasNonFinite = 0x80000000u;
 // Written in an entry's offset in the list: the entry was sent in the last step.
 inline constexpr uint16_t kWasSent = 0x8000;
 
-// Zeroed at the start of each call.
+// Zero before each call, and zeroed by the last block of finish.
 enum Counter : unsigned {
   kSampleDone,      // blocks
   kAccumulateDone,  // blocks
@@ -28,6 +28,7 @@ enum Counter : unsigned {
   kPhase,           // of finish
   kRepeated,
   kDisplaced,
+  kLeft,            // blocks of finish
   kCounters = 16
 };
 
@@ -72,7 +73,7 @@ struct CompressDevice {
   Sampling sampling;
 
   Global<Selection<Bits>> selection;   // the bracket, then one for each phase of finish: written once, so never half new
-  Global<uint32_t> counters, histogram;
+  Global<uint32_t> counters, histogram;  // who reads the histogram zeroes it
   Global<T> tail_gradient;             // the last J % 4 entries, then zeros: a whole vector
   Global<Accumulate> tail_residual;
   Global<Bits> samples;
@@ -106,9 +107,10 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
     at += (entries * static_cast<int64_t>(sizeof(U)) + kAlignment - 1) / kAlignment * kAlignment;
   };
   using Device = CompressDevice<T>;
-  place(device.selection, kSelections);
   place(device.counters, kCounters);
   place(device.histogram, kHistogramBins);
+  static_assert(sizeof(uint32_t) * (kCounters + kHistogramBins) == kZeroedBytes);
+  place(device.selection, kSelections);
   place(device.tail_gradient, kVectorEntries);
   place(device.tail_residual, kVectorEntries);
   place(device.samples, device.sampling.sectors * 8);
@@ -121,11 +123,6 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   place(device.list_offsets, device.sampling.list_capacity);
   place(device.list_keys, has_feedback ? device.sampling.list_capacity : 0);
   return at;
-}
-// The part that a call zeroes: selection, counters and histogram.
-template <typename T>
-int64_t zeroed_bytes() {
-  return sizeof(Selection<typename Traits<T>::Bits>) * kSelections + sizeof(uint32_t) * (kCounters + kHistogramBins);
 }
 
 // True in the one block that comes last of all blocks of the kernel; what the others wrote can then be read.

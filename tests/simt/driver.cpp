@@ -1,13 +1,21 @@
-// The launchers of cuda/launch.h as C functions on host memory, for tests/test_cuda_emulation.py and benchmarks/traffic.py.
+// The launchers of cuda/launch.h as C functions, for tests/simt/host.py: on host memory in the emulation, on device memory
+// where nvcc compiles this with the kernels into a library that knows no torch.
 #include <sstream>
 
 #include "../../cuda/launch.h"
+#if defined(REGTOPK_EMULATED)
 #include "simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
 using namespace regtopk;
 
 namespace {
 
+std::string error;
+
+#if defined(REGTOPK_EMULATED)
 void allow(const void* pointer, int64_t bytes, bool writable) {
   if (pointer == nullptr || bytes == 0) return;
   const uint8_t* const begin = static_cast<const uint8_t*>(pointer);
@@ -20,9 +28,20 @@ const char* run(const Launch& launch) {
   simt::error.clear();
   const cudaError_t result = launch();
   simt::buffers.clear();
-  if (result != cudaSuccess && simt::error.empty()) simt::error = "the launcher refused its arguments";
-  return simt::error.c_str();
+  error = simt::error;
+  if (result != cudaSuccess && error.empty()) error = "the launcher refused its arguments";
+  return error.c_str();
 }
+#else
+void allow(const void*, int64_t, bool) {}
+
+template <typename Launch>
+const char* run(const Launch& launch) {
+  const cudaError_t result = launch();
+  error = result == cudaSuccess ? "" : result == cudaErrorInvalidValue ? "the launcher refused its arguments" : cudaGetErrorString(result);
+  return error.c_str();
+}
+#endif
 
 int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
 
@@ -30,6 +49,7 @@ int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 
 
 extern "C" {
 
+#if defined(REGTOPK_EMULATED)
 void simt_schedule(int order, uint64_t seed, int resident_blocks, int multiprocessors) {
   simt::schedule = {static_cast<simt::Order>(order), seed, resident_blocks, multiprocessors};
 }
@@ -44,15 +64,18 @@ const char* simt_traffic() {
   text = lines.str();
   return text.c_str();
 }
+#endif
 
 struct SamplingNumbers {
   int64_t sectors, rank_high, rank_low, list_capacity;
 };
 
-void simt_sampling(int64_t numel, int64_t k, SamplingNumbers* out) {
+void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out) {
   const Sampling sampling = sampling_of(numel, k);
   *out = {sampling.sectors, sampling.rank_high, sampling.rank_low, sampling.list_capacity};
 }
+
+int64_t call_zeroed_bytes() { return kZeroedBytes; }
 
 struct CompressCall {
   int64_t type, numel, k;
@@ -66,17 +89,17 @@ struct CompressCall {
   int64_t feedback_entries, distortion;
   double mu;
   SamplingNumbers sampling;
-  void* workspace;
+  void *workspace, *stream;
 };
 
-int64_t simt_compress_workspace(const CompressCall* call) {
+int64_t call_compress_workspace(const CompressCall* call) {
   const auto& s = call->sampling;
   return compress_workspace_bytes(
       PayloadLayout(call->numel, call->k, static_cast<ValueType>(call->type)), call->feedback != nullptr,
       {s.sectors, s.rank_high, s.rank_low, s.list_capacity});
 }
 
-const char* simt_compress(const CompressCall* call) {
+const char* call_compress(const CompressCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
   const PayloadLayout layout(call->numel, call->k, type);
   const auto& s = call->sampling;
@@ -86,7 +109,7 @@ const char* simt_compress(const CompressCall* call) {
   allow(call->payload, layout.bytes, true);
   allow(call->sent, call->sent_bytes, false);
   allow(call->feedback, call->feedback_entries * wide, false);
-  allow(call->workspace, simt_compress_workspace(call), true);
+  allow(call->workspace, call_compress_workspace(call), true);
   return run([&] {
     return launch_compress(
         {.layout = layout,
@@ -103,7 +126,7 @@ const char* simt_compress(const CompressCall* call) {
          .mu = call->mu,
          .sampling = {s.sectors, s.rank_high, s.rank_low, s.list_capacity},
          .workspace = call->workspace},
-        nullptr);
+        static_cast<cudaStream_t>(call->stream));
   });
 }
 
@@ -116,17 +139,17 @@ struct AggregateCall {
   int64_t first_feedback_worker, feedback_workers, distortion;
   uint64_t step, plan;
   unsigned long long* worst_status;
+  void *workspace, *stream;
 };
 
-const char* simt_aggregate(const AggregateCall* call) {
+const char* call_aggregate(const AggregateCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
   const PayloadLayout layout(call->numel, call->k, type);
-  alignas(kAlignment) static uint8_t workspace[kAggregateWorkspaceBytes];
   allow(call->payloads, call->workers * layout.bytes, false);
   allow(call->gradient, layout.numel * value_bytes(type), true);
   allow(call->feedback, call->feedback_workers * layout.k * accumulate_bytes(type), true);
   allow(call->worst_status, sizeof *call->worst_status, true);
-  allow(workspace, sizeof workspace, true);
+  allow(call->workspace, kAggregateWorkspaceBytes, true);
   return run([&] {
     return launch_aggregate(
         {.layout = layout,
@@ -139,18 +162,20 @@ const char* simt_aggregate(const AggregateCall* call) {
          .distortion = static_cast<Distortion>(call->distortion),
          .step = call->step,
          .plan = call->plan,
-         .workspace = workspace,
+         .workspace = call->workspace,
          .worst_status = call->worst_status},
-        nullptr);
+        static_cast<cudaStream_t>(call->stream));
   });
 }
 
-const char* simt_put_back(int64_t type, int64_t numel, const uint8_t* payload, int64_t payload_bytes, void* residual) {
+const char* call_put_back(int64_t type, int64_t numel, const uint8_t* payload, int64_t payload_bytes, void* residual, void* stream) {
   const ValueType value_type = static_cast<ValueType>(type);
   allow(payload, payload_bytes, false);
   allow(residual, numel * accumulate_bytes(value_type), true);
   return run([&] {
-    return launch_put_back({.payload = payload, .payload_bytes = payload_bytes, .type = value_type, .numel = numel, .residual = residual}, nullptr);
+    return launch_put_back(
+        {.payload = payload, .payload_bytes = payload_bytes, .type = value_type, .numel = numel, .residual = residual},
+        static_cast<cudaStream_t>(stream));
   });
 }
 

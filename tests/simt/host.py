@@ -1,4 +1,7 @@
-"""The CUDA kernels on the host: compile them with g++ against the emulation in simt.h, and call them on CPU tensors."""
+"""Call the CUDA kernels without the extension: on CPU tensors in the emulation of simt.h, or on a GPU.
+
+The emulation is compiled with g++. For a GPU the same launchers are compiled with nvcc, without torch, CMake or Python headers.
+"""
 
 import ctypes
 import hashlib
@@ -17,6 +20,7 @@ KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "put_back"
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-lineinfo", "-Xcompiler", "-fPIC"]
 DISTORTIONS = {"previous": 0, "current": 1}
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 PAYLOADS_VALID = 2**64 - 1
@@ -26,14 +30,40 @@ class EmulationError(RuntimeError):
     """What a kernel did wrong: an access outside its buffers, a barrier that not all threads reach, an endless wait."""
 
 
+def _digest(flags, sources):
+    read = sorted({*ROOT.glob("cuda/*.cu*"), *ROOT.glob("cuda/*.h"), *ROOT.glob("tests/simt/*.h"), *ROOT.glob("csrc/core/*.h"), *sources})
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in read:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build_for_gpu(architecture, nvcc="nvcc"):
+    """Return the path of the kernels compiled for one architecture ("90"); compile them, all at once, if a source has changed."""
+    sources = [ROOT / "cuda" / f"{name}.cu" for name in KERNELS] + [ROOT / "tests/simt/driver.cpp", ROOT / "csrc/core/payload.cpp"]
+    library = BUILD / f"libregtopk_sm{architecture}-{_digest(NVCC_FLAGS, sources)}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        objects = [str(BUILD / f"{path.stem}-sm{architecture}-{os.getpid()}.o") for path in sources]
+        command = [nvcc, *NVCC_FLAGS, f"-arch=sm_{architecture}"]
+        compilers = [
+            subprocess.Popen([*command, "-x", "cu", "-c", str(path), "-o", product], stdout=sys.stderr)
+            for path, product in zip(sources, objects, strict=True)
+        ]  # fmt: skip
+        if any([compiler.wait() != 0 for compiler in compilers]):
+            raise RuntimeError("build_for_gpu: expected nvcc to compile the kernels, got the errors above")
+        linked = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-shared", "-o", str(linked), *objects], check=True, stdout=sys.stderr)
+        linked.rename(library)  # another process never sees half of it
+        for path in objects:
+            os.unlink(path)
+    return library
+
+
 def build():
     """Return the path of the compiled emulation; compile it (about 10 s) if a source has changed."""
     sources = [ROOT / "cuda" / f"{name}.cu" for name in KERNELS] + [ROOT / path for path in HOST_SOURCES]
-    read = sorted({*ROOT.glob("cuda/*.cu*"), *ROOT.glob("cuda/*.h"), *ROOT.glob("tests/simt/*.h"), *ROOT.glob("csrc/core/*.h"), *sources})
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in read:
-        digest.update(path.name.encode() + path.read_bytes())
-    library = BUILD / f"libregtopk_simt-{digest.hexdigest()[:16]}.so"
+    library = BUILD / f"libregtopk_simt-{_digest(FLAGS, sources)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         objects = []
@@ -60,6 +90,7 @@ class _Compress(ctypes.Structure):
         ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
         ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
         ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("sampling", _Sampling), ("workspace", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -69,6 +100,7 @@ class _Aggregate(ctypes.Structure):
         ("workers", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("feedback", ctypes.c_void_p),
         ("first_feedback_worker", ctypes.c_int64), ("feedback_workers", ctypes.c_int64), ("distortion", ctypes.c_int64),
         ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("worst_status", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -103,17 +135,52 @@ def copied(tensor):
 
 
 class Kernels:
-    """The launchers of cuda/launch.h; tensors are on the CPU and begin at multiples of 16 bytes."""
+    """The launchers of cuda/launch.h. Tensors begin at multiples of 16 bytes.
 
-    def __init__(self):
-        self._library = ctypes.CDLL(str(build()))
-        for name in ("simt_compress", "simt_aggregate", "simt_put_back", "simt_traffic"):
+    device "emulated": tensors are on the CPU. device "cuda": `library` is what build_for_gpu returned, calls go to the current
+    stream of the current GPU, and tensors of the CPU are copied there for the call and back after it.
+    """
+
+    def __init__(self, device="emulated", library=None):
+        self.device = device
+        self._library = ctypes.CDLL(str(library or build()))
+        for name in ("call_compress", "call_aggregate", "call_put_back") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self._library.simt_compress_workspace.restype = ctypes.c_int64
+        for name in ("call_compress_workspace", "call_zeroed_bytes"):
+            getattr(self._library, name).restype = ctypes.c_int64
+
+    @contextmanager
+    def _operands(self, *tensors):
+        """Yield the tensors where the kernels reach them; copy those that were moved back afterwards."""
+        there = tensors
+        if self.device == "cuda":
+            there = [tensor if tensor is None or tensor.is_cuda else tensor.cuda() for tensor in tensors]
+        yield there
+        for tensor, moved in zip(tensors, there, strict=True):
+            if tensor is not moved:
+                tensor.copy_(moved)
+
+    def _stream(self):
+        return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
+
+    def _workspace(self, numel, zeroed):
+        """Garbage behind as many zeros as a workspace begins with."""
+        workspace = torch.full((numel,), 0xAB, dtype=torch.uint8, device="cuda") if self.device == "cuda" else aligned(numel, torch.uint8).fill_(0xAB)
+        workspace[:zeroed] = 0
+        return workspace
+
+    def compress_workspace(self, numel, k, dtype, *, has_feedback, sampling=None):
+        """A workspace for compress; of no other use than to give it."""
+        sampling = sampling or self.sampling(numel, k)
+        call = _Compress(type=VALUE_TYPES[dtype], numel=numel, k=k, feedback=1 if has_feedback else None, sampling=_Sampling(**vars(sampling)))
+        return self._workspace(self._library.call_compress_workspace(ctypes.byref(call)), self._library.call_zeroed_bytes())
 
     @contextmanager
     def schedule(self, order="ascending", *, seed=0, resident_blocks=1, multiprocessors=2):
-        """Run the blocks of every kernel, and the threads of a block, in this order; several blocks interleaved."""
+        """Run the blocks of every kernel, and the threads of a block, in this order; several blocks interleaved. A GPU decides itself."""
+        if self.device == "cuda":
+            yield
+            return
         self._library.simt_schedule(ORDERS[order], ctypes.c_uint64(seed), resident_blocks, multiprocessors)
         try:
             yield
@@ -139,39 +206,59 @@ class Kernels:
 
     def sampling(self, numel, k):
         numbers = _Sampling()
-        self._library.simt_sampling(ctypes.c_int64(numel), ctypes.c_int64(k), ctypes.byref(numbers))
+        self._library.call_sampling(ctypes.c_int64(numel), ctypes.c_int64(k), ctypes.byref(numbers))
         return Sampling(numbers.sectors, numbers.rank_high, numbers.rank_low, numbers.list_capacity)
 
-    def compress(self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None):
-        """As regtopk::compress_; `residual` and `payload` are written."""
+    def compress(
+        self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None
+    ):  # fmt: skip
+        """As regtopk::compress_; `residual` and `payload` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
-        call = _Compress(
-            VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
-            _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
-            DISTORTIONS[distortion], mu, _Sampling(sampling.sectors, sampling.rank_high, sampling.rank_low, sampling.list_capacity), None,
-        )  # fmt: skip
-        workspace = aligned(self._library.simt_compress_workspace(ctypes.byref(call)), torch.uint8).fill_(0xAB)
-        call.workspace = workspace.data_ptr()
-        self._raise(self._library.simt_compress(ctypes.byref(call)))
+        used = workspace
+        if used is None:
+            used = self.compress_workspace(gradient.numel(), k, gradient.dtype, has_feedback=feedback is not None, sampling=sampling)
+        with self._operands(gradient, residual, payload, sent, feedback) as (gradient, residual, payload, sent, feedback):
+            call = _Compress(
+                VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
+                _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
+                DISTORTIONS[distortion], mu, _Sampling(**vars(sampling)), _pointer(used), self._stream(),
+            )  # fmt: skip
+            self._raise(self._library.call_compress(ctypes.byref(call)))
+        if workspace is None and used[: self._library.call_zeroed_bytes()].any():
+            raise EmulationError("compress left its workspace without the zeros it begins with")
 
-    def aggregate(self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0):
-        """As regtopk::aggregate_; returns what the device found wrong with the payloads, PAYLOADS_VALID if nothing."""
-        status = torch.full((1,), -1, dtype=torch.int64)
-        call = _Aggregate(
-            VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(payloads), payloads.shape[0], _pointer(gradient), _pointer(feedback),
-            rank, 0 if feedback is None else feedback.shape[0], DISTORTIONS[distortion], step, plan, _pointer(status),
-        )  # fmt: skip
-        self._raise(self._library.simt_aggregate(ctypes.byref(call)))
-        return int(status) % 2**64
+    def aggregate(
+        self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0, workspace=None, status=None
+    ):  # fmt: skip
+        """As regtopk::aggregate_; returns what the device found wrong with the payloads, PAYLOADS_VALID if nothing.
+
+        With a workspace of 16 zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
+        """
+        used, found = workspace, status
+        if workspace is None:
+            used = self._workspace(16, 16)
+            found = torch.full((1,), -1, dtype=torch.int64, device=used.device)
+        with self._operands(gradient, payloads, feedback) as (gradient, payloads, feedback):
+            call = _Aggregate(
+                VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(payloads), payloads.shape[0], _pointer(gradient), _pointer(feedback),
+                rank, 0 if feedback is None else feedback.shape[0], DISTORTIONS[distortion], step, plan, _pointer(found), _pointer(used), self._stream(),
+            )  # fmt: skip
+            self._raise(self._library.call_aggregate(ctypes.byref(call)))
+        if workspace is not None:
+            return None
+        if used.any():
+            raise EmulationError("aggregate left its workspace without the zeros it begins with")
+        return int(found) % 2**64
 
     def put_back(self, residual, payload, *, dtype):
         """As regtopk::put_back_; `residual` is written."""
-        self._raise(
-            self._library.simt_put_back(
-                ctypes.c_int64(VALUE_TYPES[dtype]), ctypes.c_int64(residual.numel()), ctypes.c_void_p(payload.data_ptr()),
-                ctypes.c_int64(payload.numel()), ctypes.c_void_p(residual.data_ptr()),
-            )  # fmt: skip
-        )
+        with self._operands(residual, payload) as (residual, payload):
+            self._raise(
+                self._library.call_put_back(
+                    ctypes.c_int64(VALUE_TYPES[dtype]), ctypes.c_int64(residual.numel()), ctypes.c_void_p(payload.data_ptr()),
+                    ctypes.c_int64(payload.numel()), ctypes.c_void_p(residual.data_ptr()), ctypes.c_void_p(self._stream()),
+                )  # fmt: skip
+            )
 
     @staticmethod
     def _raise(error):

@@ -181,14 +181,6 @@ void launch(const char* kernel, unsigned blocks, unsigned threads, const std::fu
   if (!error.empty() && error.find(name) == std::string::npos) error = name + ": " + error;
 }
 
-cudaError_t fill(void* address, int value, size_t bytes) {
-  counted = &traffic["memset"];
-  touch(address, bytes, Access::kStore);
-  if (!error.empty()) return cudaErrorInvalidValue;
-  std::memset(address, value, bytes);
-  return cudaSuccess;
-}
-
 void touch(const void* address, size_t bytes, Access access) {
   if (access != Access::kStore) counted->loaded += static_cast<int64_t>(bytes);
   if (access != Access::kLoad) counted->stored += static_cast<int64_t>(bytes);
@@ -199,10 +191,6 @@ void touch(const void* address, size_t bytes, Access access) {
       if (reinterpret_cast<uintptr_t>(address) % std::min<size_t>(bytes, 16) != 0 && (bytes & (bytes - 1)) == 0) break;
       return;
     }
-  }
-  if (block == nullptr) {
-    error = "memset outside the buffers of the call";
-    return;
   }
   fail("access of " + std::to_string(bytes) + " bytes outside the buffers of the call, misaligned, or to a read-only one");
   leave(State::kDone);  // the scheduler sees the error and never comes back

@@ -64,7 +64,6 @@ enum class Access { kLoad, kStore, kUpdate };
 void touch(const void* address, size_t bytes, Access access);
 
 void launch(const char* kernel, unsigned blocks, unsigned threads, const std::function<void()>& body);
-cudaError_t fill(void* address, int value, size_t bytes);
 
 // Shared memory of the current block. Filled with garbage at the start of a block, as on a device.
 void* shared(const void* key, size_t bytes);
@@ -117,6 +116,12 @@ template <typename T>
 T atomicMin(T* address, T value) {
   const T old = *address;
   if (value < old) *address = value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  if (value > old) *address = value;
   return old;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
