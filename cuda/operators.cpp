@@ -4,11 +4,14 @@
 // can tell is checked on the device (launch.h), because nothing here waits for it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "../csrc/ops/checks.h"
@@ -38,17 +41,62 @@ void check_countable(const char* who, int64_t numel) {
 }
 
 void check_launched(const char* who, cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, who, ": expected the kernels to launch, got ", cudaGetErrorString(error));
+  // The error may be that of a kernel that ran before: the CUDA runtime reports it to whoever asks next.
+  TORCH_CHECK(
+      error == cudaSuccess, who, ": expected the kernels to launch, got ", cudaGetErrorString(error),
+      "; the kernels may have failed to launch, or an earlier kernel of this process failed");
 }
 
-at::Tensor workspace_on(const at::Device& device, int64_t bytes) {
-  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+bool is_capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+
+// The workspaces of one operator. One is kept for each stream and grows to what its largest bucket needs: calls on a stream
+// come one after the other, and each leaves the zeros that the next one expects (launch.h). A captured call takes one of its
+// own from the graph's memory and zeroes it in the graph, because the graph may be replayed on any stream.
+class Workspaces {
+ public:
+  // Calls launch(address) and checks what it returns. No other thread launches meanwhile: kernels of two calls that share a
+  // workspace must not be mixed on the stream.
+  template <typename Launch>
+  void with(const char* who, const c10::cuda::CUDAStream& stream, int64_t bytes, int64_t zeroed_bytes, const Launch& launch) {
+    if (is_capturing()) {
+      const at::Tensor workspace = make(stream.device(), bytes, zeroed_bytes);
+      check_launched(who, launch(workspace.mutable_data_ptr()));
+      return;
+    }
+    const std::lock_guard lock(mutex_);
+    at::Tensor& kept = kept_[{stream.device_index(), stream.id()}];
+    if (!kept.defined() || kept.numel() < bytes) kept = make(stream.device(), bytes, zeroed_bytes);
+    const cudaError_t error = launch(kept.mutable_data_ptr());
+    if (error != cudaSuccess) kept.reset();  // its zeros may be gone
+    check_launched(who, error);
+  }
+
+ private:
+  static at::Tensor make(const at::Device& device, int64_t bytes, int64_t zeroed_bytes) {
+    at::Tensor workspace = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    workspace.narrow(0, 0, zeroed_bytes).zero_();
+    return workspace;
+  }
+
+  std::mutex mutex_;
+  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor> kept_;
+};
+
+// Never freed: the CUDA runtime may be gone at exit.
+Workspaces& compress_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
+}
+Workspaces& aggregate_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
 }
 
 // One word per device: the lowest status of all calls of aggregate_, kPayloadsValid while every payload was valid. It stays
 // allocated for the life of the process. A reader that waits for the stream anyway, such as stats() or check(), copies it
-// from here. The first call on a device fills it, so that call must not be part of a captured graph.
-unsigned long long* worst_status_on(const at::Device& device) {
+// from here. The first call on a device fills it and waits until it is filled, for the calls on other streams; so the first
+// call is refused in a graph capture, whose replays would fill the word again.
+unsigned long long* worst_status_on(const char* who, const at::Device& device) {
   static std::mutex mutex;
   static auto* const words = new std::vector<at::Tensor>;  // never freed: the CUDA runtime may be gone at exit
   const std::lock_guard lock(mutex);
@@ -56,8 +104,11 @@ unsigned long long* worst_status_on(const at::Device& device) {
   if (words->size() <= index) words->resize(index + 1);
   at::Tensor& word = (*words)[index];
   if (!word.defined()) {
+    TORCH_CHECK(!is_capturing(), who, ": expected a first call on ", device, " before a graph capture, got one inside it; call it once, then capture");
     static_assert(kPayloadsValid == ~0ull);
-    word = at::full({1}, -1, at::TensorOptions().dtype(at::kLong).device(device));
+    const at::Tensor filled = at::full({1}, -1, at::TensorOptions().dtype(at::kLong).device(device));
+    check_launched(who, cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream(device.index())));
+    word = filled;
   }
   return reinterpret_cast<unsigned long long*>(word.mutable_data_ptr<int64_t>());
 }
@@ -109,9 +160,12 @@ void compress_cuda(
   arguments.sampling = sampling_of(numel, k);
 
   const c10::cuda::CUDAGuard guard(device);
-  const at::Tensor workspace = workspace_on(device, compress_workspace_bytes(arguments.layout, feedback.has_value(), arguments.sampling));
-  arguments.workspace = workspace.mutable_data_ptr();
-  check_launched(who, launch_compress(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  const int64_t workspace_bytes = compress_workspace_bytes(arguments.layout, feedback.has_value(), arguments.sampling);
+  compress_workspaces().with(who, stream, workspace_bytes, kZeroedBytes, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_compress(arguments, stream);
+  });
 }
 
 void aggregate_cuda(
@@ -142,10 +196,12 @@ void aggregate_cuda(
   arguments.plan = static_cast<uint64_t>(plan);
 
   const c10::cuda::CUDAGuard guard(device);
-  const at::Tensor workspace = workspace_on(device, kAggregateWorkspaceBytes);
-  arguments.workspace = workspace.mutable_data_ptr();
-  arguments.worst_status = worst_status_on(device);
-  check_launched(who, launch_aggregate(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+  arguments.worst_status = worst_status_on(who, device);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  aggregate_workspaces().with(who, stream, kAggregateWorkspaceBytes, kAggregateWorkspaceBytes, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_aggregate(arguments, stream);
+  });
 }
 
 void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype) {
