@@ -37,7 +37,7 @@ __device__ unsigned long long status_of(uint32_t rank, PayloadField field) {
 }
 
 // A warp owns one payload tile of one rank; the first tile's also checks the header.
-// Reads 2 bytes per entry of each payload, or the bitmap, and 8 bytes per payload tile. What is reported is the smallest of all findings, whoever comes first.
+// Reads 2 bytes per entry of each payload (2 more for one in 16), or the bitmap, and 8 bytes per payload tile. What is reported is the smallest of all findings, whoever comes first.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ AggregateDevice<T> device) {
   constexpr uint32_t kWarps = kThreads / kWarpThreads;
@@ -69,12 +69,23 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
     bool valid = true;
     if (layout.support == Support::kOffsets) {
       const Global<const uint16_t> offsets = bytes.template at_byte<const uint16_t>(layout.support_at);
-      uint32_t last = 0xffffffffu;  // offset before the next one that a lane reads; none yet: one less than 0
-      for (uint32_t first = begin; first < end; first += kWarpThreads) {
-        const uint32_t entry = first + warp.rank(), offset = entry < end ? offsets.load(entry) : 0;
-        const uint32_t from_lane = __shfl_up_sync(kAllLanes, offset, 1), before = warp.rank() == 0 ? last : from_lane;
-        valid &= entry >= end || (offset < entries && offset + 1 > before + 1);
-        last = __shfl_sync(kAllLanes, offset, kWarpThreads - 1);
+      // A lane reads four vectors and the offset before them, all at once, from an entry on that is a multiple of 16.
+      constexpr uint32_t kVectors = 4, kRun = kVectors * kVectorEntries;
+#pragma unroll 1
+      for (uint32_t first = begin / kRun * kRun + warp.rank() * kRun; first < end; first += kWarpThreads * kRun) {
+        Vector<uint16_t> run[kVectors];
+#pragma unroll
+        for (uint32_t v = 0; v < kVectors; ++v) {
+          const uint32_t at = first + v * kVectorEntries;
+          run[v] = at < end ? offsets.load_vector(at) : Vector<uint16_t>{};
+        }
+        uint32_t before = first > begin ? offsets.load(first - 1) : 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kRun; ++i) {
+          const uint32_t entry = first + i, offset = run[i / kVectorEntries].entry[i % kVectorEntries];
+          valid &= entry < begin || entry >= end || (offset < entries && (entry == begin || offset > before));
+          before = offset;
+        }
       }
     } else {
       const Global<const uint32_t> words = bytes.template at_byte<const uint32_t>(layout.support_at);
