@@ -2,6 +2,7 @@
 # make test  [ARGS="-k payload"]                  set up, run the test suite
 # make setup                                      the set-up alone: a virtual environment, dependencies, the extension
 # make cuda                                       compile the CUDA kernels for every architecture and check them; needs nvcc, no GPU
+# make gpu-check OUT=DIR [DEVICE=emulated]        check and time the kernels on this machine's GPU with the torch of PYTHON, 8 minutes at most
 # make sanitize                                   the core and the exchange's threads under Address-, UB- and ThreadSanitizer
 # make fuzz [SECONDS=60]                          feed the decoder of payloads and the loader of checkpoints with damaged bytes
 # make check-all                                  every test, the ones that take minutes too, make sanitize and make fuzz
@@ -34,7 +35,7 @@ BUILT := build/built-for-torch-$(TORCH)-cuda-$(REGTOPK_CUDA)
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 WORKERS = $(or $(shell printf '%s\n' '$(ARGS)' | sed -n 's/.*--workers[ =]\{1,\}\([0-9][0-9]*\).*/\1/p'),2)
 
-.PHONY: setup train test cuda sanitize fuzz check-all clean
+.PHONY: setup train test cuda gpu-check sanitize fuzz check-all clean
 
 setup: $(BUILT)
 
@@ -63,6 +64,13 @@ test: setup
 
 cuda:
 	$(PYTHON) cuda/compile.py
+
+# No set-up: where there is a GPU there may be no network. Emulated, it needs the extension of the set-up.
+DEVICE ?= cuda
+GPU_PYTHON = $(if $(filter emulated,$(DEVICE)),$(BIN)/python,$(PYTHON))
+gpu-check: $(if $(filter emulated,$(DEVICE)),setup)
+	@test -n "$(OUT)" || { echo "make gpu-check: expected OUT=DIR, a folder for the results"; exit 1; }
+	$(GPU_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --device $(DEVICE) $(ARGS)
 
 # The native tests need no torch, but their cmake is that of the environment.
 build/sanitize-%: $(INSTALLED)

@@ -13,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests and benchmarks are not installed
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
+from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
 emulation_alone = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation, not about the kernels")
@@ -85,47 +86,6 @@ def gradients_of(numel, dtype, *, seed=0):
     steady = torch.randn(numel, generator=generator) * torch.exp(torch.randn(numel, generator=generator))
     while True:
         yield (steady + 0.3 * torch.randn(numel, generator=generator)).to(dtype)
-
-
-def hard_inputs(numel):
-    """{name: gradient}: what a choice by bracket and histogram might stumble over."""
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(numel, generator=generator)
-    ramp = torch.linspace(1e-3, 1e3, numel)
-    mostly = torch.where(torch.rand(numel, generator=generator) < 0.99, torch.tensor(0.25), noise)
-    some, many = noise.clone(), noise.clone()
-    some[5 :: max(1, numel // 7)] = torch.inf
-    some[-1] = -torch.inf
-    some[numel // 2] = torch.nan
-    many[torch.rand(numel, generator=generator) < 0.6] = torch.nan
-    many[torch.rand(numel, generator=generator) < 0.5] = -torch.inf
-    return {
-        "all equal": torch.full((numel,), -0.5),
-        "all zero": torch.zeros(numel),
-        "one value in 99 %": mostly,
-        "one binade": (1 + torch.rand(numel, generator=generator)) * noise.sign(),
-        "layers 1e6 apart": noise * torch.logspace(-6, 6, 7).repeat_interleave(-(-numel // 7))[:numel],
-        "ascending": ramp,
-        "descending": ramp.flip(0),
-        "subnormal": noise * 1e-40,
-        "some not finite": some,
-        "many not finite": many,
-        "all nan": torch.full((numel,), torch.nan),
-    }
-
-
-def brackets_of(numel):
-    """{name: changes to Sampling}: brackets that hold the k-th score, that miss it, and lists that cannot hold it."""
-    sectors = max(1, numel // 8 // 4)
-    samples = 8 * sectors
-    return {
-        "everything": dict(sectors=0, rank_high=0, rank_low=0, list_capacity=numel),
-        "wide": dict(sectors=sectors, rank_high=1, rank_low=0, list_capacity=numel),
-        "too high": dict(sectors=sectors, rank_high=1, rank_low=1, list_capacity=numel),
-        "too low": dict(sectors=sectors, rank_high=samples, rank_low=samples, list_capacity=numel),
-        "too low, list too short": dict(sectors=sectors, rank_high=samples, rank_low=samples, list_capacity=numel // 2),
-        "list of one": dict(sectors=sectors, rank_high=0, rank_low=samples // 2, list_capacity=1),
-    }
 
 
 HARD, BRACKETS = list(hard_inputs(64)), list(brackets_of(64))

@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "../../cuda/launch.h"
+#include "calls.h"
 #if defined(REGTOPK_EMULATED)
 #include "simt.h"
 #else
@@ -66,31 +67,14 @@ const char* simt_traffic() {
 }
 #endif
 
-struct SamplingNumbers {
-  int64_t sectors, rank_high, rank_low, list_capacity;
-};
-
 void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out) {
   const Sampling sampling = sampling_of(numel, k);
   *out = {sampling.sectors, sampling.rank_high, sampling.rank_low, sampling.list_capacity};
 }
 
-int64_t call_zeroed_bytes() { return kZeroedBytes; }
+int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type) { return PayloadLayout(numel, k, static_cast<ValueType>(type)).bytes; }
 
-struct CompressCall {
-  int64_t type, numel, k;
-  const void* gradient;
-  void* residual;
-  uint8_t* payload;
-  uint64_t step, plan;
-  const uint8_t* sent;
-  int64_t sent_bytes;
-  const void* feedback;
-  int64_t feedback_entries, distortion;
-  double mu;
-  SamplingNumbers sampling;
-  void *workspace, *stream;
-};
+int64_t call_zeroed_bytes() { return kZeroedBytes; }
 
 int64_t call_compress_workspace(const CompressCall* call) {
   const auto& s = call->sampling;
@@ -129,18 +113,6 @@ const char* call_compress(const CompressCall* call) {
         static_cast<cudaStream_t>(call->stream));
   });
 }
-
-struct AggregateCall {
-  int64_t type, numel, k;
-  const uint8_t* payloads;
-  int64_t workers;
-  void* gradient;
-  void* feedback;
-  int64_t first_feedback_worker, feedback_workers, distortion;
-  uint64_t step, plan;
-  unsigned long long* worst_status;
-  void *workspace, *stream;
-};
 
 const char* call_aggregate(const AggregateCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);

@@ -1,0 +1,31 @@
+"""The parts of a check, in the order in which they run. Another part is one function that takes a Log, and one line here."""
+
+from dataclasses import dataclass
+from typing import Callable
+
+from benchmarks.gpu_check import build, correctness, memory, sanitize, timing
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    title: str
+    function: Callable
+    seconds: float  # at most
+    gpu_alone: bool = False  # the emulation has nothing of it
+
+
+PARTS = [
+    Part("build", "compile for this GPU: the kernels by nvcc alone, and the extension", build.build, 170),
+    Part("kernels", "the cases of tests/test_cuda_emulation.py", correctness.kernels, 75),
+    Part("operators", "bytes equal to the CPU's: types, sizes, densities, hard inputs", correctness.operators, 75),
+    Part("misses", "bytes equal to the CPU's whatever the bracket", correctness.misses, 40),
+    Part("graph", "no synchronisation; capture and replay", correctness.graph, 30, gpu_alone=True),
+    Part("races", "300 calls beside a loaded stream give one result", correctness.races, 40),
+    Part("times", "time against a copy of equal bytes, the torch chain and torch.topk", timing.times, 130),
+    Part("sanitizer", "compute-sanitizer on small sizes", sanitize.sanitizer, 60),
+    Part("variants", "what was predicted of single mends", timing.variants, 40),
+    Part("memory", "bytes beyond gradient and residual", memory.memory, 20),
+    Part("profile", "stalls and throughput of each kernel, by ncu", sanitize.profile, 45, gpu_alone=True),
+    Part("large", "buckets of 2^31 + 5 and 2^32 - 1 entries", correctness.large, 45),
+]

@@ -1,0 +1,74 @@
+"""The kernels under NVIDIA's tools, in a small program without torch (steps.cpp)."""
+
+import itertools
+import pathlib
+import shutil
+import subprocess
+
+from tests.simt import host
+
+from benchmarks.gpu_check import machine
+from benchmarks.gpu_check.log import NotRun
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+
+
+def steps_program(log):
+    return host.BUILD / f"steps-{log.device}"
+
+
+def build_steps(log):
+    source = ROOT / "benchmarks/gpu_check/steps.cpp"
+    if log.emulated:
+        command = ["g++", *host.FLAGS, str(source), str(host.build())]
+    else:
+        library = host.build_for_gpu(machine.architecture())
+        command = ["nvcc", "-std=c++20", "-O2", f"-arch=sm_{machine.architecture()}", str(source), str(library)]
+    rpath = f"-Wl,-rpath,{host.BUILD}" if log.emulated else f"-Xlinker=-rpath,{host.BUILD}"
+    subprocess.run([*command, rpath, "-o", str(steps_program(log))], check=True)
+
+
+def run_steps(log, numel, density, value_type, *, steps=3, missed=False, before=(), seconds=60):
+    command = [*before, str(steps_program(log)), str(numel), str(density), str(value_type), str(steps), str(int(missed))]
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    print(done.stdout[-4000:], done.stderr[-4000:], flush=True)
+    return done
+
+
+def sanitizer(log):
+    """memcheck and racecheck first, of all types with the bracket held and missed; then the other two of fp32."""
+    numel = 9_001 if log.emulated else 100_003
+    done = run_steps(log, numel, 0.01, 1)
+    log.check(done.returncode == 0, f"expected the steps to run without a tool, got {done.stderr[-500:]}")
+    tool = shutil.which("compute-sanitizer")
+    if log.emulated or tool is None:
+        raise NotRun("no compute-sanitizer for what is emulated" if log.emulated else "no compute-sanitizer on PATH")
+    cases = [(name, 1, missed) for name in TOOLS for missed in (False, True)]
+    cases += [(name, value_type, missed) for name, value_type, missed in itertools.product(TOOLS[:2], (0, 2, 3), (False, True))]
+    for number, (name, value_type, missed) in enumerate(cases):
+        if log.seconds_left() < 5:
+            log.write("left out", cases=len(cases) - number)
+            break
+        done = run_steps(log, numel, 0.01, value_type, missed=missed, before=[tool, "--tool", name, "--error-exitcode", "9"], seconds=log.seconds_left())
+        log.write("sanitized", tool=name, type=value_type, missed=missed, returncode=done.returncode, words=done.stdout.strip().splitlines()[-1:])
+        log.check(done.returncode == 0, f"expected nothing from {name} (type {value_type}, missed {missed}), got {done.stdout[-800:]}{done.stderr[-200:]}")
+
+
+def profile(log):
+    """What ncu sees of each kernel in the third step, to profile.txt."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        raise NotRun("no ncu on PATH")
+    sections = itertools.chain.from_iterable(("--section", name) for name in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy"))
+    for numel in (11_200_000, 1_100_000):
+        if log.seconds_left() < 10:
+            log.write("left out", numel=numel)
+            break
+        # A step of two workers is 6 + 2 + 1 kernels; the second one is looked at, its put_back left out.
+        before = [tool, "--clock-control", "none", "--launch-skip", "9", "--launch-count", "8", *sections]
+        done = run_steps(log, numel, 1e-3, 1, steps=2, before=before, seconds=log.seconds_left())
+        with open(log.folder / "profile.txt", "a", encoding="utf-8") as file:
+            file.write(done.stdout)
+        log.check(done.returncode == 0, f"expected ncu to profile, got {done.stdout[-300:]}{done.stderr[-300:]}")
