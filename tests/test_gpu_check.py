@@ -1,0 +1,99 @@
+"""make gpu-check, on the emulation: every part runs, the lines say what was checked, and what is wrong fails it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # benchmarks are not installed
+
+from benchmarks.gpu_check import summary  # noqa: E402
+from benchmarks.gpu_check.log import Log  # noqa: E402
+from benchmarks.gpu_check.parts import PARTS, Part  # noqa: E402
+
+FACTS = {"card", "torch", "cuda", "commit", "sources", "part", "event"}
+
+
+def check(folder, *options, timeout=900):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(folder), "--device", "emulated", "--seconds", "900", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return done, [json.loads(line) for line in (folder / "gpu-check.jsonl").read_text().splitlines()]
+
+
+def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_path):
+    done, lines = check(tmp_path, "--commit", "abc")
+    assert done.returncode == 0, done.stdout + (tmp_path / "gpu-check.log").read_text()[-3000:]
+    assert all(FACTS <= set(line) and line["commit"] == "abc" and line["card"] == "emulated" for line in lines)
+    results = {line["name"]: line["result"] for line in lines if line["event"] == "part"}
+    assert results == {part.name: "not run" if part.gpu_alone or part.name == "sanitizer" else "passed" for part in PARTS}
+    text = (tmp_path / "gpu-check.txt").read_text()
+    assert "no part failed" in text and "x: against the copy of equal bytes" in text
+    assert done.stdout.rstrip().endswith(text.rstrip())
+    again = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path), "--device", "emulated"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert again.returncode != 0 and "expected a folder without gpu-check.jsonl" in again.stderr
+
+
+def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
+    from benchmarks.gpu_check import correctness, machine
+
+    class Wrong(machine.Operators):
+        """The CPU's operators, but for one bit of the payload."""
+
+        def compress(self, gradient, residual, payload, **keywords):
+            super().compress(gradient, residual, payload, **keywords)
+            payload[-1] ^= 1
+
+    log = Log(tmp_path, "emulated", "abc", "operators")
+    pair = correctness.Pair(log, machine.Operators(), 16, correctness.FLOATS[0], 0.25, "previous")
+    gradients = [next(correctness.steady(log, 16, correctness.FLOATS[0], seed)) for seed in range(2)]
+    assert pair.take_step(gradients) and log.failures == 0
+    wrong = correctness.Pair(log, Wrong(), 16, correctness.FLOATS[0], 0.25, "previous")
+    assert not wrong.take_step(gradients)
+    assert log.failures > 0
+    log.write("part", name="operators", title="", result="failed", reason="", seconds=1)
+    text, failed = summary.of(tmp_path / "gpu-check.jsonl")
+    assert failed and "expected the CPU's payload of worker 0, got others" in text and "failed: operators" in text
+
+
+def test_a_part_that_hangs_or_crashes_costs_itself_alone(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from benchmarks.gpu_check import __main__ as main
+
+    # A part's process is replaced by one that hangs, or dies.
+    options = SimpleNamespace(out=tmp_path, device="emulated", commit="abc")
+    part = Part("build", "", lambda log: None, 1)
+    monkeypatch.setattr(main.sys, "executable", shutil.which("true"))
+    assert main.run_in_process(part, options, 20) == ("passed", "")
+    for name, script, expected in (("hangs", "sleep 60", ("failed", "still ran after 1 s")), ("dies", "kill -SEGV $$", ("failed", "ended by signal 11"))):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(main.sys, "executable", str(program))
+        assert main.run_in_process(part, options, 1 if name == "hangs" else 20) == expected
+
+
+def test_parts_without_time_left_are_reported(tmp_path):
+    done, lines = check(tmp_path, "--seconds", "1")
+    assert {line["reason"] for line in lines if line["event"] == "part"} == {"no time left", "the emulation has nothing of it"}
+    assert "no time left" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_check_asks_for_a_folder():
+    done = subprocess.run(["make", "gpu-check"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OUT": ""})
+    assert done.returncode != 0 and "make gpu-check: expected OUT=DIR" in done.stdout
+
+
+def test_a_machine_without_a_tool_is_told_which(monkeypatch):
+    from benchmarks.gpu_check import build
+
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: None if name in ("nvcc", "ninja", "make") else f"/bin/{name}")
+    assert build.missing() == ["nvcc on PATH", "ninja or make on PATH"]
