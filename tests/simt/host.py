@@ -146,7 +146,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library or build()))
         for name in ("call_compress", "call_aggregate", "call_put_back") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_zeroed_bytes"):
+        for name in ("call_compress_workspace", "call_zeroed_bytes", "call_payload_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -168,6 +168,9 @@ class Kernels:
         workspace = torch.full((numel,), 0xAB, dtype=torch.uint8, device="cuda") if self.device == "cuda" else aligned(numel, torch.uint8).fill_(0xAB)
         workspace[:zeroed] = 0
         return workspace
+
+    def payload_bytes(self, numel, k, dtype):
+        return self._library.call_payload_bytes(ctypes.c_int64(numel), ctypes.c_int64(k), ctypes.c_int64(VALUE_TYPES[dtype]))
 
     def compress_workspace(self, numel, k, dtype, *, has_feedback, sampling=None):
         """A workspace for compress; of no other use than to give it."""
