@@ -1,0 +1,124 @@
+"""Time the whole hook in DistributedDataParallel, two processes with a thread each, against the hooks that PyTorch brings.
+
+    python -m benchmarks.hook                     # both cases, the installed package
+    python -m benchmarks.hook --old DIR           # the same, and beside it the package of another checkout, built, in DIR
+
+Cases: `large`, one bucket of 25.6 M entries, as a multiple of `residual.add_(gradient); gradient.zero_()`; `small`, 300 buckets
+of 4,000 entries, microseconds per bucket beyond a hook that does nothing. Every round times a backward pass of every candidate,
+one after the other; the medians of the rounds count, and ratios are those of the same round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+CASES = {"large": ([25_600_000], 2000, 15), "small": ([4_000] * 300, 0.01, 40)}
+
+
+def worker(rank, port_file, case, repository):
+    """One of two processes of one package; rank 0 prints {candidate: [seconds of each round]}."""
+    sys.path.insert(0, repository)
+    import torch
+    import torch.distributed as dist
+    import torch.nn as nn
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.nn.parallel import DistributedDataParallel
+
+    import regtopk_torch as rt
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+    sizes, bucket_cap_mb, rounds = CASES[case]
+
+    def nothing(state, bucket):
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ParameterList(torch.zeros(size) for size in sizes)
+            self.gradients = [torch.randn(size) for size in sizes]
+
+        def forward(self):
+            return sum((part * gradient).sum() for part, gradient in zip(self.parts, self.gradients, strict=True))
+
+    hooks = {
+        "nothing": lambda ddp: ddp.register_comm_hook(None, nothing),
+        "bf16": lambda ddp: ddp.register_comm_hook(None, default_hooks.bf16_compress_hook),
+        "sparse_hook": lambda ddp: ddp.register_comm_hook(rt.TopKState(0.001), rt.sparse_hook),
+        "attach": lambda ddp: rt.attach(ddp, rt.TopKState(0.001)),
+    }
+    if case == "large":
+        hooks.pop("bf16"), hooks.pop("attach")
+    models = {}
+    for name, register in hooks.items():
+        models[name] = DistributedDataParallel(Model(), bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True)
+        register(models[name])
+    residual, gradient = torch.zeros(sum(sizes)), torch.randn(sum(sizes))
+    seconds = {name: [] for name in [*models, "floor"]}
+    for _ in range(rounds + 4):
+        for name, ddp in models.items():
+            loss = ddp()
+            dist.barrier()
+            start = time.perf_counter()
+            loss.backward()
+            seconds[name].append(time.perf_counter() - start)
+        dist.barrier()
+        start = time.perf_counter()
+        residual.add_(gradient)
+        gradient.zero_()
+        seconds["floor"].append(time.perf_counter() - start)
+    if rank == 0:
+        print(json.dumps({name: taken[4:] for name, taken in seconds.items()}))
+    dist.barrier()
+
+
+def run(case, repository):
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, os.path.abspath(__file__), "--case", case, "--repository", repository, "--file", f"{folder}/store", "--rank"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [subprocess.Popen([*arguments, str(rank)], stdout=subprocess.PIPE, env=environment, text=True) for rank in range(2)]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def median_of_ratios(numerators, denominators):
+    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--old", help="another checkout, built, to compare with")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each package, in turn (default 3)")
+    for internal in ("--case", "--repository", "--file", "--rank"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        return worker(int(options.rank), options.file, options.case, options.repository)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    packages = {"this": here, **({"old": options.old} if options.old else {})}
+    for case, (sizes, _, _) in CASES.items():
+        for _ in range(options.repeat):
+            for package, repository in packages.items():
+                seconds = run(case, repository)
+                if case == "large":
+                    beyond = [one - other for one, other in zip(seconds["sparse_hook"], seconds["nothing"], strict=True)]
+                    print(f"large, {package}: hook / floor {median_of_ratios(beyond, seconds['floor']):.3f} (n={len(beyond)})")
+                    continue
+                per_bucket = {
+                    name: statistics.median(1e6 * (one - other) / len(sizes) for one, other in zip(taken, seconds["nothing"], strict=True))
+                    for name, taken in seconds.items()
+                }
+                words = ", ".join(f"{name} {per_bucket[name]:.1f} us ({per_bucket[name] / per_bucket['bf16']:.2f})" for name in ("bf16", "sparse_hook", "attach"))
+                print(f"small, {package}: beyond nothing per bucket (of bf16's): {words} (n={len(seconds['bf16'])})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
