@@ -22,7 +22,7 @@ import statistics
 import time
 
 import torch
-from experiments.record import Recorder
+from runlog.record import Recorder
 
 from regtopk_torch import _C, reference
 

@@ -1,8 +1,7 @@
 """Draw a log of benchmarks.ops from the log alone: python -m benchmarks.plot FILE.jsonl FIGURE.png."""
 
-import argparse
-
-from experiments.record import read_log
+from runlog.command import make_parser
+from runlog.record import read_log
 
 COLOURS = {
     "floor": "black",
@@ -52,8 +51,8 @@ def draw(log, figure_path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="benchmarks.plot", description=__doc__)
-    parser.add_argument("log")
-    parser.add_argument("figure")
+    parser = make_parser("benchmarks.plot", __doc__, "FILE.jsonl FIGURE")
+    parser.add_argument("log", metavar="FILE.jsonl")
+    parser.add_argument("figure", metavar="FIGURE", help="an image in the format that its suffix names")
     arguments = parser.parse_args()
     print(draw(arguments.log, arguments.figure))

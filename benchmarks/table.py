@@ -3,13 +3,14 @@
 Every figure is the median over the rounds of one run of a ratio taken within each round.
 """
 
-import argparse
 import os
 from pathlib import Path
 
-from experiments.record import read_log
+from runlog.command import make_parser
+from runlog.document import replace
+from runlog.record import read_log
 
-BEGIN, END = "<!-- python -m benchmarks.table: begin -->", "<!-- end -->"
+BEGIN = "<!-- python -m benchmarks.table: begin -->"
 COLUMNS = ("variant", "dtype", "entries", "density", "input", "Top-k", "RegTop-k", "8 payloads", "chain / Top-k", "chain / RegTop-k", "n")
 
 
@@ -43,17 +44,8 @@ def format_tables(logs, relative_to="."):
     return "\n".join([*lines, "", *(f"{origin}  " for origin in origins)]).rstrip()
 
 
-def replace(document, text, begin=BEGIN):
-    """Return `document` with what stands between the mark `begin` and the next END replaced by `text`; ValueError without them."""
-    before, found, rest = document.partition(begin)
-    _, end, after = rest.partition(END)
-    if not found or not end:
-        raise ValueError(f"replace: expected the marks {begin!r} and {END!r}, got a document without")
-    return f"{before}{begin}\n{text}\n{END}{after}"
-
-
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmarks.table", __doc__, "FILE.jsonl ...")
     parser.add_argument("logs", nargs="+", metavar="FILE.jsonl", help="logs, in the order of the table's rows")
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
     options = parser.parse_args()
@@ -61,7 +53,7 @@ def main():
     if options.write is None:
         print(text)
     else:
-        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text, BEGIN), encoding="utf-8")
 
 
 if __name__ == "__main__":

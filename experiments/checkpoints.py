@@ -1,12 +1,13 @@
-"""Step folders: all that a training job needs to go on as if it had never stopped, one folder per step.
+"""Step folders: all that a training job needs to go on as if it had never stopped.
 
-    DIR/step-00000500/training.pt            rank 0's: what the job hands over, model and optimizer among it
-                      regtopk.json, ...-rank00000.pt, ...    residuals and history of every rank (rt.save); not for dense
-                      manifest.json          written last, after every rank has written its part: now the folder is complete
+    DIR/step-00000500/regtopk.json, ...-rank00000.pt, ...    residuals and history of every rank (rt.save)
+                      training.pt                            rank 0's: model, optimizer and what the job adds to them
+
+`training.pt` is written last, after every rank has written its part, and takes its name in one rename: a folder that has it is
+complete. The folder before it is removed then.
 """
 
 import contextlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -15,92 +16,54 @@ import torch
 import torch.distributed as dist
 
 import regtopk_torch as rt
-from regtopk_torch.directory import VERSION, check_file, read_manifest, write_file
+from regtopk_torch.directory import write_file
 
-MANIFEST = "manifest.json"
 TRAINING = "training.pt"
-FORMAT = "regtopk_torch training job"
-KEEP = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
-def agree(what, action):
-    """Return [action() of each rank]; raise RuntimeError on every rank, with the first error, if any rank's failed.
+class JobError(RuntimeError):
+    """What ends the job on every rank, with the same message on each."""
 
-    Collective; each rank waits for the others to `what` at most the default group's timeout.
-    """
-    who = f"rank {dist.get_rank()}: --checkpoint"
-    value = error = None
+
+def gather(value):
+    """Return [value of each rank]; collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(action, group=None):
+    """Return this rank's action(); raise JobError with the first error on every rank where it fails on any. Collective."""
+    result = error = report = None
     try:
-        value = action()
+        result = action()
     except Exception as caught:  # whatever it is, the others must not wait for it
         error = caught
+        said = dist.get_world_size() == 1 or str(caught).startswith("rank ")  # which rank it is
+        report = ("" if said else f"rank {dist.get_rank()}: ") + (str(caught) or type(caught).__name__)
     reports = [None] * dist.get_world_size()
-    try:
-        dist.all_gather_object(reports, (value, None if error is None else f"{who}: {error}"))
-    except RuntimeError as lost:
-        raise RuntimeError(f"{who}: expected all {len(reports)} ranks to {what}, got: {lost}") from lost
-    failed = [text for _, text in reports if text is not None]
-    if failed:
-        raise RuntimeError(failed[0]) from error
-    return [value for value, _ in reports]
+    dist.all_gather_object(reports, report, group=group)
+    if any(reports):
+        raise JobError(next(filter(None, reports))) from error
+    return result
 
 
 class StepFolders:
-    """Save and find the step folders of one job below one directory, which every rank must see.
+    """Save and load the step folders of one job below one directory, which every rank must see.
 
     Args:
         directory (path): created with the first step.
-        job (dict of str, int, float): what must be the same in a run that goes on; compared with the checkpoint's.
+        job (dict of str, int, float, None): what must be the same in a run that goes on.
 
-    Every method is a collective of the default group and raises RuntimeError (rt.CheckpointError for the state's files) on
-    every rank where one of them fails, naming the file.
+    Both methods are collectives of the default group and raise RuntimeError on every rank where one of them fails.
     """
 
     def __init__(self, directory, job):
-        self._directory = Path(directory)
-        self._job = job
-
-    def newest(self):
-        """Return (step, folder) of the newest complete step, None where there is none.
-
-        Raises RuntimeError if it is of another job.
-        """
-
-        def look():
-            complete = self._complete_folders() if dist.get_rank() == 0 else {}
-            if not complete:
-                return None
-            step = max(complete)
-            job = _read(complete[step])["job"]
-            different = [f"{name} {job.get(name)}" for name, value in self._job.items() if job.get(name) != value]
-            if different:
-                wanted = [f"{name} {value}" for name, value in self._job.items() if job.get(name) != value]
-                raise ValueError(
-                    f"expected a checkpoint of {', '.join(wanted)} in {complete[step]}, got one of {', '.join(different)}; "
-                    "give another folder to train another job"
-                )
-            return step, str(complete[step])
-
-        found = agree("look for checkpoints", look)[0]
-        return None if found is None else (found[0], Path(found[1]))
-
-    def load(self, folder, state, module):
-        """Load the state (None for dense) and return what was handed over as `training`, tensors on the CPU."""
-
-        def read():
-            file = _read(folder)["files"][TRAINING]
-            check_file(folder / TRAINING, file["bytes"], file["sha256"])
-            training.append(torch.load(folder / TRAINING, map_location="cpu", weights_only=True))
-
-        training = []
-        agree("read the model and the optimizer", read)
-        if state is not None:
-            rt.load(state, module, folder)
-        return training[0]
+        self._directory, self._job = Path(directory), job
 
     def save(self, step, training, state, module):
-        """Save a step and remove all but the newest two.
+        """Save a step, and remove what was saved before.
 
         Args:
             training (dict): tensors, numbers, strings, lists and dicts of them; only rank 0's is used.
@@ -108,54 +71,51 @@ class StepFolders:
         """
         folder = self._directory / f"step-{step:08d}"
 
-        def write_training():
-            if dist.get_rank() > 0:
-                return None
-            folder.mkdir(parents=True, exist_ok=True)
-            size, digest = write_file(folder / TRAINING, lambda file: torch.save(training, file))
-            return {"bytes": size, "sha256": digest}
+        def write():
+            if dist.get_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                content = {"step": step, "job": self._job, "training": training}
+                write_file(folder / TRAINING, lambda file: torch.save(content, file))
 
-        def write_manifest():
-            if dist.get_rank() > 0:
-                return
-            manifest = {"format": FORMAT, "version": VERSION, "step": step, "job": self._job, "files": {TRAINING: written}}
-            write_file(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-
-        written = agree("write the model and the optimizer", write_training)[0]
         if state is not None:
             rt.save(state, module, folder)
-        agree("see the manifest", write_manifest)  # every rank is past its own writing
+        agree(write)
         if dist.get_rank() == 0:
-            self._prune()
+            for other in self._folders().values():
+                if other != folder:
+                    with contextlib.suppress(OSError):
+                        (other / TRAINING).unlink(missing_ok=True)  # first: what is half removed must not look complete
+                        shutil.rmtree(other)
 
-    def _complete_folders(self):
+    def load(self, state, module):
+        """Return (step, what was handed over as `training`, tensors on the CPU) of the newest complete step, or (0, None).
+
+        The state, where it is not None, is loaded. Raises RuntimeError, naming the folder, for one of another job.
+        """
+        newest = max((step for step, folder in self._folders().items() if (folder / TRAINING).is_file()), default=0)
+        step = gather(newest)[0]
+        if step == 0:
+            return 0, None
+        folder = self._directory / f"step-{step:08d}"
+        content = agree(lambda: self._read(folder))
+        if state is not None:
+            rt.load(state, module, folder)
+        return step, content["training"]
+
+    def _read(self, folder):
+        try:
+            content = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+            job = content["job"]
+        except Exception as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise ValueError(f"expected a checkpoint in {folder / TRAINING}, got {reason}; remove {folder} to begin again") from error
+        for name, value in self._job.items():
+            if job.get(name) != value:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option}: expected {job.get(name)}, as in the checkpoint {folder}, got {value}; name another --folder")
+        return content
+
+    def _folders(self):
         """Return {step: folder}."""
-        folders = {}
-        if self._directory.is_dir():
-            for folder in self._directory.iterdir():
-                match = _FOLDER.fullmatch(folder.name)
-                if match and (folder / MANIFEST).is_file():
-                    folders[int(match[1])] = folder
-        return folders
-
-    def _prune(self):
-        complete = self._complete_folders()
-        kept = {complete[step] for step in sorted(complete)[-KEEP:]}
-        for folder in self._directory.iterdir():
-            match = _FOLDER.fullmatch(folder.name)
-            if match and folder not in kept and int(match[1]) < max(complete):
-                with contextlib.suppress(OSError):
-                    (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look complete
-                    shutil.rmtree(folder)
-
-
-def _read(folder):
-    """Return the manifest of a step folder; raise FileNotFoundError or ValueError, naming it, if it is not one."""
-    path = folder / MANIFEST
-    manifest, _ = read_manifest(path, FORMAT)
-    files = manifest.get("files")
-    file = files.get(TRAINING) if isinstance(files, dict) else None
-    known = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
-    if not known or not isinstance(manifest.get("job"), dict):
-        raise ValueError(f"expected {path} to name a job and {TRAINING} with its bytes and sha256, got others")
-    return manifest
+        found = self._directory.iterdir() if self._directory.is_dir() else ()
+        return {int(match[1]): folder for folder in found if (match := _FOLDER.fullmatch(folder.name))}

@@ -68,22 +68,19 @@ def import_torchvision():
 
 def check_cifar10(folder):
     """Raise ValueError unless `folder` holds `cifar-10-batches-py/` with the seven official files (md5 sums)."""
+    batches, datasets = Path(folder) / CIFAR10_FOLDER, import_torchvision().datasets
     advice = f"give the folder that holds {CIFAR10_FOLDER}, or leave --data out to download it"
-    batches = Path(folder) / CIFAR10_FOLDER
-    if not batches.is_dir():
-        found = "no such folder" if not Path(folder).is_dir() else "a folder without it"
-        raise ValueError(f"--data: expected CIFAR-10 in {batches}, got {found}; {advice}")
-    datasets = import_torchvision().datasets
-    meta = [datasets.CIFAR10.meta["filename"], datasets.CIFAR10.meta["md5"]]
-    for name, checksum in [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list, meta]:
-        if not (batches / name).is_file():
-            raise ValueError(f"--data: expected CIFAR-10 in {batches}, got no file {name}; {advice}")
-        if not datasets.utils.check_integrity(batches / name, checksum):
-            size = (batches / name).stat().st_size
-            raise ValueError(
-                f"--data: expected md5 {checksum} of {batches / name}, got a file of {size} bytes with another sum; "
-                "it is damaged or not CIFAR-10: fetch it again, or leave --data out to download it"
-            )
+    meta = (datasets.CIFAR10.meta["filename"], datasets.CIFAR10.meta["md5"])
+    for name, checksum in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list, meta):
+        found = None
+        if not batches.is_dir():
+            found = "a folder without it" if Path(folder).is_dir() else "no such folder"
+        elif not (batches / name).is_file():
+            found = f"no file {name}"
+        elif not datasets.utils.check_integrity(batches / name, checksum):
+            found = f"a damaged {name} of {(batches / name).stat().st_size} bytes with another md5 sum"
+        if found:
+            raise ValueError(f"--data: expected CIFAR-10 in {batches}, got {found}; {advice}")
 
 
 def load_cifar10(folder):
@@ -125,8 +122,23 @@ def download_cifar10(folder, url="", patience_seconds=PATIENCE_SECONDS, limit_se
     with tempfile.TemporaryDirectory(prefix="cifar-10-partial-", dir=folder) as partial:
         command = [sys.executable, "-c", _DOWNLOAD_COMMAND, partial, url, str(int(limit_seconds))]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        start = mark = time.monotonic()
+        arrived, reason = 0, None
         try:
-            reason = _watch(child, Path(partial), patience_seconds, limit_seconds)
+            while reason is None:
+                try:
+                    _, messages = child.communicate(timeout=min(1.0, patience_seconds))
+                    if child.returncode != 0:
+                        reason = (messages.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+                    break
+                except subprocess.TimeoutExpired:
+                    now, size = time.monotonic(), sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
+                    if size - arrived >= PATIENCE_BYTES:
+                        arrived, mark = size, now
+                    if now - mark >= patience_seconds:
+                        reason = f"fewer than {PATIENCE_BYTES / 1e6:.0f} MB arrived in {patience_seconds:.0f} s"
+                    elif now - start >= limit_seconds:
+                        reason = f"not complete after {limit_seconds:.0f} s"
         finally:
             child.kill()
             child.communicate()
@@ -135,27 +147,6 @@ def download_cifar10(folder, url="", patience_seconds=PATIENCE_SECONDS, limit_se
             shutil.rmtree(target, ignore_errors=True)
             (Path(partial) / target.name).rename(target)
         return reason
-
-
-def _watch(child, partial, patience_seconds, limit_seconds):
-    """Wait for the download to end; return None where it succeeded, else the reason in words."""
-    start = mark = time.monotonic()
-    arrived = 0
-    while True:
-        try:
-            _, messages = child.communicate(timeout=min(1.0, patience_seconds))
-            if child.returncode == 0:
-                return None
-            return (messages.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            now = time.monotonic()
-            size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-            if size - arrived >= PATIENCE_BYTES:
-                arrived, mark = size, now
-            if now - mark >= patience_seconds:
-                return f"fewer than {PATIENCE_BYTES / 1e6:.0f} MB arrived in {patience_seconds:.0f} s"
-            if now - start >= limit_seconds:
-                return f"not complete after {limit_seconds:.0f} s"
 
 
 def prepare(folder, download_folder="data"):

@@ -6,13 +6,13 @@ Options that take several values make a sweep: every combination is run, in one 
 killed goes on when the same command is given again, and a command with more values adds theirs.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import sweeps
+from runlog.command import check, make_parser
 
 METHODS = ("dense", "topk", "regtopk", "genie")
 SAMPLES, DIMENSION = 500, 100  # D, J
@@ -107,9 +107,7 @@ def train(run, *, workers, steps, dtype="float64", homogeneous=False):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.linear_regression", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("experiments.linear_regression", __doc__)
 
     def add(name, help, **settings):
         parser.add_argument(name, help=help, **settings)
@@ -127,9 +125,7 @@ def parse(arguments):
     add("--out", "log to write, or to go on with", type=Path, metavar="FILE.jsonl")
     add("--threads", "CPU threads (%(default)s: a step is too short for more)", type=int, default=1)
     options = parser.parse_args(arguments)
-    for name in ("workers", "steps", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    check(parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("workers", "steps", "threads")))
     return options
 
 

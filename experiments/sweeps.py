@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from experiments.record import Recorder, read_log
+from runlog.record import Recorder, read_log
 
 # Of a run's row: how it was made. Everything else in the row is a result.
 RUN_KEYS = ("method", "density", "mu", "distortion", "seed")
@@ -79,9 +79,3 @@ def _open(path, settings):
         return Recorder.resume(path, path.stat().st_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     return Recorder(path, seed=None, settings=settings)
-
-
-def read_sweep(path):
-    """Return (header, rows) of the sweep's log at `path`."""
-    header, records = read_log(path)
-    return header, [record for record in records if record["event"] == "run"]

@@ -5,11 +5,11 @@ gradient entries are large and cancel; Top-1 sends nothing else for about 100 st
 several values make a sweep: every combination is run; with --out its log is kept and never computed twice.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from experiments import sweeps
+from runlog.command import check, make_parser
 
 METHODS = ("dense", "topk", "regtopk")
 STEPS = 100
@@ -49,9 +49,7 @@ def train(method, steps=STEPS, mu=1.0, distortion="previous"):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.toy_logistic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("experiments.toy_logistic", __doc__)
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=["regtopk"], help="(regtopk)")
     add("--mu", nargs="+", type=float, default=[1.0], metavar="VALUE", help="RegTop-k's mu, no unit, above 0 (1)")
@@ -59,8 +57,7 @@ def parse(arguments):
     add("--steps", type=int, default=STEPS, help="updates of the weights (%(default)s)")
     add("--out", type=Path, metavar="FILE.jsonl", help="log to write, or to go on with")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps: expected at least 1, got {options.steps}")
+    check(parser, options, ("steps", lambda value: value >= 1, "at least 1"))
     return options
 
 

@@ -1,7 +1,8 @@
-"""N workers that train one model, in one process on LocalExchange or one per process under DDP, with the same bits.
+"""N workers that train one model: one per process under DDP, or all in this process on LocalExchange, with the same bits.
 
-Both forms keep the parameters in one bucket, in the model's order: selection breaks ties by index, so another order
-would be another run. Both take rank 0's BatchNorm statistics, as DDP does. Dense averages are summed in rank order.
+The bits are the same for Top-k and RegTop-k in one bucket where every process has as many threads and no scores tie, for DDP
+orders the parameters in its bucket differently; a dense all-reduce sums more than two workers in an order of its own. Both
+forms take rank 0's BatchNorm statistics, as DDP does.
 """
 
 import torch
@@ -10,40 +11,97 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import regtopk_torch as rt
+from experiments.checkpoints import gather
 
-# What describes the run as a whole; everything else in the statistics is summed over workers and over resumed parts.
-SHARED_STATISTICS = ("steps", "void_steps")
-COUNTED = ("steps", "void_steps", "entries", "sent_entries", "repeated", "displaced", "bytes_sent", "bytes_dense")
-
-
-def ring_bytes(num_workers, entries):
-    """Return the bytes that all workers of a dense ring all-reduce of `entries` fp32 entries send together."""
-    return 2 * (num_workers - 1) * entries * 4
+ONCE = ("steps", "void_steps")  # every worker counts the same; everything else is summed over the workers
+SUMMED = ("entries", "sent_entries", "repeated", "displaced", "bytes_sent", "bytes_dense")
+SECONDS = ("compress_seconds", "exchange_seconds", "aggregate_seconds")
 
 
-class LocalWorkers:
-    """Train `model`, in place, as `len(batches)` workers in this process.
+def add(earlier, later):
+    """Return the statistics of two consecutive parts of a run as those of the whole."""
+    return {name: earlier[name] + later[name] for name in later} if earlier else later
 
-    `method` is "dense", "topk" or "regtopk". The model may be on any device; its gradients are exchanged on the CPU.
-    With `local_steps` above 1 a worker takes that many steps of its own from the common weights, and what it exchanges
-    is the sum of their gradients, so that with one worker the weights end where its own steps led.
-    """
 
-    rank = 0
+class Workers:
+    """What both forms share: a model with its optimizer, and how the state of the run is saved. Every method is a collective."""
 
-    def __init__(self, model, batches, method, *, density, mu, distortion, learning_rate, local_steps=1):
-        self.model, self._batches, self._local_steps = model, batches, local_steps
-        self._learning_rate = learning_rate
-        self._parameters = list(model.parameters())
-        self._optimizer = torch.optim.SGD(self._parameters, lr=learning_rate)
-        self._device = self._parameters[0].device
-        self._dense_steps = 0
-        self._exchange = None
-        if method != "dense":
-            self._exchange = rt.LocalExchange(len(batches), density, method=method, mu=mu, distortion=distortion)
+    _state = _ddp = None
+
+    def __init__(self, options, model):
+        self.model, self._count, self._steps = model, options.workers, 0
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
+
+    def save(self, folders, step, training):
+        """Save a step with what the job adds to it."""
+        states = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        folders.save(step, {**training, **states}, self._state, self._ddp)
+
+    def load(self, folders):
+        """Go on from the newest step; return (step, what had been saved with it), (0, None) where there is none."""
+        step, training = folders.load(self._state, self._ddp)
+        if training is not None:
+            self.model.load_state_dict(training["model"])
+            self._optimizer.load_state_dict(training["optimizer"])
+        return step, training
+
+    def _dense_statistics(self):
+        """Return the statistics of dense exchanges as ring all-reduces, summed over workers."""
+        entries = sum(parameter.numel() for parameter in self.model.parameters()) * self._steps
+        sent = 2 * (self._count - 1) * entries * 4
+        counted = {"entries": entries * self._count, "sent_entries": entries * self._count, "bytes_sent": sent, "bytes_dense": sent}
+        return {"steps": self._steps, "void_steps": 0, "repeated": 0, "displaced": 0, **counted, **dict.fromkeys(SECONDS, 0.0)}
+
+
+class DistributedWorkers(Workers):
+    """Train `model`, in place, as one worker of the default process group; `batches` are those of all workers."""
+
+    def __init__(self, options, model, batches):
+        super().__init__(options, model)
+        self._batches = batches[dist.get_rank()]
+        if options.method == "topk":
+            self._state = rt.TopKState(options.density)
+        elif options.method == "regtopk":
+            self._state = rt.RegTopKState(options.density, mu=options.mu, distortion=options.distortion)
+        self._ddp = DistributedDataParallel(model, bucket_cap_mb=options.bucket_cap_mb)
+        if self._state is not None:
+            self._ddp.register_comm_hook(self._state, rt.sparse_hook)
 
     def step(self, step):
-        """Take step number `step`, counted from 0, and return the mean training loss of all workers, in nats."""
+        """Take step number `step`, counted from 0, and return this worker's training loss, in nats, in a list."""
+        images, labels = self._batches[step]
+        self._optimizer.zero_grad()
+        loss = cross_entropy(self._ddp(images), labels)
+        loss.backward()
+        self._optimizer.step()
+        self._steps += 1
+        return [loss.item()]
+
+    def statistics(self):
+        """Return what was exchanged since construction, summed over workers, under the keys of ONCE, SUMMED and SECONDS."""
+        if self._state is None:
+            return self._dense_statistics()
+        ranks = gather(self._state.stats())
+        return {name: ranks[0][name] for name in ONCE} | {name: sum(rank[name] for rank in ranks) for name in SUMMED + SECONDS}
+
+
+class LocalWorkers(Workers):
+    """Train `model`, in place, as `len(batches)` workers in this process, on `options.device`; the exchange is on the CPU.
+
+    With `options.local_steps` above 1 a worker takes that many steps of its own from the common weights, and what it exchanges
+    is the sum of their gradients, so that with one worker the weights end where its own steps led. Otherwise as the above.
+    """
+
+    def __init__(self, options, model, batches):
+        super().__init__(options, model)
+        self._batches, self._options, self._exchange = batches, options, None
+        self._parameters = list(model.parameters())
+        if options.method != "dense":
+            settings = {"method": options.method, "mu": options.mu, "distortion": options.distortion}
+            self._exchange = rt.LocalExchange(len(batches), options.density, **settings)
+
+    def step(self, step):
+        """Take step number `step`, counted from 0, and return the training losses of all workers, in nats."""
         gradients, losses, buffers = [], [], None
         for batches in self._batches:
             gradients.append(self._gradients(batches, step, losses))
@@ -52,144 +110,50 @@ class LocalWorkers:
         for buffer, of_rank_0 in zip(self.model.buffers(), buffers):
             buffer.copy_(of_rank_0)
         for parameter, average in zip(self._parameters, self._average(gradients)):
-            parameter.grad = average.to(self._device)
+            parameter.grad = average.to(parameter.device)
         self._optimizer.step()
-        return sum(losses) / len(losses)
+        return losses
 
     def _gradients(self, batches, step, losses):
-        if self._local_steps == 1:
+        if self._options.local_steps == 1:
             return [gradient.cpu() for gradient in self._one_gradient(batches, step, losses)]
         common = [parameter.detach().clone() for parameter in self._parameters]
         total = [torch.zeros_like(parameter) for parameter in common]
-        for number in range(self._local_steps):
-            gradient = self._one_gradient(batches, step * self._local_steps + number, losses)
-            with torch.no_grad():
-                for parameter, part, entry in zip(self._parameters, gradient, total):
-                    parameter.sub_(part, alpha=self._learning_rate)
-                    entry.add_(part)
         with torch.no_grad():
+            for number in range(self._options.local_steps):
+                gradient = self._one_gradient(batches, step * self._options.local_steps + number, losses)
+                for parameter, part, entry in zip(self._parameters, gradient, total):
+                    parameter.sub_(part, alpha=self._options.learning_rate)
+                    entry.add_(part)
             for parameter, value in zip(self._parameters, common):
                 parameter.copy_(value)
         return [entry.cpu() for entry in total]
 
+    @torch.enable_grad()
     def _one_gradient(self, batches, step, losses):
-        images, labels = batches[step]
-        loss = cross_entropy(self.model(images.to(self._device)), labels.to(self._device))
+        images, labels = (tensor.to(self._options.device) for tensor in batches[step])
+        loss = cross_entropy(self.model(images), labels)
         losses.append(loss.item())
         return torch.autograd.grad(loss, self._parameters)
 
     def _average(self, gradients):
+        self._steps += 1
         if self._exchange is not None:
             return self._exchange.step(gradients)
-        self._dense_steps += 1
-        averages = []
-        for of_workers in zip(*gradients):
-            total = torch.zeros_like(of_workers[0])
-            for gradient in of_workers:
-                total += gradient
-            averages.append(total / torch.tensor(float(len(of_workers))))
-        return averages
+        return [sum(of_workers) / torch.tensor(float(len(of_workers))) for of_workers in zip(*gradients)]  # in rank order
 
     def statistics(self):
-        """Return what was exchanged since construction, summed over workers, under the keys of COUNTED."""
-        if self._exchange is not None:
-            statistics = self._exchange.stats()
-            return {key: statistics[key] for key in COUNTED}
-        return dense_statistics(self.model, len(self._batches), self._dense_steps)
-
-    def exchange_state(self):
-        """Return the exchange's state of every worker, by parameter name and in rank order; None for dense."""
+        """Return what was exchanged since construction, summed over workers."""
         if self._exchange is None:
-            return None
-        return [self._name_parameters(worker) for worker in self._exchange.state_dict()["workers"]]
+            return self._dense_statistics()
+        statistics = self._exchange.stats()
+        return {name: statistics[name] for name in ONCE + SUMMED + SECONDS}
 
-    def _name_parameters(self, worker):
-        """Return one worker's state with names for indices and the parameters' shapes, as DDP's own has them."""
-        parameters = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
-            entry = worker["parameters"].get(str(index))
-            if entry is not None:
-                parameters[name] = {**entry, "shape": list(parameter.shape)}
-                if "residual" in entry:
-                    parameters[name]["residual"] = entry["residual"].view(parameter.shape)
-        return {**worker, "parameters": parameters}
+    def save(self, folders, step, training):
+        super().save(folders, step, {**training, "exchange": self._exchange and self._exchange.state_dict()})
 
-    def load_exchange_state(self, workers):
-        """Load what `exchange_state` returned, here or under DDP."""
-        if self._exchange is not None:
-            indices = {name: str(index) for index, (name, _) in enumerate(self.model.named_parameters())}
-            renamed = [
-                {**worker, "parameters": {indices[name]: entry for name, entry in worker["parameters"].items()}} for worker in workers
-            ]
-            self._exchange.load_state_dict({"workers": renamed})
-
-
-class DistributedWorkers:
-    """Train `model`, in place, as one worker of the default process group; `batches` are those of all workers.
-
-    Equals LocalWorkers bit for bit where every process has as many threads as that one. Every method but `rank` is a
-    collective.
-    """
-
-    def __init__(self, model, batches, method, *, density, mu, distortion, learning_rate):
-        self.model, self.rank = model, dist.get_rank()
-        self._batches, self._method = batches[self.rank], method
-        # Looking for unused parameters keeps DDP from rebuilding its bucket in another order after the first step.
-        self._ddp = DistributedDataParallel(model, bucket_cap_mb=4096.0, find_unused_parameters=True)
-        if method == "regtopk":
-            self._state = rt.RegTopKState(density, mu=mu, distortion=distortion)
-        else:
-            # At density 1 the exchange sums in rank order what an all-reduce would sum in another.
-            self._state = rt.TopKState(1.0 if method == "dense" else density)
-        self._ddp.register_comm_hook(self._state, rt.sparse_hook)
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-
-    def step(self, step):
-        """Take step number `step`, counted from 0, and return the mean training loss of all workers, in nats."""
-        images, labels = self._batches[step]
-        self._optimizer.zero_grad()
-        loss = cross_entropy(self._ddp(images), labels)
-        loss.backward()
-        self._optimizer.step()
-        losses = [None] * dist.get_world_size()
-        dist.all_gather_object(losses, loss.item())
-        return sum(losses) / len(losses)
-
-    def statistics(self):
-        """Return what was exchanged since construction, summed over workers, under the keys of COUNTED."""
-        own = self._state.stats()
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, own)
-        if self._method == "dense":
-            return dense_statistics(self.model, len(ranks), own["steps"])
-        return {key: own[key] if key in SHARED_STATISTICS else sum(rank[key] for rank in ranks) for key in COUNTED}
-
-    def exchange_state(self):
-        """Return the exchange's state of every worker, in rank order, on rank 0; None for dense and on other ranks."""
-        if self._method == "dense":
-            return None
-        workers = [None] * dist.get_world_size() if self.rank == 0 else None
-        dist.gather_object(self._state.state_dict(self.model), workers)
-        return workers
-
-    def load_exchange_state(self, workers):
-        """Load what `exchange_state` returned, here or in one process; `workers` is read on rank 0 alone."""
-        if self._method != "dense":
-            own = [None]
-            dist.scatter_object_list(own, workers if self.rank == 0 else None, src=0)
-            self._state.load_state_dict(own[0], self.model)
-
-
-def dense_statistics(model, num_workers, steps):
-    """Return the statistics of `steps` dense exchanges as ring all-reduces, summed over workers."""
-    entries = sum(parameter.numel() for parameter in model.parameters()) * steps
-    sent = ring_bytes(num_workers, entries)
-    return {
-        "steps": steps, "void_steps": 0, "entries": entries * num_workers, "sent_entries": entries * num_workers,
-        "repeated": 0, "displaced": 0, "bytes_sent": sent, "bytes_dense": sent,
-    }  # fmt: skip
-
-
-def add_statistics(earlier, later):
-    """Return the statistics of two consecutive parts of a run as those of the whole."""
-    return {key: earlier[key] + later[key] for key in COUNTED} if earlier else later
+    def load(self, folders):
+        step, training = super().load(folders)
+        if training is not None and self._exchange is not None:
+            self._exchange.load_state_dict(training["exchange"])
+        return step, training

@@ -27,22 +27,19 @@ def run(rank, directory, steps, every, before_step):
     ddp.register_comm_hook(state, rt.sparse_hook)
     optimizer = make_optimizer(model)
     folders = StepFolders(Path(directory) / "checkpoints", {"job": "restarts"})
-    newest = folders.newest()
-    first = 0
-    if newest is not None:
-        training = folders.load(newest[1], state, ddp)
+    first, training = folders.load(state, ddp)
+    if training is not None:
         model.load_state_dict(training["model"])
         optimizer.load_state_dict(training["optimizer"])
-        first = training["step"]
+    resumed_from = first or None
     for step in range(first, steps):
         before_step(step)
         optimizer.zero_grad()
         loss_of(ddp, batch(rank, step)).backward()
         optimizer.step()
         if (step + 1) % every == 0:
-            training = {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            folders.save(step + 1, training, state, ddp)
-    return [parameter.detach().clone() for parameter in model.parameters()], newest and newest[0]
+            folders.save(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, state, ddp)
+    return [parameter.detach().clone() for parameter in model.parameters()], resumed_from
 
 
 def main():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests and benchmarks are not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not installed
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
@@ -189,7 +189,7 @@ def test_a_miss_reads_the_residual_twice_more_and_a_held_bracket_never(kernels):
 @emulation_alone
 @pytest.mark.parametrize("missed, most", [(False, 16.5), (True, 25.0)])
 def test_a_step_moves_no_more_bytes_than_promised(kernels, missed, most):
-    from benchmarks import traffic
+    from tests.simt import traffic
 
     for mu in (None, 1.0):
         counted = traffic.measure(kernels, 4_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed)

@@ -1,0 +1,166 @@
+"""Train on CIFAR-10 with sparse gradients, and write a table, a log and curves that say what was learned and what was sent.
+
+    torchrun --standalone --nproc-per-node 2 experiments/cifar10.py     one process per worker with DDP
+    python -m experiments.cifar10 --workers 2                           both workers in this process, with the same bits
+
+Every method starts from the same weights and sees the same batches at one seed. The images are normalised and not augmented.
+A run that was stopped goes on from its last checkpoint when the same command is given again, a finished one with more --steps.
+Where torchrun is to restart workers that died (--max-restarts), set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it: without that
+the new workers may find the address of a dead one.
+"""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+# torchrun puts this file's folder on the path, not the repository.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from experiments.batches import PARTITIONS  # noqa: E402
+from experiments.models import MODELS  # noqa: E402
+from runlog.command import check, make_parser  # noqa: E402
+from runlog.record import count_cores  # noqa: E402
+
+# The paper's Fig. 3, and how the committed logs were made.
+PAPER = {"workers": 8, "learning_rate": 0.01, "steps": 1500, "test_images": 10_000, "evaluate_every": 100}
+
+
+def parse(arguments):
+    """Parse the options; exit with a message where one is out of range (the exchange checks density and mu itself)."""
+    parser = make_parser("experiments.cifar10", __doc__)
+
+    def add(name, help, **settings):
+        parser.add_argument(name, help=help, **settings)
+
+    add("--method", "(%(default)s)", choices=("dense", "topk", "regtopk"), default="regtopk")
+    add("--density", "fraction of the gradient entries each worker sends (%(default)s)", type=float, default=0.001)
+    add("--mu", "RegTop-k's mu, no unit (%(default)s)", type=float, default=5.0)
+    add("--distortion", "RegTop-k's form (%(default)s)", choices=("previous", "current"), default="previous")
+    add("--model", "(%(default)s)", choices=MODELS, default="resnet18")
+    add("--workers", "in this process (2), or what torchrun has started; make hands it to torchrun as --nproc-per-node", type=int, metavar="N")
+    add("--steps", "exchanges (%(default)s)", type=int, default=1000)
+    add("--local-steps", "steps that a worker takes on its own between two exchanges (%(default)s)", type=int, default=1, metavar="STEPS")
+    add("--batch-size", "images per step and worker (%(default)s)", type=int, default=20, metavar="IMAGES")
+    add("--learning-rate", "of SGD, constant (%(default)s)", type=float, default=0.05, metavar="RATE")
+    add("--momentum", "of SGD, applied to the averaged gradient (%(default)s)", type=float, default=0.0)
+    add("--seed", "of start weights, order of images and partition (%(default)s)", type=int, default=0)
+    add("--partition", "how the training images are shared out (%(default)s)", choices=PARTITIONS, default="iid")
+    add("--concentration", "of --partition dirichlet: small is uneven (%(default)s)", type=float, default=0.1)
+    add("--evaluate-every", "steps between tests (%(default)s)", type=int, default=50, metavar="STEPS")
+    add("--test-images", "of the tests on the way; the last test uses all (%(default)s)", type=int, default=1000, metavar="IMAGES")
+    add("--record-every", "steps whose mean loss makes one line of the log (%(default)s)", type=int, default=10, metavar="STEPS")
+    add("--save-every", "steps between checkpoints; the newest is kept (%(default)s)", type=int, default=100, metavar="STEPS")
+    add("--paper", "the setting of the paper's Fig. 3 where no option says otherwise: 8 workers, learning rate 0.01, 1,500 steps, "
+        "tests on all images every 100", action="store_true")  # fmt: skip
+    add("--compare", "after training, time a few steps of DDP's dense all-reduce for the table (under torchrun)", action="store_true")
+    add("--data", "folder that holds cifar-10-batches-py, torchvision's layout; 'digits' for scikit-learn's digits, "
+        "which need no network (default: download into data/, and the digits where that fails)", metavar="DIR")  # fmt: skip
+    add("--folder", "where the log and the figure go (default: runs/NAME, named after the options)", type=Path)
+    add("--checkpoint", "folder for checkpoints, which every worker must see (default: in the run's folder; on several hosts none)",
+        type=Path, metavar="DIR")  # fmt: skip
+    add("--bucket-cap-mb", "DDP's bucket size in MiB (%(default)g: the whole model is one bucket, so that k counts the whole model, "
+        "as in the paper; DDP's own default is 25)", type=float, default=1024.0, metavar="MIB")  # fmt: skip
+    add("--threads", "CPU threads per process (the cores divided by the processes of this host)", type=int)
+    add("--device", "where the gradients of one process are computed; the exchange is on the CPU (%(default)s)", default="cpu")
+    add("--timeout", "seconds a process waits for another before it fails (%(default)g)", type=float, default=120.0)
+    if "--paper" in arguments:
+        parser.set_defaults(**PAPER)
+    options = parser.parse_args(arguments)
+    counts = ("workers", "steps", "local_steps", "evaluate_every", "test_images", "record_every", "save_every", "threads")
+    check(
+        parser, options, *((name, lambda value: value >= 1, "at least 1") for name in counts),
+        *((name, lambda value: value > 0, "a number above 0") for name in ("learning_rate", "concentration", "bucket_cap_mb", "timeout")),
+        ("batch_size", lambda value: value >= 2, "at least 2, which BatchNorm needs"),
+        ("momentum", lambda value: 0 <= value < 1, "0 <= momentum < 1"),
+        ("seed", lambda value: value >= 0, "at least 0"),
+    )  # fmt: skip
+    options.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if options.distributed:
+        processes = int(os.environ["WORLD_SIZE"])
+        if options.workers not in (None, processes) and "--paper" not in arguments:
+            parser.error(f"--workers: expected torchrun's number of processes, {processes}, got {options.workers}; "
+                         "hand it to torchrun as --nproc-per-node")  # fmt: skip
+        options.workers = processes
+        if options.local_steps > 1 or options.device != "cpu":
+            parser.error("--local-steps, --device: expected 1 and cpu under torchrun, got others; run all workers in one process")
+    elif options.compare:
+        parser.error("--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun "
+                     "--standalone --nproc-per-node 2 experiments/cifar10.py --compare")  # fmt: skip
+    options.workers = options.workers or 2
+    options.folder = options.folder or Path("runs") / name_run(options)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", options.workers)) if options.distributed else 1
+    options.threads = options.threads or max(1, count_cores() // local)
+    if options.checkpoint is None and (not options.distributed or local == options.workers):
+        options.checkpoint = options.folder / "checkpoints"
+    return options
+
+
+def name_run(options):
+    """Return a folder name that tells runs apart, such as resnet18-regtopk-d0.001-mu5-n2-s0."""
+    parts = [options.model, options.method]
+    if options.method != "dense":
+        parts.append(f"d{options.density:g}")
+    if options.method == "regtopk":
+        parts.append(f"mu{options.mu:g}" + ("" if options.distortion == "previous" else f"-{options.distortion}"))
+    if options.partition != "iid":
+        parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
+    if options.local_steps > 1:
+        parts.append(f"local{options.local_steps}")
+    return "-".join([*parts, f"n{options.workers}", f"s{options.seed}"])
+
+
+class Interrupt:
+    """End this process at Ctrl-C, which reaches all processes of the job at once, and say how to go on."""
+
+    def __init__(self, options):
+        self._options, self.run = options, None
+        signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, *_):
+        if os.environ.get("RANK", "0") == "0":
+            saved = self.run.saved if self.run is not None else 0
+            print(f"\nstopped; the same command {f'goes on from step {saved}' if saved else 'begins again'}", flush=True)
+        # At once: another rank may wait for this one, or this one for another. To torchrun it is the end of the job, no failure.
+        os._exit(0 if self._options.distributed else 130)
+
+
+def main(arguments=None):
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    interrupt = Interrupt(options)
+    import torch
+    import torch.distributed as dist
+
+    from experiments.checkpoints import JobError
+    from experiments.report.figures import draw_runs, save
+    from experiments.report.logs import read_run
+    from experiments.report.table import format_table
+    from experiments.run import Run
+
+    torch.set_num_threads(options.threads)
+    # One process is a group of one: everything else is the same for both forms.
+    alone = {} if options.distributed else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout), **alone)
+    rank = dist.get_rank()
+    if rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
+        print("cifar10: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with --max-restarts, got none; a restart may fail", file=sys.stderr)
+    try:
+        interrupt.run = Run(options)
+        interrupt.run.train()
+        if rank == 0:
+            result = read_run(options.folder)
+            print(format_table(result))
+            print(f"figure: {save(draw_runs([result]), options.folder / 'curves.svg')}")
+        dist.barrier()
+    except JobError as error:
+        if rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        dist.barrier()  # torchrun ends the others when one exits: not before rank 0 has printed
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Find what the logs show of each claim in experiments/README.md, which states the claim, the command and what is expected."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+from experiments.report.logs import BY_DENSITY, SCRIPT_MU, pair, select
+from experiments.report.paired_test import SIGNIFICANT, compare, number, spread
+
+NOT_RUN = "not run yet"
+STATED = 3  # cells of a row that the document itself states: claim, command, expected
+PAPER_GAIN = 8.0  # points
+MU = 4.0  # the authors' for the linear regression
+TOPK = {"method": "topk"}
+PREVIOUS = {"method": "regtopk", "mu": MU, "distortion": "previous"}
+CURRENT = {"method": "regtopk", "mu": MU, "distortion": "current"}
+HETEROGENEOUS, HOMOGENEOUS, SINGLE = ({"homogeneous": same, "dtype": dtype} for same, dtype in ((False, "float64"), (True, "float64"), (False, "float32")))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the logs show of one claim: words, the number of seeds, the test over them in words, the runs, the Comparison."""
+
+    found: str
+    n: int
+    test: str
+    runs: list
+    comparison: object = None
+
+
+def values(name, runs):
+    return [run.value(name) for run in runs]
+
+
+def mean(name, runs, digits):
+    return number(fmean(values(name, runs)), digits)
+
+
+# The toy and the linear regression
+
+
+def find_toy_topk(evidence):
+    for run in select(evidence.toy, method="topk"):
+        losses = run.value("losses")
+        return Finding(f"loss {min(losses):.4f}…{max(losses):.4f} over {len(losses) - 1} steps", 1, "none: nothing is random", [run])
+
+
+def find_toy_regtopk(evidence):
+    dense, runs, parts = select(evidence.toy, method="dense"), select(evidence.toy, method="regtopk"), []
+    if not dense or not runs:
+        return None
+    expected = dense[0].value("losses")
+    for run in runs:
+        apart = [abs(loss / wanted - 1) for loss, wanted in zip(run.value("losses"), expected)]
+        near = next((step for step in range(len(apart)) if max(apart[step:]) < 0.05), None)
+        since = f"within 5 % from step {near}" if near is not None else "not within 5 %"
+        parts.append(f"{run.options['distortion']}: {since}, {run.value('losses')[50]:.4f} at step 50")
+    return Finding(f"dense {expected[50]:.4f} at step 50; {'; '.join(parts)}", 1, "none: nothing is random", runs)
+
+
+def find_gap(evidence, density, settings=HETEROGENEOUS, wanted=PREVIOUS, name="RegTop-k"):
+    """Compare the final gap with Top-k's at one density; None without both."""
+    regtopk, topk = pair(select(evidence.regression, **settings, density=density), wanted, TOPK)
+    if not topk:
+        return None
+    gaps, others = values("log10_gap", regtopk), values("log10_gap", topk)
+    comparison = compare(gaps, others)
+    text = f"{name} {spread(gaps, 1)} ({number(min(gaps), 1)}…{number(max(gaps), 1)}), Top-k {spread(others, 1)}"
+    return Finding(text, comparison.n, comparison.describe(digits=1), [*regtopk, *topk], comparison)
+
+
+def find_gaps(evidence, settings, only=None):
+    """List RegTop-k's and Top-k's mean final gap at every density that both have, or at those of `only`."""
+    densities = sorted({run.options["density"] for run in select(evidence.regression, **settings, **TOPK)})
+    found = {density: find_gap(evidence, density, settings) for density in densities if only is None or density in only}
+    found = {f"{density:g}": finding for density, finding in found.items() if finding}
+    if not found:
+        return None
+    gaps = {density: [mean("log10_gap", select(finding.runs, **wanted), 1) for wanted in (PREVIOUS, TOPK)] for density, finding in found.items()}
+    tested = [finding for finding in found.values() if finding.comparison.p is not None]
+    shown = ", ".join(density for density, finding in found.items() if finding.comparison.shown) or "none"
+    test = f"{len(tested)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if tested else "none with one seed"
+    text = "; ".join(f"{density}: {' against '.join(pair)}" for density, pair in gaps.items())
+    return Finding(text, min(finding.n for finding in found.values()), test, [run for finding in found.values() for run in finding.runs])
+
+
+def find_jump(evidence):
+    """Find how low the gap of RegTop-k at density 0.6 was before the last step, and how it ended."""
+    runs, lowest, steps, highest = select(evidence.regression, **HETEROGENEOUS, **PREVIOUS, density=0.6), [], [], []
+    if not runs:
+        return None
+    for run in runs:
+        curve = [point for point in run.value("curve") if point[1] is not None]
+        index = min(range(len(curve)), key=lambda i: curve[i][1])
+        steps.append(curve[index][0])
+        lowest.append(curve[index][1])
+        highest.append(max(gap for _, gap in curve[index:]))
+    text = f"lowest {spread(lowest, 1)} at steps {min(steps)}…{max(steps)}; after that back up to {spread(highest, 1)}; "
+    return Finding(f"{text}{spread(values('log10_gap', runs), 1)} at the last step", len(runs), "none", runs)
+
+
+def find_mu(evidence, density):
+    parts, runs, n = [], [], []
+    for distortion in ("previous", "current"):
+        own = select(evidence.regression, **HETEROGENEOUS, density=density, method="regtopk", distortion=distortion)
+        by_mu = {mu: select(own, mu=mu) for mu in sorted({run.options["mu"] for run in own})}
+        if len(by_mu) > 2:
+            parts.append(f"{distortion}: " + ", ".join(f"{mu:g}: {mean('log10_gap', some, 1)}" for mu, some in by_mu.items()))
+            runs, n = [*runs, *own], [*n, *map(len, by_mu.values())]
+    return Finding(f"mean gap by mu, {'; '.join(parts)}", min(n), "none; bars in the figure", runs) if parts else None
+
+
+def find_genie(evidence):
+    runs, dense = (select(evidence.regression, **HETEROGENEOUS, method=method) for method in ("genie", "dense"))
+    if not runs or not dense:
+        return None
+    gaps, densities = values("log10_gap", runs), sorted({run.options["density"] for run in runs})
+    text = f"{number(min(gaps), 1)}…{number(max(gaps), 1)} at densities {densities[0]:g}…{densities[-1]:g}"
+    return Finding(f"{text}, dense {spread(values('log10_gap', dense), 1)}", len(dense), "none", runs)
+
+
+# CIFAR-10
+
+
+def pairs_of(runs):
+    """Return {(density, mu): (RegTop-k's runs in its "previous" form, Top-k's runs), at the seeds that both have}."""
+    options = sorted({(run.options["density"], run.options["mu"]) for run in select(runs, method="regtopk", distortion="previous")})
+    found = {(d, mu): pair(runs, {**PREVIOUS, "mu": mu, "density": d}, {**TOPK, "density": d}) for d, mu in options}
+    return {key: both for key, both in found.items() if both[0]}
+
+
+def choose_pair(runs, density=None):
+    """Return the pair with the script's mu, and this density where the group has several; ([], []) without one."""
+    return next((both for (of, mu), both in pairs_of(runs).items() if mu == SCRIPT_MU and density in (None, of)), ([], []))
+
+
+def find_accuracy(evidence, group, density=None, against=None, loss=False):
+    """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group; None without one.
+
+    `density`: where the group has several. `against`: a gain in points that the test cell holds against the interval.
+    `loss`: state the training loss too.
+    """
+    runs = evidence.cifar10.get(group, [])
+    regtopk, topk = choose_pair(runs, density)
+    if not topk:
+        return None
+    dense = [run for run in select(runs, method="dense") if run.seed in {other.seed for other in topk}]
+    methods = {"RegTop-k": regtopk, "Top-k": topk} | ({"dense": dense} if len(dense) == len(topk) else {})
+    text = f"after {runs[0].length} " + ", ".join(f"{name} {spread(values('accuracy', some))} %" for name, some in methods.items())
+    if loss:
+        text += "; training loss " + ", ".join(f"{name} {spread(values('training_loss', some))}" for name, some in methods.items())
+    comparison = compare(values("accuracy", regtopk), values("accuracy", topk))
+    test = comparison.describe(" points")
+    if against is not None and comparison.low is not None:
+        test += f"; {against:g} points lie {'inside' if comparison.low <= against <= comparison.high else 'outside'} the interval"
+    return Finding(text, comparison.n, test, [run for some in methods.values() for run in some], comparison)
+
+
+def find_overlap(evidence, group):
+    """Find how much was sent twice running and displaced: without either, the two methods are one."""
+    regtopk, topk = choose_pair(evidence.cifar10.get(group, []))
+    if not topk:
+        return None
+    twice, again, displaced = (spread(values(name, runs)) for name, runs in (("repeated", topk), ("repeated", regtopk), ("displaced", regtopk)))
+    text = f"of what it sent, Top-k had sent {twice} % the step before, RegTop-k {again} %; RegTop-k displaced {displaced} %"
+    return Finding(text, len(topk), "none", [*regtopk, *topk])
+
+
+def find_by_option(evidence, group, place):
+    """List RegTop-k minus Top-k in points by density (place 0 of a pair) or mu (place 1), over the seeds of all of them."""
+    runs = evidence.cifar10.get(group, [])
+    pairs = sorted(pairs_of(runs).items(), key=lambda item: item[0][place])
+    common = set.intersection(*({run.seed for run in both[0]} for _, both in pairs)) if pairs else set()
+    if len(pairs) < 2 or not common:
+        return None
+    parts, chances = [], []
+    for options, both in pairs:
+        regtopk, topk = ([run for run in some if run.seed in common] for some in both)
+        comparison = compare(values("accuracy", regtopk), values("accuracy", topk))
+        parts.append(f"{options[place]:g}: {number(comparison.mean, 2)} (displaced {mean('displaced', regtopk, 1)} %)")
+        chances += [comparison.p] if comparison.p is not None else []
+    text = f"after {runs[0].length} RegTop-k minus Top-k in points by {('density', 'mu')[place]}, {'; '.join(parts)}"
+    test = "none with one seed"
+    if chances:
+        test = f"{len(chances)} paired t-tests: smallest p {min(chances):.2g}, corrected for their number {min(1.0, len(chances) * min(chances)):.2g}"
+    return Finding(text, len(common), test, runs)
+
+
+# The documents
+
+# The anchor of each claim's row: its figure, and what finds its cells in the evidence.
+CLAIMS = {
+    "fig-1-top-1": ("toy_logistic", find_toy_topk),
+    "fig-1-regtop-1": ("toy_logistic", find_toy_regtopk),
+    **{f"fig-2-density-{density}": ("linear_regression_curves", partial(find_gap, density=density)) for density in (0.6, 0.5, 0.4)},
+    "fig-2-to-the-end": ("linear_regression_curves", find_jump),
+    "fig-2-printed": ("linear_regression_curves", partial(find_gap, density=0.6, wanted=CURRENT, name="as printed")),
+    "fig-2-densities": ("linear_regression_density", partial(find_gaps, settings=HETEROGENEOUS, only=(0.2, 0.3, 0.7, 0.8))),
+    **{f"fig-2-mu-{density}": ("linear_regression_mu", partial(find_mu, density=density)) for density in (0.5, 0.6)},
+    "fig-2-genie": ("linear_regression_density", find_genie),
+    "fig-2-homogeneous": ("linear_regression_density", partial(find_gaps, settings=HOMOGENEOUS)),
+    "fig-2-fp32": ("linear_regression_density", partial(find_gaps, settings=SINGLE)),
+    "density-0.001": ("cifar10_density-0.001", partial(find_accuracy, group="density-0.001", against=PAPER_GAIN)),
+    "density-0.001-overlap": ("cifar10_density-0.001", partial(find_overlap, group="density-0.001")),
+    **{f"density-{text}": (f"cifar10_density-{text}", partial(find_accuracy, group=BY_DENSITY, density=float(text))) for text in ("0.0001", "0.01", "0.1")},
+    BY_DENSITY: (f"cifar10_{BY_DENSITY}_by_density", partial(find_by_option, group=BY_DENSITY, place=0)),
+    "density-0.01-mu": ("cifar10_density-0.01_by_mu", partial(find_by_option, group="density-0.01", place=1)),
+    "tiny-density": ("cifar10_tiny-density_by_density", partial(find_by_option, group="tiny-density", place=0)),
+    "tiny-mu": ("cifar10_tiny-mu_by_mu", partial(find_by_option, group="tiny-mu", place=1)),
+    **{group: (f"cifar10_{group}", partial(find_accuracy, group=group)) for group in ("density-0.001-long", "mobilenet_v2", "vgg11_bn", "local-40")},
+    **{f"{kind}-{labels}": (f"cifar10_{kind}-{labels}", partial(find_accuracy, group=f"{kind}-{labels}", loss=True))
+       for kind in ("partition", "tiny") for labels in ("labels", "dirichlet")},
+}  # fmt: skip
+
+
+def find_cells(name, evidence):
+    """Return the cells of a claim's row that the logs decide: found, n, test, log and figure."""
+    figure, find = CLAIMS[name]
+    finding = find(evidence)
+    if finding is None:
+        return [NOT_RUN, "0", NOT_RUN, "", ""]
+    logs = ", ".join(f"[{Path(log).stem}](results/{log})" for log in sorted({run.log for run in finding.runs}))
+    return [finding.found, str(finding.n), finding.test, logs, f"[figure](figures/{figure}.svg)"]
+
+
+def fill_table(document, evidence):
+    """Return the document with what the logs show in the row of every claim; ValueError where it has not one row for each."""
+    names = re.findall(r'^\| <a id="([^"]+)">', document, re.MULTILINE)
+    if sorted(names) != sorted(CLAIMS):
+        raise ValueError(f"fill_table: expected a row for each of {sorted(CLAIMS)}, got {sorted(names)}")
+
+    def fill(row):
+        cells = [cell.strip() for cell in row[0].strip("|").split(" | ")[:STATED]]
+        return "| " + " | ".join([*cells, *find_cells(row[1], evidence)]) + " |"
+
+    return re.sub(r'^\| <a id="([^"]+)">.*$', fill, document, flags=re.MULTILINE)
+
+
+# Rows that answer "Does it help?".
+ANSWERS = ("fig-2-density-0.6", "fig-2-density-0.5", "fig-2-density-0.4", "fig-2-printed", "fig-2-homogeneous", "density-0.001",
+           "density-0.001-overlap", BY_DENSITY, "mobilenet_v2", "tiny-density")  # fmt: skip
+
+
+def format_summary(document, evidence):
+    """Return a line of Markdown for each of ANSWERS: the claim in the words of the table in `document`, and what the logs show of it."""
+    lines = []
+    for name in ANSWERS:
+        claim = re.search(rf'^\| <a id="{re.escape(name)}"></a>(.*?) \| ', document, re.MULTILINE)[1]
+        finding = CLAIMS[name][1](evidence) or Finding(NOT_RUN, 0, "none", [])
+        verdict = "" if finding.comparison is None or finding.comparison.shown else "; no difference shown"
+        test = "" if finding.test == "none" else f" ({finding.test}; n = {finding.n})"
+        lines.append(f"* [{claim}](experiments/README.md#{name}): {finding.found}{verdict}{test}.")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Read the committed logs, of which figures and documents are made, and nothing else."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.sweeps import RUN_KEYS
+from runlog.record import read_log, read_logs
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+BY_DENSITY, DENSITY_GROUP = "resnet18-density", re.compile(r"density-[0-9.]+")
+SCRIPT_MU = 5.0  # that of the authors' ResNet-18 script, and of every run that does not vary it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: a row of a sweep, or a training run on CIFAR-10.
+
+    log: path below results; options: how it was run, None for what its method does not use; losses: [(step, loss)]; tests: its
+    "test" records, one per step; result: its row, or its last record.
+    """
+
+    log: str
+    data: str | None
+    seed: int | None
+    options: dict
+    losses: list
+    tests: list
+    result: dict
+
+    @property
+    def configuration(self):
+        """(method, density, mu, distortion)."""
+        return tuple(self.options[key] for key in RUN_KEYS[:4])
+
+    @property
+    def length(self):
+        """In words, such as "1,500 steps"."""
+        return f"{self.result['step']:,} {'rounds' if self.options['local_steps'] > 1 else 'steps'}"
+
+    def value(self, name):
+        """Return what the figures and tables show of the result: "log10_gap", "training_loss", or in percent "accuracy", and of the
+        entries sent those "repeated" and "displaced"."""
+        if name in ("repeated", "displaced"):
+            return 100 * self.result["statistics"][name] / self.result["statistics"]["sent_entries"]
+        return 100 * self.result[name] if name == "accuracy" else self.result[name]
+
+    def cut(self, step):
+        """Return the run as it stood at `step`, one of those at which it was tested; raise ValueError at any other."""
+        if step == self.result["step"]:
+            return self
+        tests = [test for test in self.tests if test["step"] <= step]
+        if not tests or tests[-1]["step"] != step:
+            raise ValueError(f"{self.log}: expected a test at step {step}, got {[test['step'] for test in self.tests]}")
+        losses = [point for point in self.losses if point[0] <= step]
+        return replace(self, losses=losses, tests=tests, result={"step": step, "accuracy": tests[-1]["accuracy"], "statistics": tests[-1]})
+
+
+def select(runs, **wanted):
+    """Return the runs whose options are those given."""
+    return [run for run in runs if all(run.options[key] == value for key, value in wanted.items())]
+
+
+def pair(runs, first, second):
+    """Return two lists, the runs with the options `first` and those with `second`, at the seeds that both have."""
+    one, other = ({run.seed: run for run in select(runs, **wanted)} for wanted in (first, second))
+    common = sorted(one.keys() & other.keys())
+    return [one[seed] for seed in common], [other[seed] for seed in common]
+
+
+def finished_run(header, records, log=""):
+    """Return the Run of a log, None for one that does not end with a result: it has not finished, or goes on."""
+    if not records or records[-1]["event"] != "result":
+        return None
+    options = dict(header["options"])
+    for key in {"dense": RUN_KEYS[1:4], "topk": RUN_KEYS[2:4], "regtopk": ()}[options["method"]]:
+        options[key] = None
+    losses = {record["step"]: record["loss"] for record in records if record["event"] == "step"}
+    tests = {record["step"]: record for record in records if record["event"] == "test"}
+    return Run(log, header["data"], header["seed"], options, sorted(losses.items()), [tests[step] for step in sorted(tests)], records[-1])
+
+
+def read_run(folder):
+    """Return the Run whose log is in the run folder; raise ValueError for one that has not finished."""
+    if (run := finished_run(*read_log(folder))) is None:
+        raise ValueError(f"read_run: expected a finished run in {folder}, got a log that does not end with a result")
+    return run
+
+
+class Evidence:
+    """All committed logs: runs of the toy and of the regression, those that ended with a finite gap, and of CIFAR-10 by group.
+
+    A group's runs are sorted and took equally many steps, as many as most of them took. Last comes the group BY_DENSITY: those
+    of the groups density-D, each as it stood where the shortest ended, so that they differ in density alone.
+    """
+
+    def __init__(self, results=RESULTS):
+        self.toy, self.regression = (self._sweeps(Path(results), name) for name in ("toy_logistic", "linear_regression"))
+        self.cifar10 = {}
+        for path in sorted(Path(results).glob("cifar10/*.jsonl")):
+            found = [finished_run(*log, path.relative_to(results).as_posix()) for log in read_logs(path)]
+            runs = sorted(filter(None, found), key=lambda run: [(part is not None, part or 0) for part in (*run.configuration[:3], run.seed)])
+            steps = [run.result["step"] for run in runs]
+            usual = max(sorted(set(steps), reverse=True), key=steps.count, default=None)
+            self.cifar10[path.stem] = [run for run in runs if run.result["step"] == usual]
+        groups = [runs for group, runs in self.cifar10.items() if DENSITY_GROUP.fullmatch(group)]
+        if len(groups) > 1:
+            shortest = min(run.result["step"] for runs in groups for run in runs)
+            self.cifar10[BY_DENSITY] = [run.cut(shortest) for runs in groups for run in runs if run.options["mu"] in (None, SCRIPT_MU)]
+
+    @staticmethod
+    def _sweeps(results, name):
+        return [
+            Run(path.relative_to(results).as_posix(), None, row["seed"], {**header["settings"], **{key: row[key] for key in RUN_KEYS}}, [], [], row)
+            for path in sorted(results.glob(f"{name}/*.jsonl")) for header, records in read_logs(path) for row in records
+            if row["event"] == "run" and row.get("log10_gap", 0) is not None
+        ]  # fmt: skip

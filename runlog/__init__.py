@@ -1,0 +1,1 @@
+"""What experiments, benchmarks and tests share: logs of JSON lines, documents made from them, and command lines of one shape."""
