@@ -5,14 +5,20 @@
 # make gpu-check OUT=DIR [DEVICE=emulated]        check and time the kernels on this machine's GPU with the torch of PYTHON, 8 minutes at most
 # make sanitize                                   the core and the exchange's threads under Address-, UB- and ThreadSanitizer
 # make fuzz [SECONDS=60]                          feed the decoder of payloads and the loader of checkpoints with damaged bytes
+# make lint                                       ruff, mypy on the package, and the format of the C++ in cuda/
 # make check-all                                  every test, the ones that take minutes too, make sanitize and make fuzz
 # make clean                                      remove what make made: environments, builds, runs and the downloaded data set
 #
-# REGTOPK_CUDA=auto|on|off builds the CUDA kernels into the extension where nvcc and a CUDA build of torch are (auto), always, never.
+# REGTOPK_CUDA=auto|on|off builds the CUDA kernels into the extension where nvcc and a CUDA build of torch are (auto), always, never;
+# make setup and make train, where nothing else is said, leave them out on a machine without a GPU.
 # TORCH=2.13.0 uses another torch, in an environment of its own and without torchvision. PYTHON=... another interpreter.
 
 PYTHON ?= python3
 TORCH ?= 2.14.1
+# Kernels that nothing here can run take half of the build's time. What is built with them already stays.
+ifeq ($(filter-out setup train,$(or $(MAKECMDGOALS),setup)),)
+REGTOPK_CUDA ?= $(if $(or $(wildcard build/built-for-torch-$(TORCH)-cuda-auto),$(shell nvidia-smi -L 2>/dev/null)),auto,off)
+endif
 REGTOPK_CUDA ?= auto
 export REGTOPK_CUDA
 ARGS ?=
@@ -35,29 +41,35 @@ BUILT := build/built-for-torch-$(TORCH)-cuda-$(REGTOPK_CUDA)
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 WORKERS = $(or $(shell printf '%s\n' '$(ARGS)' | sed -n 's/.*--workers[ =]\{1,\}\([0-9][0-9]*\).*/\1/p'),2)
 
-.PHONY: setup train test cuda gpu-check sanitize fuzz check-all clean
+# Says every 8 seconds that the rest of a recipe's line goes on.
+SAY_SO := start=$$(date +%s); while sleep 8; do echo "  ... $$(($$(date +%s) - start)) s, $(VENV) has $$(du -sh $(VENV) | cut -f1)"; done & beat=$$!; \
+  trap "kill $$beat" EXIT; trap "exit 130" INT TERM;
+
+.PHONY: setup train test cuda gpu-check sanitize fuzz lint check-all clean
 
 setup: $(BUILT)
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	sed '$(LOOSEN)' requirements.txt > $(VENV)/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES) -r $(VENV)/requirements.txt
+	@echo "make: installing torch and the rest into $(VENV), some 6 GB with its CUDA libraries"
+	@$(SAY_SO) $(PYTHON) -m venv $(VENV) && sed '$(LOOSEN)' requirements.txt > $(VENV)/requirements.txt && \
+	  $(BIN)/pip install --disable-pip-version-check $(TORCH_PACKAGES) -r $(VENV)/requirements.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@rm -f build/built-for-torch-*
-	PATH="$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@echo "make: building the extension (REGTOPK_CUDA=$(REGTOPK_CUDA))"
+	@$(SAY_SO) export PATH="$(BIN):$$PATH"; $(BIN)/python setup.py --quiet build_ext --inplace && \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@cat build/torch-$(TORCH)*/kernels.txt
 	@touch $@
 
 train: setup
 	@test -x $(BIN)/torchrun || \
 	  { echo "make train: expected torchrun in $(VENV)/bin, got none; run make clean, then make train"; exit 1; }
-	@# torchrun warns unless this is set; the script sets its own number of threads.
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) experiments/cifar10_resnet18.py $(ARGS)
+	@$(BIN)/python -m experiments.launch --standalone --nproc-per-node $(WORKERS) experiments/cifar10.py $(ARGS)
+	@echo "to use it yourself: . $(VENV)/bin/activate"
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
@@ -71,6 +83,15 @@ GPU_PYTHON = $(if $(filter emulated,$(DEVICE)),$(BIN)/python,$(PYTHON))
 gpu-check: $(if $(filter emulated,$(DEVICE)),setup)
 	@test -n "$(OUT)" || { echo "make gpu-check: expected OUT=DIR, a folder for the results"; exit 1; }
 	$(GPU_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --device $(DEVICE) $(ARGS)
+
+lint: $(VENV)/lint-installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp
+
+$(VENV)/lint-installed: requirements-lint.txt $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-lint.txt
+	@touch $@
 
 # The native tests need no torch, but their cmake is that of the environment.
 build/sanitize-%: $(INSTALLED)

@@ -22,9 +22,9 @@ import statistics
 import time
 
 import torch
-from runlog.record import Recorder
 
 from regtopk_torch import _C, reference
+from runlog.record import Recorder
 
 ops = torch.ops.regtopk
 PAYLOADS = {"topk": 1, "regtopk": 1, "topk, 8 payloads": 8}

@@ -138,13 +138,12 @@ class Aggregate {
   __device__ void run() {
     for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
     __syncthreads();
-    each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) {
-      shared_.sums[offset] += Traits<T>::load(value);
-    });
+    each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); });
     if (device_.feedback) {
       each_rank(device_.first_feedback_worker, device_.feedback_workers, [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
         const Accumulate sent = Traits<T>::load(value);
-        device_.feedback.store(row * static_cast<size_t>(device_.layout.k) + entry, feedback_of(shared_.sums[offset], sent, device_.distortion));
+        device_.feedback.store(
+            row * static_cast<size_t>(device_.layout.k) + entry, feedback_of(shared_.sums[offset], sent, device_.distortion));
       });
     }
     const Accumulate workers = static_cast<Accumulate>(device_.workers), reciprocal = Accumulate{1} / workers;
@@ -299,7 +298,8 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     device.left = Global(static_cast<uint32_t*>(arguments.workspace)).offset(2);
     device.worst_status = Global(arguments.worst_status);
     const int64_t warps = arguments.layout.tiles * arguments.workers, most = int64_t{multiprocessors()} * 8;
-    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
+    const unsigned blocks =
+        static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
     REGTOPK_LAUNCH((check_kernel<T>), blocks, kThreads, stream, device);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
     REGTOPK_LAUNCH((aggregate_kernel<T>), device.blocks, kThreads, stream, device);

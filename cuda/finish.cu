@@ -29,7 +29,11 @@ class Finish {
   };
 
   __device__ Finish(const Device& device, Shared& shared)
-      : device_(device), shared_(shared), warp_(), sent_(shared.sent[threadIdx.x / kWarpThreads]), chosen_(shared.chosen[threadIdx.x / kWarpThreads]) {
+      : device_(device),
+        shared_(shared),
+        warp_(),
+        sent_(shared.sent[threadIdx.x / kWarpThreads]),
+        chosen_(shared.chosen[threadIdx.x / kWarpThreads]) {
     if (threadIdx.x == 0) shared_.sent_entries = device.sent.entries();
     __syncthreads();
   }

@@ -28,9 +28,7 @@ class PayloadReader {
   __device__ uint32_t uniform_first_entry(uint32_t tile) const {
     return tile < layout_.tiles ? clamped(tile_starts().load_uniform(tile)) : clamped(0xffffffffu);
   }
-  __device__ uint16_t offset_in_tile(uint32_t entry) const {
-    return bytes_.at_byte<const uint16_t>(layout_.support_at).load(entry);
-  }
+  __device__ uint16_t offset_in_tile(uint32_t entry) const { return bytes_.at_byte<const uint16_t>(layout_.support_at).load(entry); }
   // 32 bits of the bitmap, of the entries 32 word … 32 word + 31 of the bucket; entries past the end are not in it.
   __device__ uint32_t bitmap_word(uint32_t word) const {
     const int64_t first = int64_t{word} * 32;

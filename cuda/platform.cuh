@@ -23,8 +23,8 @@ inline int multiprocessors() {
 
 #include "simt.h"
 
-#define REGTOPK_SHARED(Type, name)        \
-  static const char key_of_##name = 0;    \
+#define REGTOPK_SHARED(Type, name)     \
+  static const char key_of_##name = 0; \
   std::type_identity_t<Type>& name = *static_cast<std::type_identity_t<Type>*>(simt::shared(&key_of_##name, sizeof(Type)))
 #define REGTOPK_LAUNCH(kernel, blocks, threads, stream, ...) \
   (static_cast<void>(stream), simt::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); }))

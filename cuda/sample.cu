@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> devi
 template <typename T>
 void launch_sample(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
   constexpr int64_t kSectorsOfBlock = kSectorsOfWarp * (kThreads / kWarpThreads);
-  const unsigned blocks = static_cast<unsigned>(device.sampling.sectors == 0 ? 1 : (device.sampling.sectors + kSectorsOfBlock - 1) / kSectorsOfBlock);
+  const unsigned blocks =
+      static_cast<unsigned>(device.sampling.sectors == 0 ? 1 : (device.sampling.sectors + kSectorsOfBlock - 1) / kSectorsOfBlock);
   if (has_feedback) REGTOPK_LAUNCH((sample_kernel<T, true>), blocks, kThreads, stream, device);
   else REGTOPK_LAUNCH((sample_kernel<T, false>), blocks, kThreads, stream, device);
 }

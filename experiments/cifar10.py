@@ -12,6 +12,7 @@ the new workers may find the address of a dead one.
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -112,23 +113,23 @@ def name_run(options):
 
 
 class Interrupt:
-    """End this process at Ctrl-C, which reaches all processes of the job at once, and say how to go on."""
+    """End this process at Ctrl-C, which torchrun hands to all processes of the job, and say how to go on."""
 
-    def __init__(self, options):
-        self._options, self.run = options, None
+    def __init__(self):
+        self.run = None
         signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, *_):
         if os.environ.get("RANK", "0") == "0":
             saved = self.run.saved if self.run is not None else 0
             print(f"\nstopped; the same command {f'goes on from step {saved}' if saved else 'begins again'}", flush=True)
-        # At once: another rank may wait for this one, or this one for another. To torchrun it is the end of the job, no failure.
-        os._exit(0 if self._options.distributed else 130)
+        time.sleep(0.1)  # the others get the signal before they miss this process
+        os._exit(128 + signal.SIGINT)  # at once: another rank may wait for this one, or this one for another
 
 
 def main(arguments=None):
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    interrupt = Interrupt(options)
+    interrupt = Interrupt()
     import torch
     import torch.distributed as dist
 

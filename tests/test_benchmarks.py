@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
 from benchmarks import plot, table  # noqa: E402
+from runlog.document import replace  # noqa: E402
 
 DOCUMENTS = {"README.md": ["buckets.jsonl"], "benchmarks/README.md": ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]}
 
@@ -31,9 +32,10 @@ def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
 def test_the_tables_in_the_documents_are_those_of_the_logs(document):
     path = ROOT / document
     text = path.read_text(encoding="utf-8")
-    assert table.replace(text, table.format_tables([ROOT / "benchmarks/results/ops" / log for log in DOCUMENTS[document]], path.parent)) == text
+    made = table.format_tables([ROOT / "benchmarks/results/ops" / log for log in DOCUMENTS[document]], path.parent)
+    assert replace(text, made, table.BEGIN) == text
 
 
 def test_a_document_without_the_marks_is_an_error():
     with pytest.raises(ValueError, match="expected the marks .* got a document without"):
-        table.replace("no marks here", "text")
+        replace("no marks here", "text", table.BEGIN)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # experiments is not installed
 
 from experiments import linear_regression, sweeps  # noqa: E402
+from runlog.record import read_log  # noqa: E402
 
 SMALL = {"workers": 4, "steps": 40}
 
@@ -92,6 +93,11 @@ def test_a_sweep_runs_each_combination_once():
     assert described[:3] == ["dense seed=7", "topk density=0.1 seed=7", "topk density=0.2 seed=7"]
 
 
+def read_sweep(path):
+    header, records = read_log(path)
+    return header, [line for line in records if line["event"] == "run"]
+
+
 def write_sweep(path, monkeypatch, computed):
     """Run a short sweep through the command; append each run that is computed, not read, to `computed`."""
     train = linear_regression.train
@@ -111,7 +117,7 @@ def test_a_sweep_that_is_cut_off_at_any_byte_goes_on_to_the_same_rows(tmp_path, 
     write_sweep(path, monkeypatch, computed)
     content, everything = path.read_bytes(), list(computed)
     assert len(everything) == 6
-    _, rows = sweeps.read_sweep(path)
+    _, rows = read_sweep(path)
     ends = [match.end() for match in re.finditer(b"\n", content)]
     for cut in sorted({0, 1, *ends, *(end - 1 for end in ends), *(end + 10 for end in ends[:-1])}):
         path.write_bytes(content[:cut])
@@ -119,7 +125,7 @@ def test_a_sweep_that_is_cut_off_at_any_byte_goes_on_to_the_same_rows(tmp_path, 
         write_sweep(path, monkeypatch, computed)
         whole = max(0, sum(end <= cut for end in ends) - 1)  # rows that were complete; the first line is the header
         assert computed == everything[whole:], cut
-        header, again = sweeps.read_sweep(path)
+        header, again = read_sweep(path)
         assert again == rows and header["settings"]["steps"] == 3
 
 

@@ -66,6 +66,27 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: expected absolute imports"
             yield node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "__import__"}:
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+
+
+# Python folder -> project folders from which it may import, also within functions. What is used by two has a place of its own.
+MAY_IMPORT = {
+    "runlog": {"runlog"},
+    "regtopk_torch": {"regtopk_torch"},
+    "experiments": {"regtopk_torch", "runlog", "experiments"},
+    "benchmarks": {"regtopk_torch", "runlog", "benchmarks"},
+    "cuda": set(),
+}
+TESTS = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
+
+
+@pytest.mark.parametrize("path", [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    folder = path.relative_to(ROOT).parts[0]
+    for module in imported_modules(path):
+        top = module.partition(".")[0]
+        assert top in MAY_IMPORT[folder] or top not in MAY_IMPORT.keys() | TESTS, f"{folder} must not import {module}, not even in a function"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "regtopk_torch").glob("*.py")), ids=lambda path: path.name)
@@ -97,5 +118,5 @@ def test_the_build_lists_every_source_once():
 def test_the_readme_maps_every_folder():
     readme = (ROOT / "README.md").read_text()
     folders = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.is_dir()}
-    for folder in folders | {"regtopk_torch", "tests", "experiments"}:
+    for folder in folders | MAY_IMPORT.keys() | {"tests"}:
         assert f"{folder.rpartition('/')[2]}/" in readme, f"expected {folder} in the README's folder map"

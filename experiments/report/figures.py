@@ -74,7 +74,7 @@ def draw_curves(axes, runs):
         curves = [[point for point in curve if point[1] is not None] for curve in curves]
         band(axes, [step for step, _ in curves[0]], [[value for _, value in curve] for curve in curves], label=describe(configuration), **style)
     axes.set(xlabel="step (updates of the weights)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.66))
 
 
 def draw_against(option, name, axes, runs):
@@ -148,8 +148,9 @@ def draw_runs(runs):
     step_axes.set(xlabel=unit, ylabel=ylabel)
     byte_axes.set(xlabel="sent per worker (MB, 1e6 bytes)", ylabel=ylabel)
     share_axes.set(xlabel=unit, ylabel="of the entries sent so far (%)", title="thick: sent twice running; thin: displaced")
-    step_axes.legend(fontsize=7)
-    scale_logarithmically(byte_axes)
+    step_axes.legend(fontsize=7, loc="lower right")
+    if byte_axes.dataLim.xmin > 0:  # one worker sends nothing
+        scale_logarithmically(byte_axes)
     return figure
 
 
