@@ -1,6 +1,7 @@
 """The process groups of a state: opened at its first use, on the store of the model's group."""
 
 import gc
+import os
 
 import torch
 import torch.distributed as dist
@@ -59,9 +60,20 @@ def open_groups(state):
             f"rank {rank}: sparse_hook: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
-    payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, limit)
-    control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, limit)
+    payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=8))
+    control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
     return payloads, control, store, limit.total_seconds()
+
+
+def _options(limit, *, threads):
+    """gloo does as many collectives at once as it has threads; those of small buckets wait for the network, not for the processor."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout, options._threads = limit, threads
+    options._devices = [dist.ProcessGroupGloo.create_device(interface=name) for name in names] or [
+        dist.ProcessGroupGloo.create_default_device()
+    ]
+    return options
 
 
 def timeout_of(group):

@@ -50,6 +50,26 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
   const at::Tensor& buffer = ddp_bucket.getBufferRef();
   if (buffer.numel() == 0 && !buffer.is_sparse()) return completed(buffer);
   transport();
+  const std::shared_ptr<Plan> plan = enter(bucket_of(ddp_bucket), ddp_bucket);
+  Transport::Bucket moved{
+      .result = buffer,
+      .step = worker_->steps.step(),
+      .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }};
+  if (!plan || dense_) {
+    const double bytes = dense::send(*worker_, plan.get(), buffer);
+    moved.finish = [worker = worker_, buffer, bytes] { dense::receive(*worker, buffer, bytes); };
+    moved.fail = [] {};
+    return transport_->all_reduce(std::move(moved));
+  }
+  const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
+  if (!plan->received.defined()) plan->received = at::empty({worker_->workers, payload.numel()}, payload.options());
+  moved.finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); };
+  moved.fail = [plan, payload] { own_support::fail(*plan, payload); };
+  return transport_->gather(payload, plan->received, std::move(moved));
+}
+
+Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
+  const at::Tensor& buffer = ddp_bucket.getBuffer();
   Bucket bucket{
       .layout = {{}, buffer.scalar_type(), buffer.device()},
       .index = static_cast<int64_t>(ddp_bucket.getIndex()),
@@ -71,52 +91,27 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
     transport_->announce_failure(error.what());
     throw;
   }
-  return exchange(buffer, bucket, ddp_bucket);
+  return bucket;
 }
 
-DdpExchange::FuturePtr DdpExchange::exchange(const at::Tensor& buffer, const Bucket& bucket, const c10d::GradBucket& ddp_bucket) {
+std::shared_ptr<Plan> DdpExchange::enter(const Bucket& bucket, const c10d::GradBucket& ddp_bucket) {
   // DDP has waited for all of the step before, unless one bucket's error let the user go on while others were pending: what
   // those take and return must not be mixed with what this step does.
   if (worker_->begins_step(bucket)) transport_->wait_idle();
-  const std::shared_ptr<Plan> plan = worker_->enter(
-      bucket,
-      [&] {
-        std::vector<regtopk::Owner> owners;
-        for (const at::Tensor& parameter : ddp_bucket.getParameters()) owners.emplace_back(parameter);
-        return owners;
-      },
-      owner_.applied);
-  if (!plan || plan->agreed_version != options_version_) {
-    const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
-    if (!agreed_.contains(hash)) {
-      agree_on(bucket, hash, ddp_bucket.isLast());
-      agreed_.insert(hash);
-    }
-    if (plan) plan->agreed_version = options_version_;
+  const auto owners = [&] {
+    std::vector<regtopk::Owner> owners;
+    for (const at::Tensor& parameter : ddp_bucket.getParameters()) owners.emplace_back(parameter);
+    return owners;
+  };
+  const std::shared_ptr<Plan> plan = worker_->enter(bucket, owners, owner_.applied);
+  if (plan && plan->agreed_version == options_version_) return plan;
+  const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
+  if (!agreed_.contains(hash)) {
+    agree_on(bucket, hash, ddp_bucket.isLast());
+    agreed_.insert(hash);
   }
-  return plan && !dense_ ? sparse(buffer, plan) : dense(buffer, plan);
-}
-
-DdpExchange::FuturePtr DdpExchange::sparse(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan) {
-  const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
-  if (!plan->received.defined()) plan->received = at::empty({worker_->workers, payload.numel()}, payload.options());
-  return transport_->gather(
-      payload, plan->received,
-      {.result = buffer,
-       .step = worker_->steps.step(),
-       .finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); },
-       .fail = [plan, payload] { own_support::fail(*plan, payload); },
-       .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }});
-}
-
-DdpExchange::FuturePtr DdpExchange::dense(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan) {
-  const double bytes = dense::send(*worker_, plan.get(), buffer);
-  return transport_->all_reduce(
-      {.result = buffer,
-       .step = worker_->steps.step(),
-       .finish = [worker = worker_, buffer, bytes] { dense::receive(*worker, buffer, bytes); },
-       .fail = [] {},
-       .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }});
+  if (plan) plan->agreed_version = options_version_;
+  return plan;
 }
 
 void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {

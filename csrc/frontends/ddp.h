@@ -47,9 +47,9 @@ class DdpExchange {
   void close();
 
  private:
-  FuturePtr exchange(const at::Tensor& buffer, const Bucket& bucket, const c10d::GradBucket& ddp_bucket);
-  FuturePtr sparse(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan);
-  FuturePtr dense(const at::Tensor& buffer, const std::shared_ptr<Plan>& plan);
+  Bucket bucket_of(const c10d::GradBucket& ddp_bucket);
+  // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
+  std::shared_ptr<Plan> enter(const Bucket& bucket, const c10d::GradBucket& ddp_bucket);
   void agree_on(const Bucket& bucket, int64_t hash, bool last);
 
   // Shared with pending buckets, which may outlive this object by a moment.

@@ -74,8 +74,8 @@ void compress_cpu(
   }
   if (bracket) {
     TORCH_CHECK_VALUE(
-        bracket->size() == 2 && (*bracket)[0] >= 0 && (*bracket)[0] <= (*bracket)[1] && (*bracket)[1] <= 0x7fffffff, who,
-        ": expected a bracket of two score keys, 0 <= low <= high < 2^31, got ", *bracket);
+        bracket->size() == 2 && std::all_of(bracket->begin(), bracket->end(), [](int64_t key) { return key >= 0 && key <= 0x7fffffff; }),
+        who, ": expected a bracket of two score keys in [0, 2^31), got ", *bracket);
     arguments.bracket = Bracket{.low = static_cast<uint32_t>((*bracket)[0]), .high = static_cast<uint32_t>((*bracket)[1])};
   }
   arguments.gradient = gradient.const_data_ptr();

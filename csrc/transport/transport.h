@@ -20,9 +20,9 @@ class Transport {
   struct Bucket {
     at::Tensor result;             // what the future holds in the end
     int64_t step;                  // for messages
+    std::function<void(double)> count_seconds;  // from issuing it until its arrival was seen
     std::function<void()> finish;  // when it has arrived; may throw, which is the future's error
     std::function<void()> fail;    // instead of finish, or after it threw
-    std::function<void(double)> count_seconds;  // from issuing it until its arrival was seen
   };
 
   virtual ~Transport() = default;
