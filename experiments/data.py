@@ -117,8 +117,7 @@ def download_cifar10(folder, url="", patience_seconds=PATIENCE_SECONDS, limit_se
     place at the end, replacing what was there, so a partial file is never mistaken for data. `url` replaces
     torchvision's address.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cifar-10-partial-", dir=folder) as partial:
         command = [sys.executable, "-c", _DOWNLOAD_COMMAND, partial, url, str(int(limit_seconds))]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -143,7 +142,7 @@ def download_cifar10(folder, url="", patience_seconds=PATIENCE_SECONDS, limit_se
             child.kill()
             child.communicate()
         if reason is None:
-            target = folder / CIFAR10_FOLDER
+            target = Path(folder) / CIFAR10_FOLDER
             shutil.rmtree(target, ignore_errors=True)
             (Path(partial) / target.name).rename(target)
         return reason

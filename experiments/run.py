@@ -84,18 +84,16 @@ class Run:
     def __init__(self, options):
         self._options = options
         self._dataset = load_dataset(options)
-
-        def make():
-            batches = make_batches(self._dataset, options)
-            return (DistributedWorkers if options.distributed else LocalWorkers), make_model(options.model, options.seed).to(options.device), batches
-
-        kind, model, self._batches = agree(make)
-        self._workers = agree(lambda: kind(options, model, self._batches))
+        self._batches = agree(lambda: make_batches(self._dataset, options))
+        model = agree(lambda: make_model(options.model, options.seed).to(options.device))
+        self._workers = agree(lambda: (DistributedWorkers if options.distributed else LocalWorkers)(options, model, self._batches))
         self._folders, self._recorder, step, training = None, None, 0, None
         if options.checkpoint is not None:
             job = {"data": self._dataset.name, **{name: value for name, value in vars(options).items() if name not in CHANGEABLE}}
             self._folders = StepFolders(options.checkpoint, job)
-            step, training = self._load()
+            step, training = agree(lambda: self._workers.load(self._folders))
+            if step > options.steps:
+                raise JobError(f"--steps: expected at least {step}, as in the checkpoint in {options.checkpoint}, got {options.steps}")
         self.step = self.saved = step
         kept = training or {"statistics": None, "losses": [], "seconds": []}
         # Mean losses of all workers of the last steps; own losses that have not been gathered yet; seconds of all steps.
@@ -106,15 +104,6 @@ class Run:
         if dist.get_rank() == 0:
             note = "" if step == 0 else f"; finished at step {step} already" if self._finished else f"; goes on from step {step}"
             print(f"data: {self._dataset.name}; log: {options.folder / LOG_NAME}{note}", flush=True)
-
-    def _load(self):
-        try:
-            step, training = self._workers.load(self._folders)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise JobError(str(error)) from error
-        if step > self._options.steps:
-            raise JobError(f"--steps: expected at least {step}, as in the checkpoint in {self._options.checkpoint}, got {self._options.steps}")
-        return step, training
 
     def _open_log(self, training):
         options, log = self._options, self._options.folder / LOG_NAME

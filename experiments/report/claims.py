@@ -16,7 +16,8 @@ MU = 4.0  # the authors' for the linear regression
 TOPK = {"method": "topk"}
 PREVIOUS = {"method": "regtopk", "mu": MU, "distortion": "previous"}
 CURRENT = {"method": "regtopk", "mu": MU, "distortion": "current"}
-HETEROGENEOUS, HOMOGENEOUS, SINGLE = ({"homogeneous": same, "dtype": dtype} for same, dtype in ((False, "float64"), (True, "float64"), (False, "float32")))
+PROBLEMS = [{"homogeneous": same, "dtype": dtype} for same, dtype in ((False, "float64"), (True, "float64"), (False, "float32"))]
+HETEROGENEOUS, HOMOGENEOUS, SINGLE = PROBLEMS
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,6 @@ def find_genie(evidence):
     return Finding(f"{text}, dense {spread(values('log10_gap', dense), 1)}", len(dense), "none", runs)
 
 
-# CIFAR-10
-
-
 def pairs_of(runs):
     """Return {(density, mu): (RegTop-k's runs in its "previous" form, Top-k's runs), at the seeds that both have}."""
     options = sorted({(run.options["density"], run.options["mu"]) for run in select(runs, method="regtopk", distortion="previous")})
@@ -188,8 +186,6 @@ def find_by_option(evidence, group, place):
     return Finding(text, len(common), test, runs)
 
 
-# The documents
-
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
 CLAIMS = {
     "fig-1-top-1": ("toy_logistic", find_toy_topk),
@@ -239,8 +235,8 @@ def fill_table(document, evidence):
 
 
 # Rows that answer "Does it help?".
-ANSWERS = ("fig-2-density-0.6", "fig-2-density-0.5", "fig-2-density-0.4", "fig-2-printed", "fig-2-homogeneous", "density-0.001",
-           "density-0.001-overlap", BY_DENSITY, "mobilenet_v2", "tiny-density")  # fmt: skip
+ANSWERS = "fig-2-density-0.6 fig-2-density-0.5 fig-2-density-0.4 fig-2-printed fig-2-homogeneous density-0.001 density-0.001-overlap".split()
+ANSWERS += [BY_DENSITY, "mobilenet_v2", "tiny-density"]
 
 
 def format_summary(document, evidence):

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, HOMOGENEOUS, MU, SINGLE
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS
 from experiments.report.logs import select
 from experiments.sweeps import RUN_KEYS
 
@@ -14,7 +14,6 @@ STYLES = {"dense": ":", "genie": "--", "topk": "--", "regtopk": "-"}
 OPTIONS = {"density": "density (share of the entries that each worker sends)", "mu": "mu (no unit)"}
 GAP = "log10 of the squared gap to the minimiser"
 REGRESSION = "Linear regression, 20 workers, 2,500 steps: mean and range over seeds"
-PROBLEMS = {"heterogeneous, fp64": HETEROGENEOUS, "homogeneous, fp64": HOMOGENEOUS, "heterogeneous, fp32": SINGLE}
 
 
 def new_figure(columns, title, size):
@@ -74,7 +73,7 @@ def draw_curves(axes, runs):
         curves = [[point for point in curve if point[1] is not None] for curve in curves]
         band(axes, [step for step, _ in curves[0]], [[value for _, value in curve] for curve in curves], label=describe(configuration), **style)
     axes.set(xlabel="step (updates of the weights)")
-    axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.66))
+    axes.legend(fontsize=7, loc="lower left" if "curve" in runs[0].result else "center right")
 
 
 def draw_against(option, name, axes, runs):
@@ -179,7 +178,7 @@ def make_figures(evidence):
     if usual:
         by_density, by_mu = (partial(draw_against, option, "log10_gap") for option in OPTIONS)
         yield "linear_regression_curves", draw_panels(REGRESSION, at(usual, (0.4, 0.5, 0.6), draw_curves))
-        panels = [(name, GAP, select(usual, **settings), by_density) for name, settings in PROBLEMS.items()]
+        panels = [(name, GAP, select(usual, **settings), by_density) for name, settings in zip(("heterogeneous, fp64", "homogeneous, fp64", "heterogeneous, fp32"), PROBLEMS)]
         yield "linear_regression_density", draw_panels(REGRESSION, panels)
         yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu), logarithmic=True)
     for group, runs in evidence.cifar10.items():

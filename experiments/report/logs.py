@@ -39,8 +39,7 @@ class Run:
         return f"{self.result['step']:,} {'rounds' if self.options['local_steps'] > 1 else 'steps'}"
 
     def value(self, name):
-        """Return what the figures and tables show of the result: "log10_gap", "training_loss", or in percent "accuracy", and of the
-        entries sent those "repeated" and "displaced"."""
+        """Return a number of the result; in percent "accuracy", and of the entries sent those "repeated" and "displaced"."""
         if name in ("repeated", "displaced"):
             return 100 * self.result["statistics"][name] / self.result["statistics"]["sent_entries"]
         return 100 * self.result[name] if name == "accuracy" else self.result[name]

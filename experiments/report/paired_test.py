@@ -43,8 +43,8 @@ def compare(first, second):
     from scipy import stats
 
     result = stats.ttest_1samp(differences, 0.0)
-    interval = result.confidence_interval(CONFIDENCE)
-    return Comparison(len(differences), fmean(differences), float(interval.low), float(interval.high), float(result.pvalue))
+    low, high = map(float, result.confidence_interval(CONFIDENCE))
+    return Comparison(len(differences), fmean(differences), low, high, float(result.pvalue))
 
 
 def number(value, digits):
