@@ -7,7 +7,7 @@ def make_parser(module, description, positional=""):
     """Return the parser of `python -m MODULE`; `description` is the module's docstring, printed as it is."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}", usage=f"%(prog)s {positional}{' ' if positional else ''}[options]",
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
 
 
