@@ -121,8 +121,8 @@ class Interrupt:
 
     def _stop(self, *_):
         if os.environ.get("RANK", "0") == "0":
-            saved = self.run.saved if self.run is not None else 0
-            print(f"\nstopped; the same command {f'goes on from step {saved}' if saved else 'begins again'}", flush=True)
+            saved = "its last checkpoint, if there is one" if self.run is None else f"step {self.run.saved}"
+            print(f"\nstopped; the same command goes on from {saved}", flush=True)
         time.sleep(0.1)  # the others get the signal before they miss this process
         os._exit(128 + signal.SIGINT)  # at once: another rank may wait for this one, or this one for another
 
