@@ -30,6 +30,8 @@ def run_in_process(part, options, seconds):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(options.out), "--device", options.device]
     command += ["--part", part.name, "--seconds", str(seconds), "--commit", options.commit]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    if options.device == "emulated":
+        environment["OMP_NUM_THREADS"] = "1"  # many small operations: more threads would only wait for each other
     with open(options.out / "gpu-check.log", "a", encoding="utf-8") as output:
         print(f"== {part.name}", file=output, flush=True)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
