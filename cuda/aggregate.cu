@@ -226,7 +226,9 @@ class Aggregate {
     __syncthreads();
   }
 
-  __device__ Vector<Accumulate>& vector_of_sums(uint32_t offset) { return reinterpret_cast<Vector<Accumulate>*>(shared_.sums)[offset / kVectorEntries]; }
+  __device__ Vector<Accumulate>& vector_of_sums(uint32_t offset) {
+    return reinterpret_cast<Vector<Accumulate>*>(shared_.sums)[offset / kVectorEntries];
+  }
   // One NaN: the sign and payload of a computed one depend on the device.
   __device__ static T stored(Accumulate average) {
     return Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());

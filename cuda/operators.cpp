@@ -104,7 +104,9 @@ unsigned long long* worst_status_on(const char* who, const at::Device& device) {
   if (words->size() <= index) words->resize(index + 1);
   at::Tensor& word = (*words)[index];
   if (!word.defined()) {
-    TORCH_CHECK(!is_capturing(), who, ": expected a first call on ", device, " before a graph capture, got one inside it; call it once, then capture");
+    TORCH_CHECK(
+        !is_capturing(), who, ": expected a first call on ", device,
+        " before a graph capture, got one inside it; call it once, then capture");
     static_assert(kPayloadsValid == ~0ull);
     const at::Tensor filled = at::full({1}, -1, at::TensorOptions().dtype(at::kLong).device(device));
     check_launched(who, cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream(device.index())));

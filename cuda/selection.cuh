@@ -78,7 +78,8 @@ __device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, cons
   else selection.task = selection.low == selection.high ? Task::kCount : Task::kNarrow;
   const bool by_list = selection.task == Task::kNarrow && !selection.from_residual;
   const uint32_t list_size = device.counters.load_uniform(kListSize);
-  selection.items = by_list ? static_cast<uint32_t>((uint64_t{list_size} + kListChunk - 1) / kListChunk) : (device.blocks + kFinishWarps - 1) / kFinishWarps;
+  selection.items = by_list ? static_cast<uint32_t>((uint64_t{list_size} + kListChunk - 1) / kListChunk)
+                            : (device.blocks + kFinishWarps - 1) / kFinishWarps;
 }
 
 // Where accumulate left it: hits above the bracket, a histogram inside it, and a list of at least both if it fits.

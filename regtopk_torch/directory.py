@@ -27,7 +27,7 @@ VERSION = 1
 _RANK_FILE = re.compile(r"regtopk-[0-9a-f]{8}-rank\d{5}\.pt")
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 22
-_owners = weakref.WeakValueDictionary()  # the states of this process, by the directory that they saved to or loaded from
+_owners: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # the states of this process, by the directory that they saved to or loaded from
 
 
 class CheckpointError(RuntimeError):

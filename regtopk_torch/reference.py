@@ -64,7 +64,8 @@ def magnitude_ratio(numerator, denominator):
 
 def feedback_of(total, value, distortion):
     """What is kept of Z and v for the next step's score: rho itself, or Z - v. Shapes [k]."""
-    return magnitude_ratio(total, value) if distortion == "previous" else total - value
+    difference = total - value
+    return magnitude_ratio(total, value) if distortion == "previous" else torch.where(difference.isnan(), math.nan, difference)
 
 
 def rho_of(accumulated, feedback, distortion):

@@ -12,8 +12,8 @@ from regtopk_torch import _C, checkpoint, groups
 from regtopk_torch.options import check_options
 
 # States that share a GradScaler share its clock: what one of them finds to be void is void for all.
-_clocks = weakref.WeakKeyDictionary()
-_states = weakref.WeakSet()
+_clocks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_states: weakref.WeakSet = weakref.WeakSet()
 
 
 class TopKState:
@@ -65,7 +65,7 @@ class TopKState:
             raise TypeError(f"{who}: expected process_group to be a ProcessGroup, got {type(process_group).__name__}; of a mesh, mesh.get_group()")
         self._process_group, self._grad_scaler = process_group, grad_scaler
         self._history_dropped = 0  # by loading
-        self._stepped = (-1, [])  # a step, and the optimizers that have stepped since it began
+        self._stepped: tuple[int, list] = (-1, [])  # a step, and the optimizers that have stepped since it began
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
         clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
@@ -74,7 +74,7 @@ class TopKState:
             clock,
             open_groups=lambda: groups.open_groups(this()),
             scale=None if grad_scaler is None else grad_scaler.get_scale,
-            applied=lambda: this()._applied(),
+            applied=lambda: [] if (state := this()) is None else state._applied(),
         )
         _states.add(self)
 
@@ -183,7 +183,7 @@ class TopKState:
             if key in pieces and parameter.requires_grad
         }
         held = {name: [parameter.numel(), str(checkpoint.accumulate_dtype(parameter.dtype))] for name, (parameter, _) in named.items()}
-        everywhere = {}  # what any rank holds, in an order that is the same on all
+        everywhere: dict[str, list] = {}  # what any rank holds, in an order that is the same on all
         for text in self._exchange.gather_texts(json.dumps(held).encode(), "flush", "the flush"):
             for name, form in json.loads(text).items():
                 everywhere.setdefault(name, form)
