@@ -82,7 +82,7 @@ DEVICE ?= cuda
 GPU_PYTHON = $(if $(filter emulated,$(DEVICE)),$(BIN)/python,$(PYTHON))
 gpu-check: $(if $(filter emulated,$(DEVICE)),setup)
 	@test -n "$(OUT)" || { echo "make gpu-check: expected OUT=DIR, a folder for the results"; exit 1; }
-	$(GPU_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --device $(DEVICE) $(ARGS)
+	$(GPU_PYTHON) -m tests.gpu_check --out "$(OUT)" --device $(DEVICE) $(ARGS)
 
 lint: $(VENV)/lint-installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 A case is one bucket: size, density, dtype, input. Its candidates take turns, one after the other in every round, each from
 the same residual and gradient, restored before the clock starts; a round gives one ratio per pair of candidates. On CUDA three
 buckets take turns, so that no restored operand lies in the cache, and the clock is the device's: events around the call, which is
-queued behind a pause of the device, so that the host's work is not in it. `python -m benchmarks.gpu_check` times kernel by kernel.
+queued behind a pause of the device, so that the host's work is not in it. `python -m tests.gpu_check` times kernel by kernel.
 
     floor              residual.add_(gradient); gradient.zero_(): 16 bytes per fp32 entry, the least that a hook moves
     chain              what a plain hook calls: add, abs, topk, gather, index_fill, zero, index_add
@@ -197,7 +197,7 @@ def main():
     random.seed(0)
     names = list(INPUTS) if options.inputs == "all" else options.inputs.split(",")
     if options.device == "cuda" and "bracket missed" in names:
-        raise SystemExit("benchmarks.ops: expected no input 'bracket missed' on cuda, where the bracket cannot be forced; benchmarks.gpu_check does")
+        raise SystemExit("benchmarks.ops: expected no input 'bracket missed' on cuda, where the bracket cannot be forced; tests.gpu_check does")
     with Recorder(options.out, 0, device=options.device, threads=options.threads, torch=torch.__version__) as recorder:
         for variant in options.variants.split(","):
             _C.set_cpu_variant(variant)

@@ -12,15 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
-from benchmarks.gpu_check import summary  # noqa: E402
-from benchmarks.gpu_check.log import Log  # noqa: E402
-from benchmarks.gpu_check.parts import PARTS, Part  # noqa: E402
+from tests.gpu_check import summary  # noqa: E402
+from tests.gpu_check.log import Log  # noqa: E402
+from tests.gpu_check.parts import PARTS, Part  # noqa: E402
 
 FACTS = {"card", "torch", "cuda", "commit", "sources", "part", "event"}
 
 
 def check(folder, *options, timeout=900):
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(folder), "--device", "emulated", "--seconds", "900", *options]
+    command = [sys.executable, "-m", "tests.gpu_check", "--out", str(folder), "--device", "emulated", "--seconds", "900", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     return done, [json.loads(line) for line in (folder / "gpu-check.jsonl").read_text().splitlines()]
 
@@ -35,13 +35,13 @@ def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_pat
     assert "no part failed" in text and "x: against the copy of equal bytes" in text
     assert done.stdout.rstrip().endswith(text.rstrip())
     again = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path), "--device", "emulated"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.gpu_check", "--out", str(tmp_path), "--device", "emulated"], cwd=ROOT, capture_output=True, text=True
     )
     assert again.returncode != 0 and "expected a folder without gpu-check.jsonl" in again.stderr
 
 
 def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
-    from benchmarks.gpu_check import correctness, machine
+    from tests.gpu_check import correctness, machine
 
     class Wrong(machine.Operators):
         """The CPU's operators, but for one bit of the payload."""
@@ -65,7 +65,7 @@ def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
 def test_a_part_that_hangs_or_crashes_costs_itself_alone(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from benchmarks.gpu_check import __main__ as main
+    from tests.gpu_check import __main__ as main
 
     # A part's process is replaced by one that hangs, or dies.
     options = SimpleNamespace(out=tmp_path, device="emulated", commit="abc")
@@ -93,7 +93,7 @@ def test_make_gpu_check_asks_for_a_folder():
 
 
 def test_a_machine_without_a_tool_is_told_which(monkeypatch):
-    from benchmarks.gpu_check import build
+    from tests.gpu_check import build
 
     monkeypatch.setattr(build.shutil, "which", lambda name, path=None: None if name in ("nvcc", "ninja", "make") else f"/bin/{name}")
     assert build.missing() == ["nvcc on PATH", "ninja or make on PATH"]

@@ -94,7 +94,7 @@ def test_local_exchange_names_what_does_not_fit():
     )
     # After all that the exchange still works, with what it held.
     assert exchange.step([torch.ones(2), torch.ones(2)]).tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="LocalExchange: expected a parameter of 2 entries, as in the last step, got 3; reset the state"):
+    with pytest.raises(ValueError, match="LocalExchange: expected a parameter of 2 entries, as in the last step, got 3; call reset"):
         exchange.step([torch.zeros(3)] * 2)
 
 

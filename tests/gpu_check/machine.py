@@ -9,7 +9,7 @@ import shutil
 import torch
 from tests.simt import host
 
-from benchmarks.gpu_check import package_without_extension
+from tests.gpu_check import package_without_extension
 
 
 def architecture():

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tests.simt import host
 
-from benchmarks.gpu_check import machine, sanitize
+from tests.gpu_check import machine, sanitize
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from benchmarks.gpu_check import machine
+from tests.gpu_check import machine
 
 WORKERS, PLAN = 8, 0
 SLEEP_CYCLES_A_CALL = 300_000  # about 150 us at 2 GHz: more than the host needs for the launches of a call

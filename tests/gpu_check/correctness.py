@@ -8,8 +8,8 @@ import sys
 import torch
 from tests.simt.inputs import brackets_of, hard_inputs
 
-from benchmarks.gpu_check import machine, package_without_extension
-from benchmarks.gpu_check.log import ROOT, NotRun
+from tests.gpu_check import machine, package_without_extension
+from tests.gpu_check.log import ROOT, NotRun
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = {"topk": None, "previous": "previous", "current": "current"}
@@ -26,7 +26,7 @@ def kernels(log):
         chosen = ["-k", "not cancel and not refuses"]
     if not log.emulated and importlib.util.find_spec("xdist"):
         chosen += ["-n", str(max(1, min(6, len(os.sched_getaffinity(0)))))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check", "tests/test_cuda_emulation.py", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.gpu_check", "tests/test_cuda_emulation.py", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=log.seconds_left())
     print(done.stdout[-6000:], done.stderr[-2000:])
     words = done.stdout.strip().splitlines()[-1:]

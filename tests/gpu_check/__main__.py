@@ -1,4 +1,4 @@
-"""Check and time the CUDA kernels on this machine's GPU: python -m benchmarks.gpu_check --out DIR     (make gpu-check OUT=DIR)
+"""Check and time the CUDA kernels on this machine's GPU: python -m tests.gpu_check --out DIR     (make gpu-check OUT=DIR)
 
 Builds for this GPU's architecture alone, then runs parts, the most valuable first, each in a process of its own with a time
 limit. Every result is a line of DIR/gpu-check.jsonl, flushed at once, so a part that crashes or hangs costs itself alone; what
@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 
-from benchmarks.gpu_check import summary
-from benchmarks.gpu_check.log import FAILED, NOT_RUN, Log
-from benchmarks.gpu_check.parts import PARTS
+from tests.gpu_check import summary
+from tests.gpu_check.log import FAILED, NOT_RUN, Log
+from tests.gpu_check.parts import PARTS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5  # with less time left, a part is not begun
@@ -27,7 +27,7 @@ LEAST_SECONDS = 5  # with less time left, a part is not begun
 
 def run_in_process(part, options, seconds):
     """Run one part in a new process group; return (result, reason)."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(options.out), "--device", options.device]
+    command = [sys.executable, "-m", "tests.gpu_check", "--out", str(options.out), "--device", options.device]
     command += ["--part", part.name, "--seconds", str(seconds), "--commit", options.commit]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if options.device == "emulated":
@@ -96,7 +96,7 @@ def commit_of_checkout():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything (or for the one part)")

@@ -1,4 +1,4 @@
-"""See __main__.py. Also a plugin of pytest for the part `kernels`: pytest -p benchmarks.gpu_check."""
+"""See __main__.py. Also a plugin of pytest for the part `kernels`: pytest -p tests.gpu_check."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""What a person reads of gpu-check.jsonl: python -m benchmarks.gpu_check.summary FILE"""
+"""What a person reads of gpu-check.jsonl: python -m tests.gpu_check.summary FILE"""
 
 import json
 import sys

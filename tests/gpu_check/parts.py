@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from benchmarks.gpu_check import build, correctness, memory, sanitize, timing
+from tests.gpu_check import build, correctness, memory, sanitize, timing
 
 
 @dataclass(frozen=True)

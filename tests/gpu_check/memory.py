@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.gpu_check import machine
+from tests.gpu_check import machine
 
 
 def memory(log):

@@ -7,8 +7,8 @@ import subprocess
 
 from tests.simt import host
 
-from benchmarks.gpu_check import machine
-from benchmarks.gpu_check.log import NotRun
+from tests.gpu_check import machine
+from tests.gpu_check.log import NotRun
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
@@ -19,7 +19,7 @@ def steps_program(log):
 
 
 def build_steps(log):
-    source = ROOT / "benchmarks/gpu_check/steps.cpp"
+    source = ROOT / "tests/gpu_check/steps.cpp"
     if log.emulated:
         command = ["g++", *host.FLAGS, str(source), str(host.build())]
     else:
