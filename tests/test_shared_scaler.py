@@ -93,6 +93,8 @@ def train_with_two_optimizers(rank, method, entry, overflowing, bucket_cap_mb):
             scaler.step(optimizer)
         scaler.update()
         moved.append([not torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True)])
+        if bucket_cap_mb == 1:
+            state.state_dict(ddp)  # what returns is decided when it is read, as it is at the next step
     return missing(state, module, account.given), moved[BAD_STEP]
 
 

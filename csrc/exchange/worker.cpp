@@ -63,19 +63,24 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   return plan;
 }
 
-void Worker::begin_step(double scale, const AppliedKeys& applied) {
-  const bool was_void = steps.is_void();
-  std::unordered_set<ParameterKey> applied_keys;
-  if (was_void && applied) {
-    for (const ParameterKey key : applied()) applied_keys.insert(key);
-  }
+void Worker::note_applied(const AppliedKeys& applied) {
+  if (!applied || !steps.is_void()) return;
+  std::unordered_set<ParameterKey> keys;
+  for (const ParameterKey key : applied()) keys.insert(key);
   const std::lock_guard lock(mutex_);
   for (const auto& plan : store_.plans()) {
-    if (!applied_keys.empty() && plan->sent.defined() && plan->sent_round == steps.round()) {
-      std::vector<uint8_t> flags;
-      for (const Span& span : plan->layout.spans) flags.push_back(applied_keys.contains(span.key) ? 1 : 0);
-      plan->applied = at::tensor(flags, at::kByte).to(plan->layout.device);
-    }
+    if (!plan->sent.defined() || plan->sent_round != steps.round()) continue;
+    std::vector<uint8_t> flags;
+    for (const Span& span : plan->layout.spans) flags.push_back(keys.contains(span.key) ? 1 : 0);
+    plan->applied = at::tensor(flags, at::kByte).to(plan->layout.device);
+  }
+}
+
+void Worker::begin_step(double scale, const AppliedKeys& applied) {
+  const bool was_void = steps.is_void();
+  note_applied(applied);
+  const std::lock_guard lock(mutex_);
+  for (const auto& plan : store_.plans()) {
     // What was sent is of the old scale; what nobody received, or a verdict that is about to be forgotten, can't wait.
     const bool too_old = plan->sent_round >= 0 && plan->sent_round + kVerdictRounds / 2 < steps.round();
     if (scale != steps.scale() || plan->in_vain || too_old) plan->settle(counters);

@@ -58,6 +58,9 @@ class Worker {
   // take on its scale.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
 
+  // After a void step: learns which parameters an optimizer has stepped on all the same. Before anything returns.
+  void note_applied(const AppliedKeys& applied);
+
   // These are in units of the gradient before scaling. Between steps only.
   at::Tensor residual_norm();  // in fp64; reads every residual
   Pieces copy_pieces();

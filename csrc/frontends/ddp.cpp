@@ -41,6 +41,7 @@ Transport& DdpExchange::transport() {
 
 Worker& DdpExchange::idle_worker() {
   if (transport_) transport_->wait_idle();
+  worker_->note_applied(owner_.applied);
   return *worker_;
 }
 
@@ -51,10 +52,10 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
   if (buffer.numel() == 0 && !buffer.is_sparse()) return completed(buffer);
   transport();
   const std::shared_ptr<Plan> plan = enter(bucket_of(ddp_bucket), ddp_bucket);
-  Transport::Bucket moved{
-      .result = buffer,
-      .step = worker_->steps.step(),
-      .count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; }};
+  Transport::Bucket moved;
+  moved.result = buffer;
+  moved.step = worker_->steps.step();
+  moved.count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; };
   if (!plan || dense_) {
     const double bytes = dense::send(*worker_, plan.get(), buffer);
     moved.finish = [worker = worker_, buffer, bytes] { dense::receive(*worker, buffer, bytes); };
