@@ -15,6 +15,7 @@ class Books:
 
     def __init__(self, module, grad_scaler=None):
         self.indices = {parameter: index for index, parameter in enumerate(module.parameters())}
+        self.count = len(self.indices)
         self.grad_scaler = grad_scaler
         self.steps, self.last_index = [], math.inf
 
@@ -31,6 +32,12 @@ class Books:
         step["layouts"].append(layout)
         self.enter(step["given"], layout, bucket)
         return step["handed_out"], layout
+
+    def replace(self, old, new):
+        """`new` takes the place of the parameter `old`, under an index of its own."""
+        del self.indices[old]
+        self.indices[new] = self.count
+        self.count += 1
 
     @staticmethod
     def enter(page, layout, bucket):
@@ -89,22 +96,31 @@ def digest(module):
 def check_against_simulation(books, method, exchange=None):
     """Feed the simulation what the ranks' buckets held; its averages must be what DDP was handed, bit for bit.
 
-    `books` holds the steps of every rank. Returns the LocalExchange: `exchange`, or a new one of density 0.05 and mu 1.
+    `books` holds the steps of every rank. A step may say "skipped": not applied for a reason that lies outside these books; "unknown":
+    applied in part, so that nothing is compared until a step that has a "restart", a state to go on from. Returns the
+    LocalExchange: `exchange`, or a new one of density 0.05 and mu 1; None where it knows nothing at the end.
     """
     exchange = exchange or rt.LocalExchange(len(books), 0.05, method=method, mu=1.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    known = True
     try:
         for steps in zip(*books, strict=True):
             assert all(step["layouts"] == steps[0]["layouts"] and step["scale"] == steps[0]["scale"] for step in steps)
-            parameters = 1 + max(max(layout) for layout in steps[0]["layouts"])
-            gradients = [[step["given"].get(index, torch.empty(0)) for index in range(parameters)] for step in steps]
-            averages = exchange.step(gradients, steps[0]["layouts"], scale=steps[0]["scale"])
-            for step in steps:
-                check_equal(step["handed_out"], {index: averages[index] for index in step["handed_out"]})
+            if known:
+                parameters = 1 + max(max(layout) for layout in steps[0]["layouts"])
+                gradients = [[step["given"].get(index, torch.empty(0)) for index in range(parameters)] for step in steps]
+                averages = exchange.step(gradients, steps[0]["layouts"], scale=steps[0]["scale"])
+                for step in steps:
+                    check_equal(step["handed_out"], {index: averages[index] for index in step["handed_out"]})
+                if steps[0].get("skipped"):
+                    exchange.skipped()
+            known = known and not steps[0].get("unknown") or "restart" in steps[0]
+            if "restart" in steps[0]:
+                exchange.load_state_dict({"workers": [step["restart"] for step in steps]})
     finally:
         torch.set_num_threads(threads)
-    return exchange
+    return exchange if known else None
 
 
 def check_equal(left, right):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import soak
+from books import booked_hook
 from processes import run_workers
+
+from regtopk_torch import states
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +32,7 @@ def one_leg(tmp_path):
     seen = []
     check = chain._check_replicas
     chain._check_replicas = lambda leg, results: (seen.append((leg, results)), check(leg, results))
-    while not seen or seen[-1][0].entry == "attach":
+    while not seen or seen[-1][0].entry == "attach" or seen[-1][0].alone:
         chain.run_leg()
     assert chain.counts["violations"] == 0
     return chain, *seen[-1]
@@ -43,23 +46,107 @@ def test_the_soak_notices_what_is_lost_or_differs(one_leg):
         soak.Soak._check_replicas(chain, leg, results)
     results[0]["digests"][step] = digest
     chain._check_books(leg, results)
-    residual = next(iter(results[1]["residuals"].values()))
+    residual = next(iter(results[1]["members"][0]["residuals"].values()))
     residual[0] += 0.5
     with pytest.raises(AssertionError):
         chain._check_books(leg, results)
     residual[0] -= 0.5
-    results[0]["applied"][0][0] += 0.5
+    results[0]["members"][0]["applied"][0][0] += 0.5
     with pytest.raises(AssertionError, match="not close"):
-        chain._check_books(leg, results)
+        chain._check_mass(leg, results)
+
+
+LEG = soak.Leg(
+    number=0, world_size=2, first_step=0, steps=8, method="regtopk", distortion="previous", density=0.05, entry="register_comm_hook",
+    kind="plain", bucket_cap_mb=soak.ONE_BUCKET_MB, set_to_none=True, regroup_at=None, autocast=None, growth=2.0, overflows={}, save_every=9,
+    kill=None,
+)  # fmt: skip
+OVERFLOWS = {3: (1, 1, 0), 5: (0, 0, 2)}  # one in each model
+EVENTS = {
+    "idle steps": dataclasses.replace(LEG, kind="idle for a while", reads=True),
+    "overflows, shared scaler": dataclasses.replace(LEG, side=True, overflows=OVERFLOWS),
+    "overflows applied in part": dataclasses.replace(LEG, side=True, overflows=OVERFLOWS, optimizers="across"),
+    "layers replaced": dataclasses.replace(LEG, fresh={3: "branch", 5: "model.layers.4"}),
+    "calls on one rank": dataclasses.replace(LEG, alone=(4, 1, "reset")),
+}
+
+
+def counts_of(leg, train, folder, monkeypatch):
+    monkeypatch.setattr(soak, "draw_leg", lambda *_: leg)
+    monkeypatch.setattr(soak, "train_leg", train)
+    chain = soak.Soak(2, 0, folder / "chain")
+    chain.run_leg()
+    return chain.counts
+
+
+@pytest.mark.parametrize("entry, bucket_cap_mb", [("register_comm_hook", soak.ONE_BUCKET_MB), ("attach", soak.BUCKET_CAP_MB / 4)])
+@pytest.mark.parametrize("event", EVENTS)
+def test_each_event_is_counted_and_loses_nothing(event, entry, bucket_cap_mb, tmp_path, monkeypatch):
+    leg = dataclasses.replace(EVENTS[event], entry=entry, bucket_cap_mb=bucket_cap_mb)
+    counts = counts_of(leg, soak.train_leg, tmp_path, monkeypatch)
+    assert counts["violations"] == 0 and counts[event] > 0, counts
+
+
+def with_gradient_for_the_idle(rank, leg, folder):
+    def hook(state_and_books, bucket):
+        for gradient in bucket.gradients():
+            gradient.masked_fill_(gradient == 0, 1e-30)
+        return booked_hook(state_and_books, bucket)
+
+    soak.booked_hook = hook
+    return soak.train_leg(rank, leg, folder)
+
+
+def with_clocks_of_their_own(rank, leg, folder):
+    class NeverShared(dict):
+        def setdefault(self, _, clock):
+            return clock
+
+    states._clocks = NeverShared()
+    return soak.train_leg(rank, leg, folder)
+
+
+def without_a_note_of_optimizers(rank, leg, folder):
+    states.TopKState._note = lambda *_: None
+    return soak.train_leg(rank, leg, folder)
+
+
+def with_inherited_residuals(rank, leg, folder):
+    replace = soak.Member.replace
+
+    def replace_and_inherit(self, *arguments):
+        before = self.state.state_dict(self.module)
+        replace(self, *arguments)
+        self.state.load_state_dict(before, self.module)
+
+    soak.Member.replace = replace_and_inherit
+    return soak.train_leg(rank, leg, folder)
+
+
+def with_a_silent_reset(rank, leg, folder):
+    states.TopKState.reset = lambda state: state._exchange.import_pieces({}, state._exchange.last_step())
+    return soak.train_leg(rank, leg, folder)
+
+
+@pytest.mark.parametrize(
+    "event, train, said",
+    [
+        ("idle steps", with_gradient_for_the_idle, "_check_idle: an idle residual changed"),
+        ("overflows, shared scaler", with_clocks_of_their_own, "_check_mass: Tensor-likes are not close"),
+        ("overflows applied in part", without_a_note_of_optimizers, "_check_mass: Tensor-likes are not close"),
+        ("layers replaced", with_inherited_residuals, "_check_mass: Tensor-likes are not close"),
+        ("calls on one rank", with_a_silent_reset, "after rank 1 called reset(): no error"),
+    ],
+)
+def test_the_soak_notices_a_product_that_mishandles_an_event(event, train, said, tmp_path, monkeypatch, capsys):
+    assert counts_of(EVENTS[event], train, tmp_path, monkeypatch)["violations"] > 0
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["unused now and then, bucket view", "unused by all, skipped"])
 def test_a_leg_goes_on_bit_for_bit_where_its_first_step_leaves_parameters_unused(kind, tmp_path):
     # Step 1 uses the branch on no rank; what step 0 sent of it still has momentum.
-    whole = soak.Leg(
-        number=0, world_size=2, first_step=0, steps=4, method="regtopk", distortion="previous", density=0.3, entry="attach", kind=kind,
-        bucket_cap_mb=soak.ONE_BUCKET_MB, set_to_none=False, regroup_at=None, autocast=None, growth=None, overflows={}, save_every=9, kill=None,
-    )  # fmt: skip
+    whole = dataclasses.replace(LEG, steps=4, density=0.3, entry="attach", kind=kind, set_to_none=False, growth=None)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     first = dataclasses.replace(whole, steps=1)
