@@ -203,7 +203,7 @@ PYBIND11_MODULE(_C, module) {
       .def("clear", [](DdpExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); }, release_gil())
       .def("open", [](DdpExchange& exchange) { exchange.transport(); }, release_gil())
       .def("rank", [](DdpExchange& exchange) { return exchange.transport().rank(); }, release_gil())
-      .def("workers", [](DdpExchange& exchange) { return exchange.transport().workers(); }, release_gil())
+      .def("workers", [](const DdpExchange& exchange) { return exchange.worker().workers; })  // known once it has been open
       .def("gather_texts",
            [](DdpExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
              std::vector<std::string> texts;

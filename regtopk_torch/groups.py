@@ -48,21 +48,37 @@ def open_groups(state):
     for ddp in _models_of(state):
         check_model("sparse_hook", ddp, group)
     rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
-    store = group.get_group_store()
-    number = store.add(f"regtopk/opened/{rank}", 1)
-    store = dist.PrefixStore(f"regtopk/{number}", store)
+    shared = _own_client(group.get_group_store())
+    number = shared.add(f"regtopk/opened/{rank}", 1)
+    store = dist.PrefixStore(f"regtopk/{number}", shared)
     store.set(f"here/{rank}", "yes")
     try:
         store.wait([f"here/{other}" for other in range(size)], limit)
     except RuntimeError as error:
         missing = [other for other in range(size) if not store.check([f"here/{other}"])]
+        # As if it had not been tried: the next try of this rank meets the others' first.
+        store.delete_key(f"here/{rank}")
+        shared.add(f"regtopk/opened/{rank}", -1)
         raise dist.DistBackendError(
             f"rank {rank}: sparse_hook: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
-    payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=8))
-    control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
+    try:
+        payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=8))
+        control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
+    except RuntimeError as error:
+        raise dist.DistBackendError(
+            f"rank {rank}: sparse_hook: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
+        ) from error
     return payloads, control, store, limit.total_seconds()
+
+
+def _own_client(store):
+    """A connection of one's own to the store, where it can have several: who asks must not wait behind who waits."""
+    try:
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
 
 
 def _options(limit, *, threads):

@@ -1,5 +1,6 @@
 """The state objects that `register_comm_hook` takes: options, residuals and history of one worker."""
 
+import copy
 import json
 import warnings
 import weakref
@@ -65,7 +66,7 @@ class TopKState:
             raise TypeError(f"{who}: expected process_group to be a ProcessGroup, got {type(process_group).__name__}; of a mesh, mesh.get_group()")
         self._process_group, self._grad_scaler = process_group, grad_scaler
         self._history_dropped = 0  # by loading
-        self._stepped: tuple[int, list] = (-1, [])  # a step, and the optimizers that have stepped since it began
+        self._stepped: tuple[int, weakref.WeakSet] = (-1, weakref.WeakSet())  # a step, and the optimizers that have stepped since it began
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
         clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
@@ -243,6 +244,13 @@ class TopKState:
         pieces = [tuple(piece) for piece in self._pieces().values() if piece.parameter is not None]
         return {"options": self._options(), "grad_scaler": self._grad_scaler, "step": self._exchange.last_step(), "pieces": pieces}
 
+    def __deepcopy__(self, memo):
+        memo[id(self._grad_scaler)] = self._grad_scaler  # the loss of the copied model goes through the same one
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def __setstate__(self, copied):
         options = {"mu": 1.0, "distortion": "previous", **copied["options"]}
         self._construct(**options, process_group=None, grad_scaler=copied["grad_scaler"])
@@ -253,20 +261,18 @@ class TopKState:
         """An optimizer has stepped: remember it until the next step begins."""
         step, optimizers = self._stepped
         if step != self._exchange.last_step():
-            optimizers = []
+            optimizers = weakref.WeakSet()
             self._stepped = (self._exchange.last_step(), optimizers)
-        optimizers.append(weakref.ref(optimizer))
+        optimizers.add(optimizer)
 
     def _applied(self):
         """The keys of the parameters that optimizers have stepped on since the last step began."""
         step, optimizers = self._stepped
         if step != self._exchange.last_step():
             return []
-        found = (reference() for reference in optimizers)
         return [
             _C.parameter_key(parameter)
-            for optimizer in found
-            if optimizer is not None
+            for optimizer in list(optimizers)
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]
@@ -320,7 +326,7 @@ def _after_step(optimizer, args, kwargs):
     found_inf = getattr(optimizer, "found_inf", None)  # set around the step of an optimizer that skips by itself
     if found_inf is not None and bool(found_inf):
         return
-    for state in _states:
+    for state in list(_states):
         state._note(optimizer)
 
 

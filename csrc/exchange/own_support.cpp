@@ -63,7 +63,8 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& received,
   }
 }
 
-void fail(Plan& plan, const at::Tensor& payload) {
+void fail(Worker& worker, Plan& plan, const at::Tensor& payload) {
+  worker.steps.clock().make_void(plan.round);
   plan.remember(payload, at::Tensor(), plan.round);
   plan.in_vain = true;
 }

@@ -39,7 +39,8 @@ struct Receiver {
 // ranks, what it sent. ValueError, before anything is written, where the bytes are not what every rank should have sent.
 void receive(const std::vector<Receiver>& receivers, const at::Tensor& received, const at::Tensor& gradient);
 
-// The payload reached nobody: it returns to the residual at the next step.
-void fail(Plan& plan, const at::Tensor& payload);
+// The payload reached nobody: it returns to the residual at the next step, and what the step's other buckets sent with it,
+// unless an optimizer steps all the same.
+void fail(Worker& worker, Plan& plan, const at::Tensor& payload);
 
 }  // namespace regtopk::own_support

@@ -65,7 +65,7 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
   const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
   if (!plan->received.defined()) plan->received = at::empty({worker_->workers, payload.numel()}, payload.options());
   moved.finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); };
-  moved.fail = [plan, payload] { own_support::fail(*plan, payload); };
+  moved.fail = [worker = worker_, plan, payload] { own_support::fail(*worker, *plan, payload); };
   return transport_->gather(payload, plan->received, std::move(moved));
 }
 
@@ -74,9 +74,10 @@ Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
   Bucket bucket{
       .layout = {{}, buffer.scalar_type(), buffer.device()},
       .index = static_cast<int64_t>(ddp_bucket.getIndex()),
-      .scale = owner_.scale ? owner_.scale() : 1.0,
+      .scale = 1.0,
       .keeps = !buffer.is_sparse()};
   try {
+    if (owner_.scale) bucket.scale = owner_.scale();
     const std::vector<at::Tensor> parameters = ddp_bucket.getParameters();
     bucket.layout.spans.reserve(parameters.size());
     for (const at::Tensor& parameter : parameters) {
@@ -89,6 +90,8 @@ Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
         !bucket.keeps || bucket.layout.numel() == buffer.numel(), worker_->who, ": expected a bucket that holds its parameters' ",
         bucket.layout.numel(), " entries, got ", buffer.numel());
   } catch (const std::exception& error) {
+    // What the step's other buckets have sent returns, unless an optimizer steps all the same.
+    if (!worker_->begins_step(bucket)) worker_->steps.clock().make_void(worker_->steps.round());
     transport_->announce_failure(error.what());
     throw;
   }
@@ -154,7 +157,8 @@ void DdpExchange::close() {
     transport = transport_;
   }
   if (transport) transport->close();
-  owner_ = {};
+  owner_.open = nullptr;
+  owner_.scale = nullptr;  // what was applied may still be asked for: the residual can be saved
 }
 
 }  // namespace regtopk

@@ -8,7 +8,7 @@
 namespace regtopk {
 
 at::Tensor Plan::next_payload() {
-  at::Tensor& payload = payloads_[std::exchange(next_, 1 - next_)];
+  at::Tensor& payload = payloads_[sent.defined() && sent.is_same(payloads_[0]) ? 1 : 0];
   if (!payload.defined()) {
     const int64_t bytes = payload_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()));
     payload = at::empty({bytes}, residual.options().dtype(at::kByte));

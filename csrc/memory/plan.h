@@ -40,7 +40,7 @@ struct Plan {
   int64_t round = -1;     // of the last bucket exchanged on this plan
   int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
 
-  // Own payloads, in turn: one may still be read, by a network or as `sent`, while the other is written.
+  // The one of two own payloads that is not `sent`, which is still read while this one is written.
   at::Tensor next_payload();
   at::Tensor received;         // [workers, bytes], where a transport puts everybody's payloads
   at::Tensor feedback_buffer;  // [rows, k]
@@ -55,7 +55,6 @@ struct Plan {
 
  private:
   at::Tensor payloads_[2];
-  int next_ = 0;
 };
 
 }  // namespace regtopk

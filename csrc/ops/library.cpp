@@ -4,7 +4,7 @@
 // on the bucket's device carry what one stage finds out and another acts on, so that nobody waits for the device:
 //
 //   idle      uint8 [P]  1 where all ranks' gradients were zero in the last step: written by aggregate_, read by compress_
-//   verdict   int64 [64] round r is void where entry r % 64 holds r: written by aggregate_ and judge_, read by compress_
+//   verdict   int64 [4096] round r is void where entry r % 4096 holds r: written by aggregate_ and judge_, read by compress_
 //   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
 //   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
 #include <torch/library.h>

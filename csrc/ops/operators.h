@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t num
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 
 // Rounds that a verdict remembers.
-inline constexpr int64_t kVerdictRounds = 64;
+inline constexpr int64_t kVerdictRounds = 4096;
 // A verdict in which no round is void.
 at::Tensor make_verdict(at::Device device);
 // Reads it, which on CUDA waits for the device.

@@ -39,10 +39,24 @@ GlooTransport::GlooTransport(Groups groups, std::string who, std::function<std::
 
 GlooTransport::~GlooTransport() { close(); }
 
+void GlooTransport::note(Failure& failure, const std::string& why) {
+  const std::lock_guard lock(failure.mutex);
+  if (failure.why.empty()) failure.why = why;
+}
+
+void GlooTransport::refuse_if_failed() const {
+  const std::lock_guard lock(failure_->mutex);
+  if (failure_->why.empty()) return;
+  C10_THROW_ERROR(
+      DistBackendError, c10::str(who_, ": expected a state whose exchanges have all ended, got one of which one failed: ", failure_->why,
+                                 "; save what it holds and construct a new state"));
+}
+
 Transport::FuturePtr GlooTransport::gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) {
   const int64_t number = watch_->begin();
   WorkPtr work;
   try {
+    refuse_if_failed();
     work = all_gather(*groups_.payloads, received, payload);
   } catch (...) {
     bucket.fail();
@@ -52,6 +66,7 @@ Transport::FuturePtr GlooTransport::gather(const at::Tensor& payload, const at::
 }
 
 Transport::FuturePtr GlooTransport::all_reduce(Bucket bucket) {
+  refuse_if_failed();
   const int64_t number = watch_->begin();
   std::vector<at::Tensor> tensors{bucket.result};
   const WorkPtr work = groups_.payloads->allreduce(tensors);
@@ -62,7 +77,7 @@ Transport::FuturePtr GlooTransport::submit(const WorkPtr& work, const char* acti
   const Clock::time_point issued = Clock::now();
   const FuturePtr arrival = work->getFuture();
   const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get());
-  const auto complete = [=, who = who_, workers = workers_, timeout = groups_.timeout, watch = watch_, bucket = std::move(bucket)](
+  const auto complete = [=, who = who_, workers = workers_, timeout = groups_.timeout, watch = watch_, failure = failure_, bucket = std::move(bucket)](
                             Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
@@ -70,6 +85,7 @@ Transport::FuturePtr GlooTransport::submit(const WorkPtr& work, const char* acti
     try {
       bucket.count_seconds(std::chrono::duration<double>(Clock::now() - issued).count());
       const auto lost = [&](const std::string& got) {
+        note(*failure, got);
         C10_THROW_ERROR(
             DistBackendError, c10::str(who, ": expected the payloads of all ", workers, " ranks of step ", bucket.step, " within ",
                                        timeout.count() / 1000, " s, got ", got));
@@ -118,7 +134,7 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   const Clock::time_point deadline = Clock::now() + groups_.timeout;
   Clock::time_point next = Clock::now() + watch_->patience();
   const auto lost = [&](const std::string& got) {
-    broken_ = true;
+    note(*failure_, got);
     C10_THROW_ERROR(
         DistBackendError, c10::str("rank ", rank_, ": ", caller, ": expected all ", workers_, " ranks to come to ", activity, " within ",
                                    groups_.timeout.count() / 1000, " s, got ", got));
@@ -141,6 +157,7 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
 at::Tensor GlooTransport::gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity) {
   TORCH_CHECK(groups_.control, who_, ": expected an open exchange, got one that was closed");
   const at::Tensor all = at::zeros({workers_, own.numel()}, at::kByte);
+  refuse_if_failed();
   const int64_t number = watch_->begin();
   wait(all_gather(*groups_.control, all, own), caller, activity, number);
   return all;
@@ -180,6 +197,7 @@ std::vector<std::string> GlooTransport::gather_texts(const std::string& own, con
 void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
   TORCH_CHECK(groups_.control, who_, ": expected an open exchange, got one that was closed");
   std::vector<at::Tensor> tensors{tensor};
+  refuse_if_failed();
   const int64_t number = watch_->begin();
   wait(groups_.control->allreduce(tensors), caller, activity, number);
 }
@@ -196,7 +214,10 @@ void GlooTransport::close() {
     // the exchange failed: the group is left to the operating system.
     groups_.payloads.release();
   }
-  if (broken_) groups_.control.release();
+  {
+    const std::lock_guard lock(failure_->mutex);
+    if (!failure_->why.empty()) groups_.control.release();
+  }
   groups_.payloads.reset();
   groups_.control.reset();
   groups_.store.reset();

@@ -13,6 +13,8 @@
 
 #include <chrono>
 #include <memory>
+#include <mutex>
+#include <string>
 
 #include "completer.h"
 #include "transport.h"
@@ -53,7 +55,15 @@ class GlooTransport final : public Transport {
   const std::string who_;
   const int64_t rank_, workers_;
   const std::shared_ptr<Watch> watch_;  // shared with pending tasks
-  std::atomic<bool> broken_ = false;  // a wait on the control group ended in vain
+  // Why a wait ended in vain, once one has. What it waited for may still come, and would be taken for something newer: the
+  // groups are of no use any more.
+  struct Failure {
+    std::mutex mutex;
+    std::string why;
+  };
+  void refuse_if_failed() const;
+  static void note(Failure& failure, const std::string& why);
+  const std::shared_ptr<Failure> failure_ = std::make_shared<Failure>();
   Completer completer_;
 };
 
