@@ -66,3 +66,13 @@ def test_a_parameter_of_another_size_is_an_error_that_names_what_this_class_has(
         exchange.step([torch.zeros(3)] * 2)
     exchange.reset()
     exchange.step([torch.zeros(3)] * 2)
+
+
+def test_an_error_in_one_bucket_costs_nothing_of_another():
+    exchange = rt.LocalExchange(1, 0.5, method="topk")
+    given = torch.arange(1.0, 11.0)
+    exchange.step([[given, torch.ones(4)]], buckets=[[0], [1]])
+    kept = exchange.residuals(0)[0]
+    with pytest.raises(TypeError, match="LocalExchange: expected gradients of dtype"):
+        exchange.step([[given, torch.ones(4, dtype=torch.int64)]], buckets=[[0], [1]])
+    assert torch.equal(exchange.residuals(0)[0], kept)

@@ -91,6 +91,7 @@ Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
         bucket.layout.numel(), " entries, got ", buffer.numel());
   } catch (const std::exception& error) {
     // What the step's other buckets have sent returns, unless an optimizer steps all the same.
+    bucket.scale = worker_->steps.scale();  // what failed may be the scale
     if (!worker_->begins_step(bucket)) worker_->steps.clock().make_void(worker_->steps.round());
     transport_->announce_failure(error.what());
     throw;

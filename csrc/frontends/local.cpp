@@ -85,8 +85,8 @@ std::vector<at::Tensor> LocalExchange::step(
   const std::vector<at::Tensor>& first = gradients.front();
   check_buckets(buckets, static_cast<int64_t>(first.size()));
 
-  for (const auto& one : workers_) one->steps.end();
-  std::vector<at::Tensor> averages(first.size());
+  // All buckets are checked before any is sent: what one sends must not be lost to another's error.
+  std::vector<Bucket> checked;
   for (size_t index = 0; index < buckets.size(); ++index) {
     const auto& parameters = buckets[index];
     const at::Tensor& like = first[parameters.front()];
@@ -98,8 +98,16 @@ std::vector<at::Tensor> LocalExchange::step(
           " and ", first[parameter].scalar_type());
     }
     worker(0).check(bucket);
+    checked.push_back(std::move(bucket));
+  }
+
+  for (const auto& one : workers_) one->steps.end();
+  std::vector<at::Tensor> averages(first.size());
+  for (size_t index = 0; index < buckets.size(); ++index) {
+    const auto& parameters = buckets[index];
+    const Bucket& bucket = checked[index];
     const int64_t numel = bucket.layout.numel();
-    const at::Tensor average = at::empty({numel}, like.options());
+    const at::Tensor average = at::empty({numel}, first[parameters.front()].options());
     if (numel > 0) {
       at::Tensor received;
       std::vector<std::shared_ptr<Plan>> plans;
