@@ -22,7 +22,7 @@ def test_a_short_soak_finds_nothing_wrong():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     counts = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w[\w ]+?) {2,}([\d,]+)$", done.stdout, re.MULTILINE)}
     assert counts["violations"] == 0
-    assert min(counts[name] for name in ("legs", "steps", "overflows", "bytes checked")) > 0, counts
+    assert min(counts[name] for name in ("legs", "steps", "bytes checked")) > 0, counts  # which events come is chance; see below for each
 
 
 @pytest.fixture
