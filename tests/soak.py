@@ -43,7 +43,7 @@ from training import BUCKET_CAP_MB, WIDTH, batch, loss_of, make_model, make_opti
 import regtopk_torch as rt  # noqa: E402
 from experiments.checkpoints import StepFolders  # noqa: E402
 
-SECONDS_PER_LEG = 90
+SECONDS_PER_LEG = 240  # on a machine that does other things as well
 CHAIN_LEGS = 12  # a chain keeps its method; then another begins, from nothing
 ONE_BUCKET_MB = 100
 KINDS = {
@@ -451,14 +451,14 @@ class Soak:
         while not all(succeeded for succeeded, _ in outcomes):
             killed = f"exit code {-signal.SIGALRM}"
             if leg.kill is None or killed not in str(outcomes[leg.kill[0]][1]):
-                self._report(leg, "\n".join(str(report) for succeeded, report in outcomes if not succeeded))
+                reports = (f"rank {rank}: {report}" for rank, (succeeded, report) in enumerate(outcomes) if not succeeded)
+                self._report(leg, "\n".join((*reports, self._stacks())))
                 self._before = None  # the chain is broken
                 self._number += -self._number % CHAIN_LEGS
                 return
             for rank, (succeeded, report) in enumerate(outcomes):
                 if not succeeded and "did not end" in str(report) or "before the deadline" in str(report):
-                    stacks = (self._folder / "stderr").read_text(errors="replace")[-4000:]
-                    self._report(leg, f"rank {rank} hung after rank {leg.kill[0]} was killed: {report}\n{stacks}")
+                    self._report(leg, f"rank {rank} hung after rank {leg.kill[0]} was killed: {report}\n{self._stacks()}")
             self.counts["kills"] += 1
             self.counts["resumes"] += 1
             again = (self._draw.randrange(leg.world_size), self._draw.uniform(0.05, 0.6)) if self._draw.random() < 0.3 else None
@@ -491,6 +491,10 @@ class Soak:
         self.counts["overflows applied in part"] += len(result["applied in part"])
         self.counts["idle steps"] += sum(not leg.takers(step) and not leg.takers(step - 1) for step in result["digests"])
         self.counts["layers replaced"] += sum(step >= result["resumed_at"] for step in leg.fresh)
+
+    def _stacks(self):
+        file = self._folder / "stderr"
+        return file.read_text(errors="replace")[-4000:] if file.exists() else ""
 
     def _report(self, leg, text):
         self.counts["violations"] += 1
