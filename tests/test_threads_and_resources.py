@@ -123,7 +123,10 @@ PARAMETERS = 200
 
 
 def read_statistics_meanwhile(rank, what):
-    """A thread reads statistics all the time while the state lets go of parameters that only it still holds."""
+    """A thread reads statistics again and again while the state lets go of parameters that only it still holds.
+
+    It pauses between readings: a thread that never gives up the GIL slows down every other one to a call in 5 ms.
+    """
     gc.freeze()
     sizes = [3] * PARAMETERS
     state = make_state("regtopk", 0.1)
@@ -131,7 +134,7 @@ def read_statistics_meanwhile(rank, what):
     reads = []
 
     def read():
-        while not ended.is_set():
+        while not ended.wait(1e-4):
             reads.append(state.stats()["steps"])
 
     def wrap():
