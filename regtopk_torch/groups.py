@@ -101,21 +101,14 @@ def timeout_of(group):
 
 
 def _models_of(state):
-    """The DistributedDataParallel models on which the state is registered: DDP keeps (hook, state) in a list of its own, but
-    does not tell the hook who is asking."""
-    models = []
-    for pair in gc.get_referrers(state):
-        if not (isinstance(pair, tuple) and len(pair) == 2 and pair[1] is state):
-            continue
-        for hooks in gc.get_referrers(pair):
-            if isinstance(hooks, list):
-                models += [owner for owner in _owners_of(hooks) if isinstance(owner, DistributedDataParallel)]
-    return models
+    """The DistributedDataParallel models on which the state is registered. DDP keeps (hook, state) in a list of its own and does
+    not tell the hook who is asking; but an object refers to its class."""
+    kinds = [DistributedDataParallel, *_subclasses_of(DistributedDataParallel)]
+    models = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
+    return [model for model in models if any(registered is state for _, registered in getattr(model, "_comm_hooks", []))]
 
 
-def _owners_of(hooks):
-    for owner in gc.get_referrers(hooks):
-        if isinstance(owner, dict) and owner.get("_comm_hooks") is hooks:
-            yield from (model for model in gc.get_referrers(owner) if getattr(model, "__dict__", None) is owner)
-        elif getattr(owner, "_comm_hooks", None) is hooks:
-            yield owner
+def _subclasses_of(kind):
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses_of(subclass)

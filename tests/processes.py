@@ -5,6 +5,7 @@ at a deadline: nothing here can hang.
 """
 
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -74,6 +75,7 @@ def _outcome(process, receiver, deadline):
 def _worker(sender, store_path, rank, world_size, pickled):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage: a collection need not look at it
     try:
         function, arguments = pickle.loads(pickled)
         store = dist.FileStore(store_path, world_size)

@@ -105,6 +105,32 @@ def test_a_bucket_after_close_is_an_error_that_says_so_and_what_was_held_can_sti
         assert any(residual.any() for residual in kept.values())
 
 
+def close_in_another_thread(rank, entry):
+    """Return how the backward passes ended during which another thread closed the state, at a different moment each."""
+    ends = []
+    for number in range(12):
+        ddp = DistributedDataParallel(Given(*[300] * 6), bucket_cap_mb=0.001)
+        state = make_state("regtopk", 0.1)
+        register(ddp, state, entry)
+        ddp(integers(*[300] * 6, seed=0)).backward()
+        closer = threading.Timer(0.0005 * number, state.close)
+        closer.start()
+        try:
+            while True:
+                ddp(integers(*[300] * 6, seed=1)).backward()
+        except RuntimeError as error:
+            ends.append(str(error))
+        closer.join()
+        assert all(residual.isfinite().all() for residual in held(state, ddp).values())
+    return ends
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_state_can_be_closed_by_another_thread_while_buckets_are_exchanged(entry):
+    for ends in run_workers(close_in_another_thread, 1, entry):
+        assert len(ends) == 12 and all("closed" in end or "a shutdown of this process" in end for end in ends), ends
+
+
 def close_unused(rank):
     state = make_state("topk", 0.1)
     state.close()
@@ -127,7 +153,6 @@ def read_statistics_meanwhile(rank, what):
 
     It pauses between readings: a thread that never gives up the GIL slows down every other one to a call in 5 ms.
     """
-    gc.freeze()
     sizes = [3] * PARAMETERS
     state = make_state("regtopk", 0.1)
     ended = threading.Event()
