@@ -1,7 +1,6 @@
 #include "completer.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace regtopk {
 
@@ -9,13 +8,14 @@ Completer::Completer() : thread_(&Completer::run, state_) {}
 
 Completer::~Completer() { stop(); }
 
-void Completer::submit(Task task) {
+bool Completer::submit(Task task) {
   {
     const std::lock_guard lock(state_->mutex);
-    if (state_->stopping) throw std::runtime_error("exchange: expected an open exchange, got one that was shut down");
+    if (state_->stopping) return false;
     state_->pending.push_back(std::move(task));
   }
   state_->changed.notify_all();
+  return true;
 }
 
 std::function<void()> Completer::waker() const {

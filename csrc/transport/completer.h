@@ -31,8 +31,8 @@ class Completer {
   // Stops. Must not be called by a thread that holds a lock which a task needs (in Python: the GIL).
   ~Completer();
 
-  // Throws std::runtime_error after stop().
-  void submit(Task task);
+  // Takes it; false after stop().
+  bool submit(Task task);
   // Wakes the thread to ask `arrived` again. The returned function may outlive the completer.
   std::function<void()> waker() const;
   // Waits until nothing is pending; false if that has not happened by the deadline.

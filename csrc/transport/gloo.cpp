@@ -32,10 +32,11 @@ constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
 
 GlooTransport::GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls)
     : groups_(std::move(groups)),
+      timeout_(groups_.timeout),
       who_(std::move(who)),
       rank_(groups_.payloads->getRank()),
       workers_(groups_.payloads->getSize()),
-      watch_(std::make_shared<Watch>(groups_.store, rank_, workers_, groups_.timeout, std::move(own_calls))) {}
+      watch_(std::make_shared<Watch>(groups_.store, rank_, workers_, timeout_, std::move(own_calls))) {}
 
 GlooTransport::~GlooTransport() { close(); }
 
@@ -52,32 +53,43 @@ void GlooTransport::refuse_if_failed() const {
                                  "; save what it holds and construct a new state"));
 }
 
+c10::intrusive_ptr<c10d::Backend> GlooTransport::open(const c10::intrusive_ptr<c10d::Backend> Groups::* group) const {
+  refuse_if_failed();
+  const std::lock_guard lock(groups_mutex_);
+  TORCH_CHECK(groups_.*group, who_, ": expected an open exchange, got one that was closed");
+  return groups_.*group;
+}
+
 Transport::FuturePtr GlooTransport::gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) {
+  return issue(kExchange, std::move(bucket), [&](c10d::Backend& group) { return all_gather(group, received, payload); });
+}
+
+Transport::FuturePtr GlooTransport::all_reduce(Bucket bucket) {
+  std::vector<at::Tensor> tensors{bucket.result};
+  return issue(kAllReduce, std::move(bucket), [&](c10d::Backend& group) { return group.allreduce(tensors); });
+}
+
+template <typename Collective>
+Transport::FuturePtr GlooTransport::issue(const char* activity, Bucket bucket, const Collective& collective) {
   const int64_t number = watch_->begin();
+  c10::intrusive_ptr<c10d::Backend> group;
   WorkPtr work;
   try {
-    refuse_if_failed();
-    work = all_gather(*groups_.payloads, received, payload);
+    group = open(&Groups::payloads);
+    work = collective(*group);
   } catch (...) {
     bucket.fail();
     throw;
   }
-  return submit(work, kExchange, number, std::move(bucket));
+  return submit(std::move(group), work, activity, number, std::move(bucket));
 }
 
-Transport::FuturePtr GlooTransport::all_reduce(Bucket bucket) {
-  refuse_if_failed();
-  const int64_t number = watch_->begin();
-  std::vector<at::Tensor> tensors{bucket.result};
-  const WorkPtr work = groups_.payloads->allreduce(tensors);
-  return submit(work, kAllReduce, number, std::move(bucket));
-}
-
-Transport::FuturePtr GlooTransport::submit(const WorkPtr& work, const char* activity, int64_t number, Bucket bucket) {
+Transport::FuturePtr GlooTransport::submit(
+    c10::intrusive_ptr<c10d::Backend> group, const WorkPtr& work, const char* activity, int64_t number, Bucket bucket) {
   const Clock::time_point issued = Clock::now();
   const FuturePtr arrival = work->getFuture();
   const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get());
-  const auto complete = [=, who = who_, workers = workers_, timeout = groups_.timeout, watch = watch_, failure = failure_, bucket = std::move(bucket)](
+  const auto complete = [=, who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_, bucket = std::move(bucket)](
                             Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
@@ -107,13 +119,17 @@ Transport::FuturePtr GlooTransport::submit(const WorkPtr& work, const char* acti
       }
     }
   };
-  completer_.submit(
+  const bool taken = completer_.submit(
       {.arrived = [arrival] { return arrival->completed(); },
        .doubt = [watch = watch_, number, activity] { return watch->contradiction(number, activity); },
        .doubt_from = issued + watch_->patience(),
        .doubt_every = watch_->interval(),
-       .deadline = issued + groups_.timeout,
+       .deadline = issued + timeout_,
        .complete = complete});
+  if (!taken) {  // another thread has closed it meanwhile
+    complete(Completer::Outcome::kStopped, "");
+    group.release();  // as in close()
+  }
   arrival->addCallback([wake = completer_.waker()](c10::ivalue::Future&) { wake(); }, /*uses_future=*/false);
   return result;
 }
@@ -131,13 +147,13 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
         signal->changed.notify_all();
       },
       /*uses_future=*/false);
-  const Clock::time_point deadline = Clock::now() + groups_.timeout;
+  const Clock::time_point deadline = Clock::now() + timeout_;
   Clock::time_point next = Clock::now() + watch_->patience();
   const auto lost = [&](const std::string& got) {
     note(*failure_, got);
     C10_THROW_ERROR(
         DistBackendError, c10::str("rank ", rank_, ": ", caller, ": expected all ", workers_, " ranks to come to ", activity, " within ",
-                                   groups_.timeout.count() / 1000, " s, got ", got));
+                                   timeout_.count() / 1000, " s, got ", got));
   };
   std::unique_lock lock(signal->mutex);
   while (!signal->changed.wait_until(lock, std::min(next, deadline), [&] { return arrival->completed(); })) {
@@ -155,11 +171,10 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
 }
 
 at::Tensor GlooTransport::gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity) {
-  TORCH_CHECK(groups_.control, who_, ": expected an open exchange, got one that was closed");
   const at::Tensor all = at::zeros({workers_, own.numel()}, at::kByte);
-  refuse_if_failed();
+  const auto control = open(&Groups::control);
   const int64_t number = watch_->begin();
-  wait(all_gather(*groups_.control, all, own), caller, activity, number);
+  wait(all_gather(*control, all, own), caller, activity, number);
   return all;
 }
 
@@ -195,32 +210,30 @@ std::vector<std::string> GlooTransport::gather_texts(const std::string& own, con
 }
 
 void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
-  TORCH_CHECK(groups_.control, who_, ": expected an open exchange, got one that was closed");
   std::vector<at::Tensor> tensors{tensor};
-  refuse_if_failed();
+  const auto control = open(&Groups::control);
   const int64_t number = watch_->begin();
-  wait(groups_.control->allreduce(tensors), caller, activity, number);
+  wait(control->allreduce(tensors), caller, activity, number);
 }
 
 void GlooTransport::wait_idle() {
-  if (completer_.wait_idle(Clock::now() + groups_.timeout)) return;
+  if (completer_.wait_idle(Clock::now() + timeout_)) return;
   C10_THROW_ERROR(
-      DistBackendError, c10::str(who_, ": expected no pending exchange within ", groups_.timeout.count() / 1000, " s, got one"));
+      DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
 }
 
 void GlooTransport::close() {
-  if (completer_.stop()) {
-    // Destroying a gloo group waits for its outstanding collectives, which may never end. The process is about to end or
-    // the exchange failed: the group is left to the operating system.
-    groups_.payloads.release();
-  }
+  const bool outstanding = completer_.stop();
+  Groups groups;  // let go of without the lock
   {
-    const std::lock_guard lock(failure_->mutex);
-    if (!failure_->why.empty()) groups_.control.release();
+    const std::lock_guard lock(groups_mutex_);
+    std::swap(groups, groups_);
   }
-  groups_.payloads.reset();
-  groups_.control.reset();
-  groups_.store.reset();
+  // Destroying a gloo group waits for its outstanding collectives, which may never end. The process is about to end or the
+  // exchange failed: the group is left to the operating system.
+  if (outstanding) groups.payloads.release();
+  const std::lock_guard lock(failure_->mutex);
+  if (!failure_->why.empty()) groups.control.release();
 }
 
 }  // namespace regtopk

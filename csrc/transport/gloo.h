@@ -46,12 +46,18 @@ class GlooTransport final : public Transport {
 
  private:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
-  FuturePtr submit(const WorkPtr& work, const char* activity, int64_t number, Bucket bucket);
+  // One of the groups; raises RuntimeError once the transport is closed, DistBackendError once a wait has failed.
+  c10::intrusive_ptr<c10d::Backend> open(const c10::intrusive_ptr<c10d::Backend> Groups::* group) const;
+  template <typename Collective>
+  FuturePtr issue(const char* activity, Bucket bucket, const Collective& collective);
+  FuturePtr submit(c10::intrusive_ptr<c10d::Backend> group, const WorkPtr& work, const char* activity, int64_t number, Bucket bucket);
   // Waits for a collective on the control group.
   void wait(const WorkPtr& work, const std::string& caller, const std::string& activity, int64_t number);
   at::Tensor gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity);
 
-  Groups groups_;
+  Groups groups_;  // empty once closed, which another thread may do at any time
+  mutable std::mutex groups_mutex_;
+  const std::chrono::milliseconds timeout_;
   const std::string who_;
   const int64_t rank_, workers_;
   const std::shared_ptr<Watch> watch_;  // shared with pending tasks
