@@ -122,7 +122,7 @@ def test_what_cannot_go_on_is_one_message(tmp_path, capsys):
         assert ended.value.code == 1 and error.startswith(message) and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", ["dense", "regtopk"])
+@pytest.mark.parametrize("method", [pytest.param("dense", marks=pytest.mark.long), "regtopk"])
 def test_two_processes_under_torchrun_that_were_resumed_equal_one_process_bit_for_bit(tmp_path, method):
     options = ("--method", method, "--momentum", "0.9")
     alone = train(tmp_path / "alone", *options, steps=7)

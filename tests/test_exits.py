@@ -1,4 +1,4 @@
-"""Every way in which a training process ends, fifty times each: no hang, no abort."""
+"""Every way in which a training process ends, many times each: no hang, no abort."""
 
 import json
 import os
@@ -9,9 +9,10 @@ import sys
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
-CYCLES = 50
+CYCLES = 8  # each combination of what exits.py varies from cycle to cycle
 
 
+@pytest.mark.parametrize("cycles", [CYCLES, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "way, outcome",
     [
@@ -21,9 +22,9 @@ CYCLES = 50
         ("end_with_an_exchange_pending", "0 0"),
     ],
 )
-def test_processes_end_cleanly_fifty_times(way, outcome):
+def test_processes_end_cleanly_time_after_time(way, outcome, cycles):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, str(TESTS / "exits.py"), way, str(CYCLES)]
+    command = [sys.executable, str(TESTS / "exits.py"), way, str(cycles)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == {outcome: CYCLES}, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {outcome: cycles}, result.stderr[-3000:]
