@@ -176,7 +176,7 @@ def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):
     assert test.endswith("8 points lie outside the interval")
     assert f"{found}; no difference shown (paired t: " in claims.format_summary(DOCUMENT, logs.Evidence(tmp_path))
     drawn = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
-    assert [path.name for path in drawn] == ["cifar10_density-0.001.svg"]
+    assert [path.name for path in drawn] == ["cifar10_density-0.001.svg", "cifar10_density-0.001_bytes.svg"]
 
 
 def test_densities_are_compared_one_by_one_and_p_is_corrected_for_their_number(tmp_path):
