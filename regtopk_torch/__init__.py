@@ -1,6 +1,6 @@
 """Sparsified gradient exchange for DistributedDataParallel: Top-k and RegTop-k with error feedback, in C++.
 
-    state = regtopk_torch.RegTopKState(density=0.001, mu=5.0)
+    state = regtopk_torch.TopKState(density=0.01)  # or RegTopKState
     ddp.register_comm_hook(state, regtopk_torch.sparse_hook)
 
 Source of the method: Bereyhi, Liang, Boudreau, Afana, "Novel Gradient Sparsification Algorithm via Bayesian Inference",

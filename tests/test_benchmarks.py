@@ -1,5 +1,7 @@
 """The benchmark runs, and the figures in the documents are those of the committed logs."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
-from benchmarks import plot, table  # noqa: E402
+from benchmarks import hosts, plot, table  # noqa: E402
 from runlog.document import replace  # noqa: E402
 
-DOCUMENTS = {"README.md": ["buckets.jsonl"], "benchmarks/README.md": ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]}
+TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]
 
 
 def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
@@ -28,12 +30,44 @@ def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
     assert Path(plot.draw(log, tmp_path / "ops.png")).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_tables_in_the_documents_are_those_of_the_logs(document):
-    path = ROOT / document
-    text = path.read_text(encoding="utf-8")
-    made = table.format_tables([ROOT / "benchmarks/results/ops" / log for log in DOCUMENTS[document]], path.parent)
-    assert replace(text, made, table.BEGIN) == text
+def test_the_tables_in_the_documents_are_those_of_the_logs():
+    operators, readme = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
+    made = table.format_tables([ROOT / "benchmarks/results/ops" / log for log in TABLED], operators.parent)
+    for path, text, begin in ((operators, made, table.BEGIN), (readme, hosts.format_hosts(), hosts.BEGIN)):
+        document = path.read_text(encoding="utf-8")
+        assert replace(document, text, begin) == document
+
+
+def test_step_times_are_medians_of_their_logs_from_the_slowest_link_to_the_fastest(tmp_path):
+    def add(link, seconds, commit="c0ffee", **options):
+        options = {"density": 0.01, "batch_size": 4, **options}
+        header = {"event": "header", "workers": 2, "options": options, "processor": {"model": "P", "cores": 2}, "versions": {"torch": "2"}, "commit": commit}
+        lines = [header, *({"event": "step", "method": method, "seconds": value} for method, values in seconds.items() for value in values)]
+        with open(tmp_path / f"{link}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    add("1gbit", {None: [1.0, 3.0, 2.0]}, method="dense"), add("500mbit", {"regtopk": [0.5, 0.5, 0.5], "dense": [4.0, 4.0, 9.0]})
+    rows = hosts.format_hosts(tmp_path, tmp_path).splitlines()
+    assert rows[0] == "| link of each host | DDP alone | RegTop-k |"
+    assert rows[2:4] == ["| 500 Mbit/s | 4.00 s (4.00…9.00; n = 3) | 0.50 s (0.50…0.50; n = 3) |", "| 1 Gbit/s | 2.00 s (1.00…3.00; n = 3) |  |"]
+    assert "density 0.01, 2 hosts with 4 images each, all on 2 cores of one P, gloo, torch 2, [logs](.) of commit c0ffee" in rows[5]
+    add("1gbit", {"regtopk": [1.0, 1.0]}, commit="another")
+    with pytest.raises(ValueError, match="expected logs of one commit, machine and setting, got "):
+        hosts.format_hosts(tmp_path, tmp_path)
+    (tmp_path / "1gbit.jsonl").rename(tmp_path / "fast.jsonl")
+    with pytest.raises(ValueError, match="expected a log named after a rate, such as 100mbit or 1gbit, got 'fast'"):
+        hosts.format_hosts(tmp_path, tmp_path)
+
+
+def test_step_times_of_every_method_are_measured(tmp_path):
+    log = tmp_path / "1gbit.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.network"]
+    command += ["--model", "small", "--rounds", "2", "--density", "0.01", "--out", str(log)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    names, _, cells = (line.strip("| ").split(" | ") for line in hosts.format_hosts(tmp_path, tmp_path).splitlines()[:3])
+    assert names[1:] == list(hosts.METHODS.values())
+    assert cells[0] == "1 Gbit/s" and all(cell.endswith("; n = 2)") for cell in cells[1:])
 
 
 def test_a_document_without_the_marks_is_an_error():

@@ -14,7 +14,7 @@ SECONDS = 1500
 # What fails only with the hook, and why it has to.
 EXPECTED_TO_FAIL = {
     "test_ddp_profiling_torch_profiler": "it counts DDP's own all-reduces in a profile, and there are none",
-    "test_ddp_grad_div_uneven_inputs": "it divides by the number of ranks that still have inputs, which a hook cannot see (README)",
+    "test_ddp_grad_div_uneven_inputs": "it divides by the number of ranks that still have inputs, which a hook cannot see (docs/limits.md)",
 }
 
 

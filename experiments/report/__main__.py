@@ -1,22 +1,20 @@
 """Draw the figures and fill the documents' tables from logs alone.
 
 Without RUN_DIRs, all of it again from the logs in experiments/results: experiments/figures, the table in
-experiments/README.md and the answer in README.md. With RUN_DIRs, the tables of those runs of experiments.cifar10, and their
+experiments/README.md and the lines in docs/findings.md. With RUN_DIRs, the tables of those runs of experiments.cifar10, and their
 curves in one figure, curves.svg in the first of them.
 """
 
 import sys
 from pathlib import Path
 
-from experiments.report.claims import fill_table, format_summary
+from experiments.report.claims import fill_findings, fill_table
 from experiments.report.figures import draw_runs, make_figures, save
 from experiments.report.logs import Evidence, read_run
 from experiments.report.table import format_table
 from runlog.command import make_parser
-from runlog.document import replace
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN = "<!-- python -m experiments.report: begin -->"
 
 
 def draw_all(evidence, folder=ROOT / "experiments" / "figures"):
@@ -36,11 +34,10 @@ def main(arguments=None):
             return
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    evidence, table, summary = Evidence(), ROOT / "experiments" / "README.md", ROOT / "README.md"
-    table.write_text(fill_table(table.read_text(encoding="utf-8"), evidence), encoding="utf-8")
-    answer = format_summary(table.read_text(encoding="utf-8"), evidence)
-    summary.write_text(replace(summary.read_text(encoding="utf-8"), answer, BEGIN), encoding="utf-8")
-    print(table, summary, *draw_all(evidence), sep="\n")
+    evidence, documents = Evidence(), {ROOT / "experiments" / "README.md": fill_table, ROOT / "docs" / "findings.md": fill_findings}
+    for path, fill in documents.items():
+        path.write_text(fill(path.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+    print(*documents, *draw_all(evidence), sep="\n")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,6 @@ def mean(name, runs, digits):
     return number(fmean(values(name, runs)), digits)
 
 
-# The toy and the linear regression
-
-
 def find_toy_topk(evidence):
     for run in select(evidence.toy, method="topk"):
         losses = run.value("losses")
@@ -234,18 +231,13 @@ def fill_table(document, evidence):
     return re.sub(r'^\| <a id="([^"]+)">.*$', fill, document, flags=re.MULTILINE)
 
 
-# Rows that answer "Does it help?".
-ANSWERS = "fig-2-density-0.6 fig-2-density-0.5 fig-2-density-0.4 fig-2-printed fig-2-homogeneous density-0.001 density-0.001-overlap".split()
-ANSWERS += [BY_DENSITY, "mobilenet_v2", "tiny-density"]
+def fill_findings(document, evidence):
+    """Return the document with what the logs show in every line of its lists that begins with a link to a claim's row."""
 
-
-def format_summary(document, evidence):
-    """Return a line of Markdown for each of ANSWERS: the claim in the words of the table in `document`, and what the logs show of it."""
-    lines = []
-    for name in ANSWERS:
-        claim = re.search(rf'^\| <a id="{re.escape(name)}"></a>(.*?) \| ', document, re.MULTILINE)[1]
-        finding = CLAIMS[name][1](evidence) or Finding(NOT_RUN, 0, "none", [])
+    def fill(line):
+        finding = CLAIMS[line[2]][1](evidence) or Finding(NOT_RUN, 0, "none", [])
         verdict = "" if finding.comparison is None or finding.comparison.shown else "; no difference shown"
         test = "" if finding.test == "none" else f" ({finding.test}; n = {finding.n})"
-        lines.append(f"* [{claim}](experiments/README.md#{name}): {finding.found}{verdict}{test}.")
-    return "\n".join(lines)
+        return f"{line[1]} {finding.found}{verdict}{test}."
+
+    return re.sub(r"^(\* \[[^]]+\]\(\S+#([^)]+)\):).*$", fill, document, flags=re.MULTILINE)

@@ -153,6 +153,17 @@ def draw_runs(runs):
     return figure
 
 
+def draw_bytes(runs):
+    """Return the figure of training runs with accuracy against bytes alone, for a narrow page."""
+    figure = draw_runs(runs)
+    loss_axes, step_axes, byte_axes, share_axes = figure.axes
+    figure.legend(*step_axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    loss_axes.remove(), step_axes.remove(), share_axes.remove()
+    byte_axes.set_subplotspec(figure.add_gridspec(1, 1)[0])
+    figure.set_size_inches(7, 4.2)
+    return figure
+
+
 def draw_by_option(runs, option):
     """Return accuracy after the last step, and what was displaced, against an option; drawn are the seeds that all have."""
     common = set.intersection(*({run.seed for run in own} for _, own, _ in by_configuration(runs)))
@@ -183,6 +194,8 @@ def make_figures(evidence):
         yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu), logarithmic=True)
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
+        if group == "density-0.001":  # the figure in README.md
+            yield f"cifar10_{group}_bytes", draw_bytes(runs)
         for option in OPTIONS:
             if len({run.options[option] for run in runs} - {None}) > 1:
                 yield f"cifar10_{group}_by_{option}", draw_by_option(runs, option)

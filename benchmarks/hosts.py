@@ -1,0 +1,74 @@
+"""Print the step times on hosts with slow links as a Markdown table, from the logs in results/hosts alone: python -m benchmarks.hosts
+
+The logs of one link are in one file, LINK.jsonl, and make a row. Every cell is the median over the steps of one run, with quartiles.
+`python -m benchmarks.network` makes such a log.
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from runlog.command import make_parser
+from runlog.document import replace
+from runlog.record import read_logs
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "benchmarks" / "results" / "hosts"
+BEGIN = "<!-- python -m benchmarks.hosts: begin -->"
+METHODS = {  # in the order of the columns
+    "none": "no exchange", "dense": "DDP alone", "bf16": "bf16 hook", "powersgd": "PowerSGD hook, rank 1", "chain": "Top-k in torch calls",
+    "topk": "Top-k", "regtopk": "RegTop-k",
+}  # fmt: skip
+
+
+def bits_per_second(link):
+    found = re.fullmatch(r"([\d.]+)([mg])bit", link)
+    if found is None:
+        raise ValueError(f"benchmarks.hosts: expected a log named after a rate, such as 100mbit or 1gbit, got {link!r}")
+    return float(found[1]) * {"m": 1e6, "g": 1e9}[found[2]]
+
+
+def format_seconds(seconds):
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return f"{middle:.2f} s ({low:.2f}…{high:.2f}; n = {len(seconds)})"
+
+
+def format_hosts(folder=LOGS, relative_to=ROOT):
+    """Return the table of all logs in `folder`, from the slowest link to the fastest, and below it how they were made."""
+    rows, made = {}, set()
+    for path in sorted(Path(folder).glob("*.jsonl"), key=lambda path: bits_per_second(path.stem)):
+        seconds = rows.setdefault(path.stem, {})
+        for header, records in read_logs(path):
+            options, versions = header["options"], header["versions"]
+            made.add((header["workers"], options["batch_size"], f"{options['density']:g}", *header["processor"].values(), versions["torch"], header["commit"][:10]))
+            for record in records:
+                if record["event"] == "step":
+                    seconds.setdefault(record.get("method") or options["method"], []).append(record["seconds"])
+    if len(made) != 1:
+        raise ValueError(f"benchmarks.hosts: expected logs of one commit, machine and setting, got {sorted(made)}")
+    workers, batch, density, processor, cores, torch, commit = made.pop()
+    methods = [method for method in METHODS if any(method in row for row in rows.values())]
+    lines = ["| link of each host | " + " | ".join(METHODS[method] for method in methods) + " |", "|" + "---|" * (len(methods) + 1)]
+    for link, row in rows.items():
+        rate = re.sub(r"[mg]bit", lambda found: f" {found[0].capitalize()}/s", link)
+        lines.append(f"| {rate} | " + " | ".join(format_seconds(row[method]) if method in row else "" for method in methods) + " |")
+    where = Path(folder).relative_to(relative_to).as_posix()
+    return "\n".join([
+        *lines, "", f"Median seconds per step (quartiles; n steps of one run): density {density}, {workers} hosts with {batch} images each, all on {cores} "
+        f"cores of one {processor}, gloo, torch {torch}, [logs]({where}) of commit {commit}.",
+    ])  # fmt: skip
+
+
+def main():
+    parser = make_parser("benchmarks.hosts", __doc__, "")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
+    options = parser.parse_args()
+    if options.write is None:
+        print(format_hosts())
+    else:
+        text = format_hosts(relative_to=options.write.resolve().parent)
+        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text, BEGIN), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
