@@ -28,7 +28,7 @@ at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
   at::Tensor payload = plan.next_payload();
   compress_(
       gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
-      worker.counters, selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round);
+      worker.report.counters(), selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round);
   worker.statistics.compress_seconds += seconds_since(start);
   return payload;
 }

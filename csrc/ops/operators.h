@@ -44,6 +44,10 @@ void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::Scalar
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
+// Whether this build has kernels for CUDA devices.
+bool has_cuda_kernels();
+// What a device's status (library.cpp) says, in words: `expected ..., got ...`.
+std::string describe_status(int64_t status);
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 
