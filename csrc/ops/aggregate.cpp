@@ -14,6 +14,7 @@ namespace {
 
 // Any thread may write it, of this state or of one that shares the verdict: rounds only grow.
 void make_void(const at::Tensor& verdict, int64_t round) {
+  if (round < 0) return;
   std::atomic_ref(verdict.mutable_data_ptr<int64_t>()[round % kVerdictRounds]).store(round, std::memory_order_relaxed);
 }
 
