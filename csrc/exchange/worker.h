@@ -50,6 +50,7 @@ class Worker {
   Steps steps;
   Statistics statistics;
   const at::Tensor counters;  // see ops/library.cpp
+  at::Tensor status;          // likewise; undefined on the CPU, where errors are raised at once
 
   // Raises TypeError or ValueError unless gradients of that bucket can be exchanged.
   void check(const Bucket& bucket) const;
