@@ -42,7 +42,8 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& received,
   }
   try {
     aggregate_(
-        gradient, received, optional(plan.feedback_buffer), plan.shared, selection_of(worker, plan), stamp_of(worker, plan), worker.rank);
+        gradient, received, optional(plan.feedback_buffer), plan.shared, optional(worker.report.status()), selection_of(worker, plan),
+        stamp_of(worker, plan), worker.rank);
   } catch (const c10::ValueError& error) {
     // What the received bytes are not, said by the operator; a user knows the rank and the hook.
     const std::string text = error.what_without_backtrace();

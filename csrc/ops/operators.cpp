@@ -34,14 +34,14 @@ void compress_(
 }
 
 void aggregate_(
-    const at::Tensor& gradient, const at::Tensor& payloads, const Optional& feedback, const Shared& shared, const Selection& selection,
-    const Stamp& stamp, int64_t rank) {
+    const at::Tensor& gradient, const at::Tensor& payloads, const Optional& feedback, const Shared& shared, const Optional& status,
+    const Selection& selection, const Stamp& stamp, int64_t rank) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t, int64_t,
-      c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
+      const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t,
+      int64_t, c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
   operation.call(
-      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, selection.k, rank, selection.distortion, stamp.step,
-      stamp.plan, stamp.round);
+      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, status, selection.k, rank, selection.distortion,
+      stamp.step, stamp.plan, stamp.round);
 }
 
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {

@@ -35,7 +35,7 @@ void compress_(
     const Selection& selection, const Stamp& stamp, int64_t sent_round);
 void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
-    const Selection& selection, const Stamp& stamp, int64_t rank);
+    const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round);
 void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
