@@ -164,6 +164,7 @@ PYBIND11_MODULE(_C, module) {
   py::module_::import("torch._C._distributed_c10d");
 
   module.attr("torch_version") = TORCH_VERSION;
+  module.def("has_cuda_kernels", &has_cuda_kernels, "Return whether this build exchanges gradients on CUDA devices.");
   module.def(
       "payload_bytes",
       [](int64_t numel, int64_t k, const py::object& dtype, int64_t spans) {
