@@ -80,6 +80,27 @@ def build():
     return library
 
 
+def build_operators():
+    """Return the path of operators.cpp, compiled with the installed torch (about 1 min) if a source has changed."""
+    from torch.utils import cpp_extension
+
+    emulation = build()
+    sources = [ROOT / path for path in ("tests/simt/operators.cpp", "csrc/ops/checks.cpp", "csrc/ops/operators.cpp")]
+    shim = [*ROOT.glob("tests/simt/c10/cuda/*.h"), *ROOT.glob("csrc/ops/*.h"), ROOT / "cuda/operators.cpp"]
+    flags = [*FLAGS, "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", torch.__version__]
+    library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [*sources, *shim])}.so"
+    if not library.exists():
+        linked = library.with_suffix(f".{os.getpid()}")
+        torch_at = [f"-L{path}" for path in cpp_extension.library_paths()]
+        subprocess.run(
+            [os.environ.get("CXX", "g++"), *flags[:-1], f"-I{ROOT / 'tests/simt'}", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+             "-shared", "-o", str(linked), *map(str, sources), str(emulation), "-Wl,-rpath,$ORIGIN", *torch_at, "-ltorch_cpu", "-lc10"],
+            check=True, stdout=sys.stderr,
+        )  # fmt: skip
+        linked.rename(library)
+    return library
+
+
 class _Sampling(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("sectors", "rank_high", "rank_low", "list_capacity")]
 
