@@ -17,6 +17,7 @@
 #include "frontends/local.h"
 #include "ops/operators.h"
 #include "transport/gloo.h"
+#include "transport/stream.h"
 
 namespace py = pybind11;
 
@@ -38,14 +39,16 @@ std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(DdpExchange& ex
     const py::gil_scoped_release no_gil;
     done = exchange.run(bucket);
   }
-  auto result = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get());
-  c10::IValue buffer = torch::jit::toIValue(py::cast(bucket.getBufferRef()), c10::PyObjectType::get());
+  const at::Tensor& buffer = bucket.getBufferRef();
+  auto result = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get(), done->devices());
+  const auto storages = buffer.is_sparse() ? std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>>()
+                                           : std::vector{buffer.storage().getWeakStorageImpl()};
+  // Where there is a device this is called on streams that wait for `done`.
   done->addCallback(
-      [result, buffer = std::move(buffer)](c10::ivalue::Future& completed) mutable {
+      [result, storages, value = torch::jit::toIValue(py::cast(buffer), c10::PyObjectType::get())](c10::ivalue::Future& completed) mutable {
         if (completed.hasError()) result->setError(completed.exception_ptr());
-        else result->markCompleted(std::move(buffer));
-      },
-      /*uses_future=*/false);
+        else result->markCompleted(std::move(value), storages);
+      });
   return std::make_shared<torch::jit::PythonFutureWrapper>(result);
 }
 
@@ -64,17 +67,23 @@ void delete_without_gil(T* object) {
   }
 }
 
-// What Python's `open_groups` returns: the groups of payloads and of control, the exchange's own store, the timeout in seconds.
-using GroupTuple = std::tuple<c10::intrusive_ptr<c10d::Backend>, c10::intrusive_ptr<c10d::Backend>, c10::intrusive_ptr<c10d::Store>, double>;
+// What Python's `open_groups` returns: the groups of payloads and of control, the exchange's own store, the timeout in seconds,
+// and the backend of the model's group for a type of device whose collectives are work of a stream, if it has one.
+using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
+using GroupTuple = std::tuple<GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>>;
 
 std::shared_ptr<DdpExchange> make_exchange(
     const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple()> open_groups, std::function<double()> scale,
     Worker::AppliedKeys applied) {
   const auto open = [open_groups = std::move(open_groups)](std::function<std::string()> own_calls) -> std::shared_ptr<Transport> {
-    auto [payloads, control, store, timeout] = open_groups();
+    auto [payloads, control, store, timeout, on_stream] = open_groups();
     const std::string who = c10::str("rank ", payloads->getRank(), ": sparse_hook");
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
-    return {new GlooTransport({payloads, control, store, milliseconds}, who, std::move(own_calls)), &delete_without_gil<GlooTransport>};
+    auto gloo = std::make_unique<GlooTransport>(GlooTransport::Groups{payloads, control, store, milliseconds}, who, std::move(own_calls));
+    Transport* const transport =
+        on_stream ? new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who)
+                  : static_cast<Transport*>(gloo.release());
+    return {transport, &delete_without_gil<Transport>};
   };
   std::shared_ptr<DdpExchange> exchange(
       new DdpExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<DdpExchange>);
@@ -96,12 +105,13 @@ void close_all() {
   for (const auto& exchange : exchanges) exchange->close();
 }
 
-py::dict statistics_of(const Worker& worker) {
+py::dict statistics_of(Worker& worker) {
+  worker.hear();
   const Statistics& statistics = worker.statistics;
-  const int64_t* const counters = worker.counters.const_data_ptr<int64_t>();
+  const auto counters = worker.report.sums();
   py::dict result;
   result["steps"] = statistics.steps.load();
-  result["void_steps"] = statistics.void_steps + (worker.steps.is_void() ? 1 : 0);
+  result["void_steps"] = statistics.void_steps + (worker.report.device().is_cpu() && worker.steps.is_void() ? 1 : 0);
   result["rebuilds"] = statistics.rebuilds.load();
   result["history_dropped"] = statistics.history_dropped + counters[2];
   result["residual_dropped"] = statistics.residual_dropped.load();
@@ -154,6 +164,7 @@ PYBIND11_MODULE(_C, module) {
   py::module_::import("torch._C._distributed_c10d");
 
   module.attr("torch_version") = TORCH_VERSION;
+  module.def("has_cuda_kernels", &has_cuda_kernels, "Return whether this build exchanges gradients on CUDA devices.");
   module.def(
       "payload_bytes",
       [](int64_t numel, int64_t k, const py::object& dtype, int64_t spans) {
@@ -192,8 +203,9 @@ PYBIND11_MODULE(_C, module) {
       .def("set_dense", &DdpExchange::set_dense)
       .def("skipped", &DdpExchange::skipped, release_gil())
       .def("did", &DdpExchange::did)
-      .def("statistics", [](const DdpExchange& exchange) { return statistics_of(exchange.worker()); })
+      .def("statistics", [](DdpExchange& exchange) { return statistics_of(exchange.worker()); })
       .def("last_step", [](const DdpExchange& exchange) { return exchange.worker().steps.step(); })
+      .def("check", [](DdpExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
       .def("wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
       .def("residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm().item<double>(); }, release_gil())
       .def("export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())

@@ -29,26 +29,44 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   REGTOPK_SHARED(uint32_t[kHistogramBins], bins);
   REGTOPK_SHARED(Set, sent);
   REGTOPK_SHARED(uint32_t[Set::kWords], non_finite_words);
+  REGTOPK_SHARED(uint32_t[Set::kWords], idle_words);
   REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
   REGTOPK_SHARED(Bin, found);
-  REGTOPK_SHARED(uint32_t, sent_entries);
+  REGTOPK_SHARED(SentSize, sent_size);
+  REGTOPK_SHARED(Selection<Bits>, bracket);  // not in registers: the loop takes them all
+  REGTOPK_SHARED(uint32_t, has_idle);
+  REGTOPK_SHARED(uint32_t, touches_idle);
   REGTOPK_SHARED(uint32_t, smallest);
   REGTOPK_SHARED(uint32_t, listed);
+  REGTOPK_SHARED(uint32_t, hits);
   REGTOPK_SHARED(uint32_t, list_at);
   REGTOPK_SHARED(uint32_t, last);
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) bins[bin] = 0;
-  if (threadIdx.x == 0) {
-    sent_entries = device.sent.entries();
-    listed = 0;
+  if (thread_again() == 0) {
+    sent_size = device.sent.history();
+    has_idle = device.has_idle();
+    touches_idle = false;
+    bracket = device.selection.load(0);
+    listed = hits = 0;
   }
   __syncthreads();
-  const Selection<Bits> bracket = device.selection.load_uniform(0);
-  uint32_t hits = 0;
 
   for (uint32_t block = blockIdx.x; block < device.blocks; block += gridDim.x) {
     const uint32_t first = block * kEntries, entries = device.entries_of(block);
+    if (has_idle) {
+      uint32_t idle = 0;
+      if (threadIdx.x < Set::kWords) idle_words[threadIdx.x] = idle = device.idle_word(block, threadIdx.x);
+      const bool any = __syncthreads_or(idle != 0);
+      if (thread_again() == 0) touches_idle = any;
+      __syncthreads();
+    }
+    // Looked up twice, because no register is left to keep it.
+    const auto idle_of = [&](int v) {  // of four entries, a bit each
+      const uint32_t offset = (v * kThreads + threadIdx.x) * kVectorEntries;
+      return idle_words[offset / 32] >> (offset % 32);
+    };
     Vector<T> gradient[kVectors];
     Vector<Accumulate> residual[kVectors];
 #pragma unroll
@@ -67,7 +85,18 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
     }
 
     uint32_t first_sent = 0;
-    if (sent_entries > 0) first_sent = device.sent.reader(sent_entries).load_block(group, block, sent, smallest);
+    if (sent_size.entries > 0) first_sent = device.sent.reader(sent_size).load_block(group, block, sent, smallest);
+
+    if (touches_idle) {  // their gradient is zero: with -0 for it the sum has every bit of the residual
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const uint32_t idle = idle_of(v);
+#pragma unroll
+        for (int i = 0; i < kVectorEntries; ++i) {
+          if ((idle >> i) & 1) gradient[v].entry[i] = Traits<T>::store(Accumulate{-0.0f});
+        }
+      }
+    }
 
     uint32_t chosen = 0;  // bit 4 v + i: entry i of vector v
     bool any_non_finite = false;
@@ -95,6 +124,25 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
       }
     }
 
+    if (touches_idle) {  // to the selection they are 0
+      any_non_finite = false;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const uint32_t idle = idle_of(v);
+#pragma unroll
+        for (int i = 0; i < kVectorEntries; ++i) {
+          Accumulate& accumulated = residual[v].entry[i];
+          if ((idle >> i) & 1) {
+            accumulated = 0;
+            if (bracket.low > 0) chosen &= ~(1u << (v * kVectorEntries + i));
+            else chosen |= 1u << (v * kVectorEntries + i);
+          }
+          any_non_finite |= !is_finite(accumulated);
+        }
+      }
+      if (threadIdx.x < Set::kWords) device.idle_entries.store(block * Set::kWords + threadIdx.x, idle_words[threadIdx.x]);
+    }
+
     // Room in the list, a contiguous part for the block tile; inside it in any order.
     const WarpGroup warp;
     const uint32_t count = __popc(chosen);
@@ -103,12 +151,12 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
     if (warp.rank() == kWarpThreads - 1 && before_in_warp + count > 0) place = atomicAdd(&listed, before_in_warp + count);
     place = __shfl_sync(kAllLanes, place, kWarpThreads - 1) + before_in_warp;
     any_non_finite = __syncthreads_or(any_non_finite);
-    if (threadIdx.x == 0) {
+    if (thread_again() == 0) {
       list_at = listed > 0 ? device.counters.add(kListSize, listed) : 0;
       // A list that overflows stays unread.
       if (list_at + uint64_t{listed} > static_cast<uint64_t>(device.sampling.list_capacity)) list_at = 0xffffffffu;
       device.list_begin.store(block, list_at);
-      device.list_entries.store(block, listed | (any_non_finite ? kHasNonFinite : 0));
+      device.list_entries.store(block, listed | (any_non_finite ? kHasNonFinite : 0) | (touches_idle ? kHasIdle : 0));
       listed = 0;
     }
     __syncthreads();
@@ -127,7 +175,7 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
       for (unsigned word = threadIdx.x; word < Set::kWords; word += kThreads) {
         device.non_finite.store(block * Set::kWords + word, non_finite_words[word]);
       }
-      if (threadIdx.x == 0) device.counters.store(kNonFinite, 1);
+      if (thread_again() == 0) device.counters.store(kNonFinite, 1);
     }
 
     const bool in_list = list_at != 0xffffffffu;
@@ -139,15 +187,15 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
         if (each == bit) accumulated = residual[each / kVectorEntries].entry[each % kVectorEntries];
       }
       const uint32_t offset = (bit / kVectorEntries * kThreads + threadIdx.x) * kVectorEntries + bit % kVectorEntries;
-      const bool was_sent = sent_entries > 0 && sent.contains(offset);
+      const bool was_sent = sent_size.entries > 0 && sent.contains(offset);
       Bits key = magnitude_key(accumulated);
       if constexpr (kHasFeedback) {
         if (was_sent) {
           const uint32_t entry = first_sent + sent.rank_of(offset);
-          if (entry < sent_entries) key = device.score_of_sent(accumulated, entry);
+          if (entry < sent_size.entries) key = device.score_of_sent(accumulated, entry);
         }
       }
-      if (key > bracket.high) ++hits;
+      if (key > bracket.high) atomicAdd(&hits, 1u);
       else if (key >= bracket.low) atomicAdd(&bins[(key - bracket.low) >> bracket.shift], 1u);
       if (in_list) {
         device.list_values.store(at, accumulated);
@@ -161,13 +209,12 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) {
     if (bins[bin] != 0) device.histogram.add(bin, bins[bin]);
   }
-  const uint32_t hits_of_block = group.sum(hits);
-  if (threadIdx.x == 0 && hits_of_block > 0) device.counters.add(kHits, hits_of_block);
+  if (thread_again() == 0 && hits > 0) device.counters.add(kHits, hits);
   if (!is_last_block(device.counters, kAccumulateDone, last)) return;
 
   const Selection<Bits> selection = first_selection(group, found, bracket, device);
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) device.histogram.store(bin, 0);
-  if (threadIdx.x == 0) device.selection.store(1, selection);
+  if (thread_again() == 0) device.selection.store(1, selection);
 }
 
 }  // namespace

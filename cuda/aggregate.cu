@@ -1,6 +1,7 @@
 // Aggregate: the payloads of all workers, checked, added in rank order and averaged into the bucket.
 #include <algorithm>
 
+#include "bucket_spans.cuh"
 #include "launch.h"
 #include "payload_reader.cuh"
 
@@ -25,18 +26,42 @@ struct AggregateDevice {
   uint64_t step, plan;
   Global<unsigned long long> status;  // the complement of the lowest status found, so that zero says that all are valid
   Global<uint32_t> left;              // blocks
+  Global<uint32_t> any_idle;          // a span that is idle now and has entries
+  Global<uint32_t> idle_now;          // a bit per span, 1 where the gradients of all ranks are zero
   Global<unsigned long long> worst_status;
+  DeviceSpans spans;
+  Global<uint8_t> idle;
+  Global<int64_t> verdict;            // the entry of this round
+  int64_t round;
 
   __device__ PayloadReader<T> reader(uint32_t rank) const {
     return PayloadReader<T>(payloads.offset(static_cast<size_t>(rank) * layout.bytes), layout);
   }
 };
 
-__device__ unsigned long long status_of(uint32_t rank, PayloadField field) {
-  return static_cast<unsigned long long>(rank) << 8 | static_cast<unsigned long long>(field);
+__device__ unsigned long long status_of(uint32_t stage, uint32_t rank, PayloadField field) {
+  return static_cast<unsigned long long>(stage) << 40 | static_cast<unsigned long long>(rank) << 8 | static_cast<unsigned long long>(field);
 }
 
-// A warp owns one payload tile of one rank; the first tile's also checks the header.
+// 32 spans: which are idle, the zero bits of all ranks; by a warp.
+template <typename T>
+__device__ void find_idle(const AggregateDevice<T>& device, uint32_t word) {
+  const WarpGroup warp;
+  uint32_t zero = bits_between(0, 0, device.spans.count - word * 32);
+  for (uint32_t rank = warp.rank(); rank < device.workers; rank += kWarpThreads) {
+    const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * device.layout.bytes);
+    zero &= bytes.template at_byte<const uint32_t>(device.layout.zero_bits_at).load(word);
+  }
+  for (unsigned distance = kWarpThreads / 2; distance > 0; distance /= 2) zero &= __shfl_xor_sync(kAllLanes, zero, distance);
+  const uint32_t span = word * 32 + warp.rank();
+  const bool is_idle = ((zero >> warp.rank()) & 1) != 0;
+  const bool any = __ballot_sync(kAllLanes, is_idle && device.spans.end(span) < device.spans.end(span + 1)) != 0;
+  if (warp.rank() != 0) return;
+  device.idle_now.store(word, zero);
+  if (any) device.any_idle.store(0, 1);
+}
+
+// A warp owns one payload tile of one rank; the first tile's also checks the header. Or it owns 32 spans of all ranks.
 // Reads 2 bytes per entry of each payload (2 more for one in 16), or the bitmap, and 8 bytes per payload tile. What is reported is the smallest of all findings, whoever comes first.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ AggregateDevice<T> device) {
@@ -44,20 +69,33 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
   const WarpGroup warp;
   const PayloadLayout& layout = device.layout;
   const uint32_t tiles = static_cast<uint32_t>(layout.tiles);
-  for (uint64_t item = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpThreads; item < uint64_t{tiles} * device.workers;
+  const uint64_t tile_items = uint64_t{tiles} * device.workers;
+  for (uint64_t item = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpThreads; item < tile_items + device.spans.words();
        item += uint64_t{gridDim.x} * kWarps) {
+    if (item >= tile_items) {
+      find_idle(device, static_cast<uint32_t>(item - tile_items));
+      continue;
+    }
     const uint32_t rank = static_cast<uint32_t>(item / tiles), tile = static_cast<uint32_t>(item % tiles);
     const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * layout.bytes);
-    const auto report = [&](PayloadField field) { device.status.take_maximum(0, ~status_of(rank, field)); };
+    const auto report = [&](PayloadField field, uint32_t stage = 0) { device.status.take_maximum(0, ~status_of(stage, rank, field)); };
     if (tile == 0 && warp.rank() == 0) {
       const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
       const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
                          header.support == layout.support && header.numel == static_cast<uint64_t>(layout.numel) &&
-                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 && header.spans == 0 &&
-                         header.repeated <= header.k;
+                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 &&
+                         header.spans == static_cast<uint64_t>(layout.spans) && header.repeated <= header.k;
       if (!valid) report(PayloadField::kHeader);
-      else if (header.step != device.step) report(PayloadField::kStep);
-      else if (header.plan != device.plan) report(PayloadField::kPlan);
+      if (device.spans && rank > 0) {
+        const auto part_of = [&](Global<const uint8_t> payload) {
+          return payload.template at_byte<const ExchangePart>(sizeof(PayloadHeader)).load(0);
+        };
+        const ExchangePart first = part_of(device.payloads), part = part_of(bytes);
+        if (part.deed != first.deed) report(PayloadField::kDeed, 1);
+        else if (!(part.scale == first.scale)) report(PayloadField::kScale, 1);
+      }
+      if (header.step != device.step) report(PayloadField::kStep, 2);
+      else if (header.plan != device.plan) report(PayloadField::kPlan, 2);
     }
     const Global<const uint32_t> starts = bytes.template at_byte<const uint32_t>(layout.tile_starts_at);
     const uint32_t entries = static_cast<uint32_t>(layout.tile_entries(tile)), k = static_cast<uint32_t>(layout.k);
@@ -129,13 +167,18 @@ class Aggregate {
     uint32_t begin[kRanksAtOnce], end[kRanksAtOnce];
     Set set;
     uint32_t smallest;
+    uint32_t idle_words[Set::kWords];
+    uint32_t first_span;
     typename Group::Scratch scratch;
   };
 
   __device__ Aggregate(const Device& device, Shared& shared, uint32_t block)
       : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
 
-  __device__ void run() {
+  // has_idle is the same for all threads of all blocks.
+  __device__ void run(bool has_idle) {
+    has_idle_ = has_idle;
+    if (has_idle_) load_idle_words();
     for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
     __syncthreads();
     each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); });
@@ -143,7 +186,8 @@ class Aggregate {
       each_rank(device_.first_feedback_worker, device_.feedback_workers, [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
         const Accumulate sent = Traits<T>::load(value);
         device_.feedback.store(
-            row * static_cast<size_t>(device_.layout.k) + entry, feedback_of(shared_.sums[offset], sent, device_.distortion));
+            row * static_cast<size_t>(device_.layout.k) + entry,
+            is_idle(offset) ? std::numeric_limits<Accumulate>::infinity() : feedback_of(shared_.sums[offset], sent, device_.distortion));
       });
     }
     const Accumulate workers = static_cast<Accumulate>(device_.workers), reciprocal = Accumulate{1} / workers;
@@ -156,6 +200,7 @@ class Aggregate {
         for (int i = 0; i < kVectorEntries; ++i) averages.entry[i] = stored(sums.entry[i] * reciprocal);
         return averages;
       });
+      judge();
       return;
     }
     // Nearly all sums are 0, and 0 takes the slow path of a division: one test passes over four of them, and one over each
@@ -170,6 +215,7 @@ class Aggregate {
       }
       return averages;
     });
+    judge();
   }
 
   // A payload is not valid: NaN for everyone, and nothing of the payloads is used.
@@ -179,6 +225,8 @@ class Aggregate {
     write([&](uint32_t) { return Vector<T>{nan_of_bucket, nan_of_bucket, nan_of_bucket, nan_of_bucket}; });
     const size_t entries = static_cast<size_t>(device_.feedback_workers) * device_.layout.k, step = size_t{gridDim.x} * kThreads;
     for (size_t i = size_t{blockIdx.x} * kThreads + threadIdx.x; device_.feedback && i < entries; i += step) device_.feedback.store(i, nan);
+    all_finite_ = false;
+    judge();
   }
 
  private:
@@ -229,14 +277,43 @@ class Aggregate {
   __device__ Vector<Accumulate>& vector_of_sums(uint32_t offset) {
     return reinterpret_cast<Vector<Accumulate>*>(shared_.sums)[offset / kVectorEntries];
   }
-  // One NaN: the sign and payload of a computed one depend on the device.
-  __device__ static T stored(Accumulate average) {
+  // An average of this block tile. One NaN: the sign and payload of a computed one depend on the device.
+  __device__ T stored(Accumulate average) {
+    all_finite_ &= is_finite(average);
     return Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());
   }
 
-  // vector_of(offset) gives the four entries from a multiple of four on; past the bucket's end they go unused.
+  // Every average counts, those of idle spans too: as on the CPU, where they are cleared after the judgement.
+  __device__ void judge() {
+    if (device_.verdict && __syncthreads_or(!all_finite_) && threadIdx.x == 0) device_.verdict.store(0, device_.round);
+  }
+
+  // Nobody sent anything of what the entries of idle spans are now: their average is 0 and their feedback infinite.
+  __device__ void load_idle_words() {
+    const uint32_t first = block_ * kEntries, rest = static_cast<uint32_t>(device_.layout.numel) - first;
+    if (threadIdx.x < kWarpThreads) {
+      const uint32_t first_span = device_.spans.find(first);
+      if (threadIdx.x == 0) shared_.first_span = first_span;
+    }
+    __syncthreads();
+    if (threadIdx.x < Set::kWords) {
+      shared_.idle_words[threadIdx.x] =
+          device_.spans.entries_in(device_.idle_now, shared_.first_span, first, rest < kEntries ? rest : kEntries, threadIdx.x);
+    }
+    __syncthreads();
+  }
+  __device__ bool is_idle(uint32_t offset) const { return has_idle_ && ((shared_.idle_words[offset / 32] >> (offset % 32)) & 1) != 0; }
+
+  // values_of(offset) gives the four entries from a multiple of four on; past the bucket's end they go unused.
   template <typename Values>
-  __device__ void write(const Values& vector_of) {
+  __device__ void write(const Values& values_of) {
+    const auto vector_of = [&](uint32_t offset) {
+      Vector<T> values = values_of(offset);
+      for (uint32_t i = 0; has_idle_ && i < kVectorEntries; ++i) {
+        if (is_idle(offset + i)) values.entry[i] = T{};
+      }
+      return values;
+    };
     const uint32_t first = block_ * kEntries, rest = static_cast<uint32_t>(device_.layout.numel) - first;
     const uint32_t entries = rest < kEntries ? rest : kEntries, whole = entries / kVectorEntries * kVectorEntries;
     for (uint32_t offset = threadIdx.x * kVectorEntries; offset < whole; offset += kThreads * kVectorEntries) {
@@ -254,6 +331,7 @@ class Aggregate {
   Shared& shared_;
   Group group_;
   uint32_t block_;
+  bool has_idle_ = false, all_finite_ = true;
 };
 
 template <typename T>
@@ -261,9 +339,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
   const unsigned long long status = ~device.status.load_uniform(0);
+  const bool has_idle = device.spans && device.any_idle.load_uniform(0) != 0;
   Aggregate<T> work(device, shared, blockIdx.x);
   if (!__syncthreads_or(status != kPayloadsValid)) {  // a barrier too: the whole block has read the status
-    work.run();
+    work.run(has_idle);
+    const uint32_t step = gridDim.x * kThreads;
+    for (uint32_t span = blockIdx.x * kThreads + threadIdx.x; span < device.spans.count; span += step) {
+      device.idle.store(span, (device.idle_now.load(span / 32) >> (span % 32)) & 1);
+    }
   } else {
     if (blockIdx.x == 0 && threadIdx.x == 0 && device.worst_status) device.worst_status.take_minimum(0, status);
     work.refuse();
@@ -272,15 +355,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
   if (threadIdx.x == 0 && device.left.add(0, 1) == gridDim.x - 1) {
     device.status.store(0, 0);
     device.left.store(0, 0);
+    if (device.spans) device.any_idle.store(0, 0);
   }
 }
 
 }  // namespace
 
+int64_t aggregate_workspace_bytes(const PayloadLayout& layout) {
+  return kAggregateZeroedBytes + (layout.spans + 31) / 32 * static_cast<int64_t>(sizeof(uint32_t));
+}
+
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream) {
   const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
-  if (arguments.layout.numel > kMaxEntries || arguments.workers > kMaxEntries || misaligned(arguments.payloads) ||
-      misaligned(arguments.gradient) || misaligned(arguments.workspace)) {
+  if (arguments.layout.numel > kMaxEntries || arguments.layout.spans > kMaxSpans || arguments.workers > kMaxEntries ||
+      misaligned(arguments.payloads) || misaligned(arguments.gradient) || misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
   return with_value_type(arguments.layout.type, [&]<typename T>(T) {
@@ -297,9 +385,18 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     device.step = arguments.step;
     device.plan = arguments.plan;
     device.status = Global(static_cast<unsigned long long*>(arguments.workspace));
-    device.left = Global(static_cast<uint32_t*>(arguments.workspace)).offset(2);
+    const Global<uint32_t> words(static_cast<uint32_t*>(arguments.workspace));
+    device.left = words.offset(2);
+    device.any_idle = words.offset(3);
+    device.idle_now = words.offset(kAggregateZeroedBytes / sizeof(uint32_t));
+    device.spans = {
+        Global(arguments.span_ends), static_cast<uint32_t>(arguments.layout.spans), static_cast<uint32_t>(arguments.layout.numel)};
+    device.idle = Global(arguments.idle);
+    device.verdict = Global(arguments.verdict);
+    device.round = arguments.round;
     device.worst_status = Global(arguments.worst_status);
-    const int64_t warps = arguments.layout.tiles * arguments.workers, most = int64_t{multiprocessors()} * 8;
+    const int64_t warps = arguments.layout.tiles * arguments.workers + (arguments.layout.spans + 31) / 32,
+                  most = int64_t{multiprocessors()} * 8;
     const unsigned blocks =
         static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
     REGTOPK_LAUNCH((check_kernel<T>), blocks, kThreads, stream, device);

@@ -1,7 +1,8 @@
-// Compress: sample, accumulate and finish, one after the other on the stream.
+// Compress: settle, sample, accumulate and finish, one after the other on the stream.
 #include <algorithm>
 #include <cmath>
 
+#include "settle.cuh"
 #include "workspace.cuh"
 
 namespace regtopk {
@@ -42,8 +43,8 @@ int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback,
 
 cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream) {
   const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
-  if (arguments.layout.numel > kMaxEntries || misaligned(arguments.gradient) || misaligned(arguments.residual) ||
-      misaligned(arguments.payload) || misaligned(arguments.sent) || misaligned(arguments.workspace)) {
+  if (arguments.layout.numel > kMaxEntries || arguments.layout.spans > kMaxSpans || misaligned(arguments.gradient) ||
+      misaligned(arguments.residual) || misaligned(arguments.payload) || misaligned(arguments.sent) || misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
   return with_value_type(arguments.layout.type, [&]<typename T>(T) {
@@ -64,6 +65,26 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
     device.distortion = arguments.distortion;
     device.mu = arguments.mu;
     place_workspace(device, static_cast<uint8_t*>(arguments.workspace), has_feedback);
+    if (arguments.layout.spans > 0) {
+      SettleDevice<T> settle(arguments.layout);
+      settle.sent = device.sent;
+      settle.set_spans(arguments.spans);
+      settle.residual = device.residual;
+      settle.gradient = device.gradient;
+      settle.payload = device.payload;
+      settle.scale = arguments.scale;
+      settle.deed = arguments.deed;
+      settle.done = device.counters;
+      settle.not_zero = device.not_zero;
+      settle.idle_now = device.idle_spans;
+      settle.any_idle = device.any_idle;
+      settle.first_span = device.first_span;
+      launch_settle(settle, stream);
+      if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+      device.sent = settle.sent;
+      device.spans = settle.spans;
+      device.totals = settle.counters;
+    }
     launch_sample(device, has_feedback, stream);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
     launch_accumulate(device, has_feedback, stream);

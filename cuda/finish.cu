@@ -2,6 +2,7 @@
 // same kernel finds the choice in the residual.
 #include "phases.cuh"
 #include "selection.cuh"
+#include "settle.cuh"
 #include "write_payload.cuh"
 
 namespace regtopk {
@@ -25,7 +26,7 @@ class Finish {
     uint32_t smallest[kFinishWarps];
     typename BlockGroup<kThreads>::Scratch scratch;
     Bin found;
-    uint32_t sent_entries;
+    SentSize sent_size;
   };
 
   __device__ Finish(const Device& device, Shared& shared)
@@ -34,7 +35,7 @@ class Finish {
         warp_(),
         sent_(shared.sent[threadIdx.x / kWarpThreads]),
         chosen_(shared.chosen[threadIdx.x / kWarpThreads]) {
-    if (threadIdx.x == 0) shared_.sent_entries = device.sent.entries();
+    if (threadIdx.x == 0) shared_.sent_size = device.sent.history();
     __syncthreads();
   }
 
@@ -107,35 +108,41 @@ class Finish {
     for (uint32_t i = threadIdx.x; i < entries; i += kThreads) count_key(selection, listed_key(first + i));
   }
 
-  // a of an entry, after accumulate: the residual, and where a is not finite the residual it had plus the gradient.
-  __device__ Accumulate accumulated(uint32_t block, uint32_t offset, bool tile_has_non_finite) const {
+  // a of an entry, after accumulate: the residual; where a is not finite the residual it had plus the gradient; and 0 where
+  // the span is idle.
+  __device__ Accumulate accumulated(uint32_t block, uint32_t offset, uint32_t marks) const {
     const uint32_t index = block * kEntries + offset;
+    if (is_idle(index, marks)) return 0;
     const Accumulate kept = device_.residual.load(index);
-    if (tile_has_non_finite && ((device_.non_finite.load(index / 32) >> (index % 32)) & 1)) {
+    if ((marks & kHasNonFinite) != 0 && ((device_.non_finite.load(index / 32) >> (index % 32)) & 1)) {
       return kept + Traits<T>::load(device_.gradient.load(index));
     }
     return kept;
   }
-  __device__ bool has_non_finite(uint32_t block) const { return (device_.list_entries.load_uniform(block) & kHasNonFinite) != 0; }
+  __device__ bool is_idle(uint32_t index, uint32_t marks) const {
+    return (marks & kHasIdle) != 0 && ((device_.idle_entries.load(index / 32) >> (index % 32)) & 1) != 0;
+  }
+  // Of a block tile: kHasNonFinite, kHasIdle.
+  __device__ uint32_t marks_of(uint32_t block) const { return device_.list_entries.load_uniform(block) & ~kListedEntries; }
 
   // Of an entry sent in the last step, in the block tile that each_of_residual loaded.
   __device__ Bits score_key(Accumulate accumulated, uint32_t offset) const {
     const uint32_t number = first_sent_ + sent_.rank_of(offset);
-    return number < shared_.sent_entries ? device_.score_of_sent(accumulated, number) : magnitude_key(accumulated);
+    return number < shared_.sent_size.entries ? device_.score_of_sent(accumulated, number) : magnitude_key(accumulated);
   }
 
   // Calls function(offset, entry) for each entry of a block tile.
   template <typename Function>
   __device__ void each_of_residual(uint32_t block, const Function& function) {
-    const uint32_t entries = device_.entries_of(block), sent_entries = shared_.sent_entries;
-    const bool tile_has_non_finite = has_non_finite(block);
-    if (sent_entries > 0) {
-      first_sent_ = device_.sent.reader(sent_entries).load_block(warp_, block, sent_, shared_.smallest[threadIdx.x / kWarpThreads]);
+    const uint32_t entries = device_.entries_of(block), marks = marks_of(block);
+    const SentSize sent = shared_.sent_size;
+    if (sent.entries > 0) {
+      first_sent_ = device_.sent.reader(sent).load_block(warp_, block, sent_, shared_.smallest[threadIdx.x / kWarpThreads]);
     }
     for (uint32_t offset = warp_.rank(); offset < entries; offset += kWarpThreads) {
       Entry entry;
-      entry.accumulated = accumulated(block, offset, tile_has_non_finite);
-      entry.was_sent = sent_entries > 0 && sent_.contains(offset);
+      entry.accumulated = accumulated(block, offset, marks);
+      entry.was_sent = sent.entries > 0 && sent_.contains(offset);
       entry.key = kHasFeedback && entry.was_sent ? score_key(entry.accumulated, offset) : magnitude_key(entry.accumulated);
       function(offset, entry);
     }
@@ -143,7 +150,7 @@ class Finish {
   }
   template <typename Function>
   __device__ void each_of_list(uint32_t block, const Function& function) {
-    const uint32_t begin = device_.list_begin.load_uniform(block), entries = device_.list_entries.load_uniform(block) & ~kHasNonFinite;
+    const uint32_t begin = device_.list_begin.load_uniform(block), entries = device_.list_entries.load_uniform(block) & kListedEntries;
     for (uint32_t i = warp_.rank(); i < entries; i += kWarpThreads) {
       const uint16_t offset = device_.list_offsets.load(begin + i);
       const Accumulate value = device_.list_values.load(begin + i);
@@ -198,18 +205,18 @@ class Finish {
     chosen_.clear(warp_);
     visit(selection, block, Purpose::kCollect);
     const uint32_t entries = chosen_.rank(warp_);
-    const bool tile_has_non_finite = has_non_finite(block);
+    const uint32_t marks = marks_of(block);
     uint32_t begin = 0;
     if (warp_.rank() == 0 && entries > 0) begin = device_.counters.add(kListSize, entries);
     begin = __shfl_sync(kAllLanes, begin, 0);
     if (warp_.rank() == 0) {
       device_.list_begin.store(block, begin);
-      device_.list_entries.store(block, entries | (tile_has_non_finite ? kHasNonFinite : 0));
+      device_.list_entries.store(block, entries | marks);
     }
     if (begin + uint64_t{entries} > static_cast<uint64_t>(device_.sampling.list_capacity)) return;
-    each_chosen(block, tile_has_non_finite, [&](uint32_t offset, Accumulate value) {
+    each_chosen(block, marks, [&](uint32_t offset, Accumulate value) {
       const uint32_t at = begin + chosen_.rank_of(offset);
-      const bool was_sent = shared_.sent_entries > 0 && sent_.contains(offset);
+      const bool was_sent = shared_.sent_size.entries > 0 && sent_.contains(offset);
       Bits key = magnitude_key(value);
       if constexpr (kHasFeedback) {
         if (was_sent) key = score_key(value, offset);
@@ -222,11 +229,11 @@ class Finish {
 
   // Calls function(offset, a) for each entry of chosen_.
   template <typename Function>
-  __device__ void each_chosen(uint32_t block, bool tile_has_non_finite, const Function& function) {
+  __device__ void each_chosen(uint32_t block, uint32_t marks, const Function& function) {
     for (unsigned word = warp_.rank(); word < Set::kWords; word += kWarpThreads) {
       for (uint32_t bits = chosen_.words[word]; bits != 0; bits &= bits - 1) {
         const uint32_t offset = word * 32 + __ffs(bits) - 1;
-        function(offset, accumulated(block, offset, tile_has_non_finite));
+        function(offset, accumulated(block, offset, marks));
       }
     }
   }
@@ -271,16 +278,19 @@ class Finish {
         writer.store_bitmap_word(block * Set::kWords + word, chosen_.words[word]);
       }
     }
+    const uint32_t marks = marks_of(block);
     const auto send = [&](uint32_t offset, Accumulate accumulated) {
       const uint32_t entry = first + chosen_.rank_of(offset), index = block * kEntries + offset;
       if (entry >= device_.layout.k) return;  // never, with feedback that aggregate wrote
       const bool is_number = accumulated == accumulated;
       const T value = Traits<T>::store(is_number ? accumulated : std::numeric_limits<Accumulate>::quiet_NaN());
       writer.store_entry(entry, index, value);
-      if (is_finite(accumulated)) device_.residual.store(index, accumulated - Traits<T>::load(value));
+      // Of an idle span 0 is sent, and the residual keeps what it has.
+      if (!is_finite(accumulated) || (accumulated == 0 && is_idle(index, marks))) return;
+      device_.residual.store(index, accumulated - Traits<T>::load(value));
     };
     if (selection.from_residual) {
-      each_chosen(block, has_non_finite(block), send);
+      each_chosen(block, marks, send);
     } else {
       each_of_list(block, [&](uint32_t offset, const Entry& entry) {
         if (chosen_.contains(offset)) send(offset, entry.accumulated);
@@ -333,11 +343,13 @@ class Finish {
 
   // By one thread, once everything is packed.
   __device__ void write_header() {
-    const bool sent_is_ours = !device_.sent.bytes || shared_.sent_entries > 0;
+    const bool sent_is_ours = !device_.sent.bytes || device_.sent.ours().entries > 0;
+    const uint32_t repeated = device_.counters.load(kRepeated), displaced = device_.counters.load(kDisplaced);
     DevicePayloadWriter<T>(device_.payload, device_.layout)
-        .store_header(
-            device_.step, device_.plan, device_.counters.load(kRepeated), device_.counters.load(kDisplaced),
-            device_.counters.load(kNonFinite) != 0, sent_is_ours);
+        .store_header(device_.step, device_.plan, repeated, displaced, device_.counters.load(kNonFinite) != 0, sent_is_ours);
+    if (!device_.totals) return;
+    device_.totals.add(kTotalRepeated, repeated);
+    device_.totals.add(kTotalDisplaced, displaced);
   }
 
   const Device& device_;

@@ -78,6 +78,10 @@ class Global {
     count(index, 1, Kind::kUpdate);
     return atomicMax(pointer_ + index, value);
   }
+  __device__ Value set_bits(size_t index, Value bits) const {
+    count(index, 1, Kind::kUpdate);
+    return atomicOr(pointer_ + index, bits);
+  }
 
  private:
 #if defined(__CUDACC__)

@@ -1,9 +1,10 @@
 // The CUDA kernels as functions of raw device pointers and a stream. They allocate nothing, wait for nothing and put all
 // their work on the stream, so that they can be captured in a graph; errors that the device finds are left on the device.
 //
-//   launch_compress   sample · accumulate · finish       as compress() in csrc/core/compress.h
-//   launch_aggregate  check · aggregate                  as aggregate() in csrc/core/aggregate.h
-//   launch_put_back   put_back                           as put_back() in csrc/core/compress.h
+//   launch_compress   settle · sample · accumulate · finish   as regtopk::compress_ on the CPU
+//   launch_aggregate  check · aggregate                       as regtopk::aggregate_
+//   launch_settle     settle                                  as regtopk::settle_, and without spans as regtopk::put_back_
+//   launch_judge      judge                                   as regtopk::judge_
 //
 // step, plan, k and mu are arguments of the kernels: a captured graph replays those it was captured with.
 // A workspace begins with bytes that are zero before the first call that uses it, and that every call leaves zero, whatever
@@ -13,6 +14,7 @@
 #include <cstdint>
 
 #include "../csrc/core/payload.h"
+#include "../csrc/core/payload_status.h"
 #include "../csrc/core/score.h"
 #if defined(REGTOPK_EMULATED)
 #include "simt.h"
@@ -37,12 +39,27 @@ struct Sampling {
 };
 Sampling sampling_of(int64_t numel, int64_t k);
 
+// The parameters of a bucket, and the small tensors that its stages share (csrc/ops/library.cpp); all null without spans.
+struct SpansLaunch {
+  const int64_t* ends = nullptr;     // in: [count + 1]
+  int64_t count = 0;
+  const uint8_t* idle = nullptr;     // in: [count]
+  const int64_t* verdict = nullptr;  // in: the entry of sent_round; null where there is none
+  int64_t sent_round = -1;
+  const uint8_t* applied = nullptr;  // in: [count], or null
+  int64_t* counters = nullptr;       // in and out: [3]
+};
+inline constexpr int64_t kMaxSpans = 65536;
+
 struct CompressLaunch {
   PayloadLayout layout;
   const void* gradient = nullptr;    // in: [J] of the value type
   void* residual = nullptr;          // in and out: [J] of the accumulate type
   uint8_t* payload = nullptr;        // out: layout.bytes
   uint64_t step = 0, plan = 0;
+  SpansLaunch spans;                 // as many as layout.spans
+  double scale = 1.0;                // of the exchange part, like deed; without spans not used
+  uint64_t deed = 0;
   // The last step's own payload or null. Where its header is not that of a payload of this bucket, the payload written has
   // no magic number, so that every receiver rejects it.
   const uint8_t* sent = nullptr;
@@ -54,13 +71,9 @@ struct CompressLaunch {
   Sampling sampling;
   void* workspace = nullptr;         // compress_workspace_bytes; of these the first kZeroedBytes are zero before and after
 };
-inline constexpr int64_t kZeroedBytes = 8256;
+inline constexpr int64_t kZeroedBytes = 8256 + kMaxSpans / 8;
 int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback, const Sampling& sampling);
 cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream);
-
-// What check found first, rank by rank: kPayloadsValid or (rank << 8 | field).
-inline constexpr unsigned long long kPayloadsValid = ~0ull;
-enum class PayloadField : uint8_t { kHeader = 1, kStep = 2, kPlan = 3, kTileStarts = 4, kSupport = 5 };
 
 // The dense variant, for a bucket whose masked gradient is to be all-reduced, is this with the own payload and N = 1: it
 // writes v at the entries sent and 0 elsewhere, in the one write of the bucket that any form of it needs.
@@ -73,21 +86,37 @@ struct AggregateLaunch {
   int64_t first_feedback_worker = 0, feedback_workers = 0;
   Distortion distortion = Distortion::kPrevious;
   uint64_t step = 0, plan = 0;        // expected in every header
-  void* workspace = nullptr;          // kAggregateWorkspaceBytes, all zero before and after
+  const int64_t* span_ends = nullptr;  // in: [layout.spans + 1], or null without spans
+  uint8_t* idle = nullptr;            // out: [layout.spans]; not written if a payload is not valid
+  // out: the verdict's entry of this round becomes its number where an average is not finite, or a payload not valid; or null
+  int64_t* verdict = nullptr;
+  int64_t round = -1;
+  void* workspace = nullptr;          // aggregate_workspace_bytes; of these the first kAggregateZeroedBytes are zero before and after
   // in and out: the lowest status of all calls so far, kPayloadsValid to begin with; or null. The host may copy it whenever
   // it waits for the stream anyway, and raise the error then.
   unsigned long long* worst_status = nullptr;
 };
-inline constexpr int64_t kAggregateWorkspaceBytes = 16;
+inline constexpr int64_t kAggregateZeroedBytes = 16;
+int64_t aggregate_workspace_bytes(const PayloadLayout& layout);
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream);
 
-struct PutBackLaunch {
-  const uint8_t* payload = nullptr;  // in: an own payload; nothing is put back where its header is not that of the bucket
-  int64_t payload_bytes = 0;
+struct SettleLaunch {
+  uint8_t* sent = nullptr;     // in: an own payload; nothing returns where its header is not that of the bucket.
+  int64_t sent_bytes = 0;      // out, with spans: the values that returned are 0
   ValueType type = ValueType::kFloat32;
   int64_t numel = 0;
-  void* residual = nullptr;          // in and out: [J] of the accumulate type
+  void* residual = nullptr;    // in and out: [J] of the accumulate type
+  SpansLaunch spans;           // none: everything returns
 };
-cudaError_t launch_put_back(const PutBackLaunch& arguments, cudaStream_t stream);
+cudaError_t launch_settle(const SettleLaunch& arguments, cudaStream_t stream);
+
+struct JudgeLaunch {
+  const void* values = nullptr;  // in: [numel] of the value type
+  int64_t numel = 0;
+  ValueType type = ValueType::kFloat32;
+  int64_t* verdict = nullptr;    // out: the verdict's entry of the round becomes its number where a value is not finite
+  int64_t round = 0;
+};
+cudaError_t launch_judge(const JudgeLaunch& arguments, cudaStream_t stream);
 
 }  // namespace regtopk

@@ -3,7 +3,6 @@
 // The tensor contracts are those of the CPU operators, from the one place that has them. What only the bytes of a payload
 // can tell is checked on the device (launch.h), because nothing here waits for it.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -12,7 +11,6 @@
 #include <map>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #include "../csrc/ops/checks.h"
 #include "../csrc/ops/operators.h"
@@ -32,8 +30,49 @@ void check_aligned(const char* who, const char* name, const void* pointer) {
       " beyond one; pass a tensor with memory of its own, not a slice");
 }
 
-void check_no_spans(const char* who, const std::optional<at::Tensor>& spans) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!spans, who, ": expected a bucket without spans on CUDA, got spans; this version exchanges CPU gradients");
+int64_t count_spans(const char* who, const std::optional<at::Tensor>& spans, int64_t numel) {
+  const int64_t count = check_spans(who, spans, numel);
+  TORCH_CHECK_VALUE(count <= kMaxSpans, who, ": expected at most ", kMaxSpans, " parameters in a bucket on CUDA, got ", count);
+  return count;
+}
+
+// The entry of a round in the verdict, or null.
+int64_t* entry_of(const char* who, const at::Tensor& verdict, int64_t round, const at::Device& device) {
+  check_verdict(who, verdict, round);
+  check_on_device(who, "verdict", verdict, device);
+  return round < 0 ? nullptr : verdict.mutable_data_ptr<int64_t>() + round % kVerdictRounds;
+}
+
+SpansLaunch check_shared(
+    const char* who, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict, const std::optional<at::Tensor>& applied,
+    const at::Tensor& counters, int64_t sent_round, const at::Device& device) {
+  const int64_t count = spans.numel() - 1;
+  check_flags(who, "idle", idle, count);
+  check_counters(who, counters);
+  check_on_device(who, "spans", spans, device);
+  check_on_device(who, "idle", idle, device);
+  check_on_device(who, "counters", counters, device);
+  if (applied) {
+    check_flags(who, "applied", *applied, count);
+    check_on_device(who, "applied", *applied, device);
+  }
+  return {
+      .ends = spans.const_data_ptr<int64_t>(),
+      .count = count,
+      .idle = idle.const_data_ptr<uint8_t>(),
+      .verdict = entry_of(who, verdict, sent_round, device),
+      .sent_round = sent_round,
+      .applied = applied ? applied->const_data_ptr<uint8_t>() : nullptr,
+      .counters = counters.mutable_data_ptr<int64_t>()};
+}
+
+void check_payload_tensor(const char* who, const char* name, const at::Tensor& payload, const at::Device& device) {
+  check_vector(who, name, payload, at::kByte, payload.numel());
+  check_on_device(who, name, payload, device);
+  TORCH_CHECK_VALUE(
+      payload.numel() >= static_cast<int64_t>(sizeof(PayloadHeader)), who, ": expected ", name, " of at least ", sizeof(PayloadHeader),
+      " bytes, got ", payload.numel());
+  check_aligned(who, name, payload.const_data_ptr());
 }
 
 void check_countable(const char* who, int64_t numel) {
@@ -92,38 +131,15 @@ Workspaces& aggregate_workspaces() {
   return *workspaces;
 }
 
-// One word per device: the lowest status of all calls of aggregate_, kPayloadsValid while every payload was valid. It stays
-// allocated for the life of the process. A reader that waits for the stream anyway, such as stats() or check(), copies it
-// from here. The first call on a device fills it and waits until it is filled, for the calls on other streams; so the first
-// call is refused in a graph capture, whose replays would fill the word again.
-unsigned long long* worst_status_on(const char* who, const at::Device& device) {
-  static std::mutex mutex;
-  static auto* const words = new std::vector<at::Tensor>;  // never freed: the CUDA runtime may be gone at exit
-  const std::lock_guard lock(mutex);
-  const size_t index = static_cast<size_t>(device.index());
-  if (words->size() <= index) words->resize(index + 1);
-  at::Tensor& word = (*words)[index];
-  if (!word.defined()) {
-    TORCH_CHECK(
-        !is_capturing(), who, ": expected a first call on ", device,
-        " before a graph capture, got one inside it; call it once, then capture");
-    static_assert(kPayloadsValid == ~0ull);
-    const at::Tensor filled = at::full({1}, -1, at::TensorOptions().dtype(at::kLong).device(device));
-    check_launched(who, cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream(device.index())));
-    word = filled;
-  }
-  return reinterpret_cast<unsigned long long*>(word.mutable_data_ptr<int64_t>());
-}
-
 void compress_cuda(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
-    const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>&,
-    const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t k, double mu,
-    c10::string_view distortion, int64_t step, int64_t plan, double, int64_t, int64_t, bool, at::OptionalIntArrayRef) {
+    const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& idle,
+    const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
+    int64_t k, double mu, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed, int64_t sent_round, bool,
+    at::OptionalIntArrayRef) {
   constexpr const char* who = "compress_";
-  check_no_spans(who, spans);
-  CompressLaunch arguments{.layout = check_bucket(who, gradient, k), .sampling = {}};
   const int64_t numel = gradient.numel();
+  CompressLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, numel)), .spans = {}, .sampling = {}};
   const at::Device device = gradient.device();
   const at::ScalarType accumulate = accumulate_dtype(gradient.scalar_type());
   check_countable(who, numel);
@@ -135,21 +151,23 @@ void compress_cuda(
   arguments.mu = checked_mu(who, mu);
   TORCH_CHECK_VALUE(!feedback || sent, who, ": expected feedback together with the payload it belongs to, got feedback alone");
   if (sent) {
-    check_vector(who, "sent", *sent, at::kByte, sent->numel());
-    check_on_device(who, "sent", *sent, device);
-    TORCH_CHECK_VALUE(
-        sent->numel() >= static_cast<int64_t>(sizeof(PayloadHeader)), who, ": expected sent of at least ", sizeof(PayloadHeader),
-        " bytes, got ", sent->numel());
+    check_payload_tensor(who, "sent", *sent, device);
     TORCH_CHECK_VALUE(!sent->is_alias_of(payload), who, ": expected payload and sent in different memory, got the same");
     arguments.sent = sent->const_data_ptr<uint8_t>();
     arguments.sent_bytes = sent->numel();
-    check_aligned(who, "sent", arguments.sent);
   }
   if (feedback) {
     check_vector(who, "feedback", *feedback, accumulate, feedback->numel());
     check_on_device(who, "feedback", *feedback, device);
     arguments.feedback = feedback->const_data_ptr();
     arguments.feedback_entries = feedback->numel();
+  }
+  TORCH_CHECK_VALUE(
+      !spans || (idle && verdict && counters), who, ": expected idle, verdict and counters together with spans, got spans alone");
+  if (spans) {
+    arguments.spans = check_shared(who, *spans, *idle, *verdict, applied, *counters, sent_round, device);
+    arguments.scale = scale;
+    arguments.deed = static_cast<uint64_t>(deed);
   }
   arguments.gradient = gradient.const_data_ptr();
   arguments.residual = residual.mutable_data_ptr();
@@ -172,11 +190,11 @@ void compress_cuda(
 
 void aggregate_cuda(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback,
-    const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t k, int64_t rank,
-    c10::string_view distortion, int64_t step, int64_t plan, int64_t) {
+    const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& idle, const std::optional<at::Tensor>& verdict,
+    const std::optional<at::Tensor>& status, int64_t k, int64_t rank, c10::string_view distortion, int64_t step, int64_t plan,
+    int64_t round) {
   constexpr const char* who = "aggregate_";
-  check_no_spans(who, spans);
-  AggregateLaunch arguments{.layout = check_bucket(who, gradient, k)};
+  AggregateLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, gradient.numel()))};
   const at::Device device = gradient.device();
   check_countable(who, gradient.numel());
   check_payloads(who, payloads, arguments.layout);
@@ -191,6 +209,21 @@ void aggregate_cuda(
     arguments.first_feedback_worker = rank;
     arguments.feedback_workers = feedback->size(0);
   }
+  TORCH_CHECK_VALUE(!spans || (idle && verdict), who, ": expected idle and verdict together with spans, got spans alone");
+  if (spans) {
+    check_flags(who, "idle", *idle, arguments.layout.spans);
+    check_on_device(who, "spans", *spans, device);
+    check_on_device(who, "idle", *idle, device);
+    arguments.span_ends = spans->const_data_ptr<int64_t>();
+    arguments.idle = idle->mutable_data_ptr<uint8_t>();
+    arguments.verdict = entry_of(who, *verdict, round, device);
+    arguments.round = round;
+  }
+  if (status) {
+    check_vector(who, "status", *status, at::kLong, 1);
+    check_on_device(who, "status", *status, device);
+    arguments.worst_status = reinterpret_cast<unsigned long long*>(status->mutable_data_ptr<int64_t>());
+  }
   arguments.gradient = gradient.mutable_data_ptr();
   check_aligned(who, "gradient", arguments.gradient);
   check_aligned(who, "payloads", arguments.payloads);
@@ -198,33 +231,53 @@ void aggregate_cuda(
   arguments.plan = static_cast<uint64_t>(plan);
 
   const c10::cuda::CUDAGuard guard(device);
-  arguments.worst_status = worst_status_on(who, device);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
-  aggregate_workspaces().with(who, stream, kAggregateWorkspaceBytes, kAggregateWorkspaceBytes, [&](void* workspace) {
+  aggregate_workspaces().with(who, stream, aggregate_workspace_bytes(arguments.layout), kAggregateZeroedBytes, [&](void* workspace) {
     arguments.workspace = workspace;
     return launch_aggregate(arguments, stream);
   });
 }
 
-void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype) {
-  constexpr const char* who = "put_back_";
+void judge_cuda(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
+  constexpr const char* who = "judge_";
+  const at::Device device = tensor.device();
+  JudgeLaunch arguments{.numel = tensor.numel(), .type = value_type_of(who, tensor.scalar_type()), .round = round};
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), who, ": expected a contiguous tensor, got strides ", tensor.strides());
+  arguments.values = tensor.const_data_ptr();
+  arguments.verdict = entry_of(who, verdict, round, device);
+  if (arguments.verdict == nullptr) return;
+  const c10::cuda::CUDAGuard guard(device);
+  check_launched(who, launch_judge(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+}
+
+// `sent` is written with spans alone.
+void settle(
+    const char* who, const char* name, const at::Tensor& residual, const at::Tensor& sent, at::ScalarType dtype, const SpansLaunch& spans) {
   const at::Device device = residual.device();
   check_countable(who, residual.numel());
   check_vector(who, "residual", residual, accumulate_dtype(dtype), residual.numel());
-  check_vector(who, "payload", payload, at::kByte, payload.numel());
-  check_on_device(who, "payload", payload, device);
-  TORCH_CHECK_VALUE(
-      payload.numel() >= static_cast<int64_t>(sizeof(PayloadHeader)), who, ": expected payload of at least ", sizeof(PayloadHeader),
-      " bytes, got ", payload.numel());
-  const PutBackLaunch arguments{
-      .payload = payload.const_data_ptr<uint8_t>(),
-      .payload_bytes = payload.numel(),
+  check_payload_tensor(who, name, sent, device);
+  const SettleLaunch arguments{
+      .sent = sent.mutable_data_ptr<uint8_t>(),
+      .sent_bytes = sent.numel(),
       .type = value_type_of(who, dtype),
       .numel = residual.numel(),
-      .residual = residual.mutable_data_ptr()};
-  check_aligned(who, "payload", arguments.payload);
+      .residual = residual.mutable_data_ptr(),
+      .spans = spans};
   const c10::cuda::CUDAGuard guard(device);
-  check_launched(who, launch_put_back(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+  check_launched(who, launch_settle(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+}
+
+void settle_cuda(
+    const at::Tensor& residual, const at::Tensor& sent, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict,
+    const std::optional<at::Tensor>& applied, const at::Tensor& counters, at::ScalarType dtype, int64_t sent_round) {
+  constexpr const char* who = "settle_";
+  count_spans(who, spans, residual.numel());
+  settle(who, "sent", residual, sent, dtype, check_shared(who, spans, idle, verdict, applied, counters, sent_round, residual.device()));
+}
+
+void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype) {
+  settle("put_back_", "payload", residual, payload, dtype, {});
 }
 
 // A change of layout is rare: through the host, which waits for the device.
@@ -239,9 +292,13 @@ std::tuple<at::Tensor, at::Tensor> decode_cuda(const at::Tensor& payload, int64_
 
 }  // namespace
 
+bool has_cuda_kernels() { return true; }
+
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
   library.impl("compress_", &compress_cuda);
   library.impl("aggregate_", &aggregate_cuda);
+  library.impl("judge_", &judge_cuda);
+  library.impl("settle_", &settle_cuda);
   library.impl("put_back_", &put_back_cuda);
   library.impl("encode", &encode_cuda);
   library.impl("decode", &decode_cuda);

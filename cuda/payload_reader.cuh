@@ -102,6 +102,11 @@ class PayloadReader {
   PayloadLayout layout_;
 };
 
+// What a payload's own header says of its size; no entries: there is no payload of this bucket.
+struct SentSize {
+  uint32_t entries, spans;
+};
+
 // The last step's own payload and the feedback of its entries. Its k may differ from this step's, so it is read from its
 // header, on the device: nothing waits for it on the host.
 template <typename T>
@@ -111,20 +116,28 @@ struct SentPayload {
   int64_t numel = 0;
   int64_t size = 0;              // of the payload, in bytes
   int64_t feedback_entries = 0;  // 0 without feedback
+  Global<const int64_t> verdict;  // the entry of its round, or null
+  int64_t round = -1;
 
-  // k, or 0 where there is no payload of this bucket: none was given, or its header is that of another.
-  __device__ uint32_t entries() const {
-    if (!bytes) return 0;
+  __device__ bool is_void() const { return verdict && verdict.load_uniform(0) == round; }
+  // What of it a selection looks at: nothing after a void round.
+  __device__ SentSize history() const { return is_void() ? SentSize{} : ours(); }
+  // No entries where none was given, or its header is that of another bucket's payload.
+  __device__ SentSize ours() const {
+    if (!bytes) return {};
     const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load_uniform(0);
     const bool is_ours = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == Traits<T>::kType &&
                          header.numel == static_cast<uint64_t>(numel) && header.k >= 1 && header.k <= static_cast<uint64_t>(numel) &&
                          header.k <= 0xffffffffull && (!feedback || header.k == static_cast<uint64_t>(feedback_entries));
-    if (!is_ours) return 0;
-    const PayloadLayout layout = layout_of(static_cast<int64_t>(header.k));
-    return layout.bytes == size && layout.support == header.support ? static_cast<uint32_t>(header.k) : 0;
+    if (!is_ours) return {};
+    const SentSize found{static_cast<uint32_t>(header.k), header.spans};
+    const PayloadLayout layout = layout_of(found);
+    return layout.bytes == size && layout.support == header.support ? found : SentSize{};
   }
-  __device__ PayloadLayout layout_of(int64_t k) const { return PayloadLayout::of_checked(numel, k, Traits<T>::kType, sizeof(T)); }
-  __device__ PayloadReader<T> reader(uint32_t k) const { return PayloadReader<T>(bytes, layout_of(k)); }
+  __device__ PayloadLayout layout_of(SentSize of) const {
+    return PayloadLayout::of_checked(numel, of.entries, Traits<T>::kType, sizeof(T), of.spans);
+  }
+  __device__ PayloadReader<T> reader(SentSize of) const { return PayloadReader<T>(bytes, layout_of(of)); }
 };
 
 }  // namespace regtopk

@@ -11,6 +11,12 @@
 #define REGTOPK_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 
 namespace regtopk {
+// threadIdx.x, read anew: where the compiler would keep it, or what follows from it, in a register that is not there.
+__device__ inline unsigned thread_again() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 inline cudaError_t launch_error() { return cudaGetLastError(); }
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -30,6 +36,7 @@ inline int multiprocessors() {
   (static_cast<void>(stream), simt::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); }))
 
 namespace regtopk {
+inline unsigned thread_again() { return threadIdx.x; }
 inline cudaError_t launch_error() { return simt::error.empty() ? cudaSuccess : cudaErrorInvalidValue; }
 inline int multiprocessors() { return simt::schedule.multiprocessors; }
 }  // namespace regtopk

@@ -50,6 +50,18 @@ __device__ uint32_t sent_among(const PayloadReader<T>& sent, uint32_t index, boo
   return members;
 }
 
+// Which of the four entries from `index` on, all of one block tile, are those of idle spans, a bit each.
+template <typename T>
+__device__ uint32_t idle_among(const CompressDevice<T>& device, uint32_t index) {
+  uint32_t span = device.first_span.load(index / CompressDevice<T>::kEntries), idle = 0;
+#pragma unroll 1
+  for (uint32_t i = 0; i < kVectorEntries; ++i) {
+    while (span < device.spans.count && device.spans.end(span + 1) <= index + i) ++span;
+    if (span < device.spans.count) idle |= ((device.idle_spans.load(span / 32) >> (span % 32)) & 1) << i;
+  }
+  return idle;
+}
+
 // A block owns sectors, one to each pair of its threads; the last block to finish finds the bracket.
 // Reads 8 bytes (g, r) and writes 4 per sample, and reads those again: 16 bytes per sample, at most 65,536 of J / 128.
 // The sampled entries are a fixed function of J and the histogram is a sum of integers, so the bracket is too; and the
@@ -64,13 +76,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> devi
   REGTOPK_SHARED(uint32_t[kHistogramBins], low_bins);
   REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
   REGTOPK_SHARED(Bin, found);
-  REGTOPK_SHARED(uint32_t, sent_entries);
+  REGTOPK_SHARED(SentSize, sent);
   REGTOPK_SHARED(uint32_t, last);
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) high_bins[bin] = low_bins[bin] = 0;
-  if (threadIdx.x == 0) sent_entries = kHasFeedback ? device.sent.entries() : 0;
+  if (threadIdx.x == 0) sent = kHasFeedback ? device.sent.history() : SentSize{};
   __syncthreads();
+  const bool has_idle = device.has_idle();
 
   const uint32_t sectors = static_cast<uint32_t>(device.sampling.sectors);
   const uint32_t stride = sectors == 0 ? 0 : static_cast<uint32_t>(device.layout.numel / kSectorEntries / sectors);
@@ -86,18 +99,20 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> devi
     if (active) {
       const Vector<T> gradient = device.gradient.load_vector(index);
       accumulated = device.residual.load_vector(index);
+      const uint32_t idle = has_idle ? idle_among(device, index) : 0;
 #pragma unroll
       for (int i = 0; i < kVectorEntries; ++i) {
         accumulated.entry[i] += Traits<T>::load(gradient.entry[i]);
+        if ((idle >> i) & 1) accumulated.entry[i] = 0;
         keys.entry[i] = magnitude_key(accumulated.entry[i]);
       }
     }
-    if (kHasFeedback && sent_entries > 0) {
+    if (kHasFeedback && sent.entries > 0) {
       uint32_t entry = 0;
-      const uint32_t members = sent_among(device.sent.reader(sent_entries), index, active, entry);
+      const uint32_t members = sent_among(device.sent.reader(sent), index, active, entry);
 #pragma unroll
       for (int i = 0; i < kVectorEntries; ++i) {
-        if (((members >> i) & 1) && entry < sent_entries) keys.entry[i] = device.score_of_sent(accumulated.entry[i], entry++);
+        if (((members >> i) & 1) && entry < sent.entries) keys.entry[i] = device.score_of_sent(accumulated.entry[i], entry++);
       }
     }
     if (active) {

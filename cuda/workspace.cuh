@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bucket_spans.cuh"
 #include "global_memory.cuh"
 #include "launch.h"
 #include "payload_reader.cuh"
@@ -13,11 +14,14 @@ inline constexpr unsigned kHistogramBins = 2048;
 inline constexpr unsigned kHistogramBits = 11;
 // Written in the number of a block tile's listed entries: some of its accumulated gradient is not finite.
 inline constexpr uint32_t kHasNonFinite = 0x80000000u;
+inline constexpr uint32_t kHasIdle = 0x40000000u;  // some of its entries are those of idle spans
+inline constexpr uint32_t kListedEntries = 0x3fffffffu;
 // Written in an entry's offset in the list: the entry was sent in the last step.
 inline constexpr uint16_t kWasSent = 0x8000;
 
 // Zero before each call, and zeroed by the last block of finish.
 enum Counter : unsigned {
+  kSettleDone,      // blocks
   kSampleDone,      // blocks
   kAccumulateDone,  // blocks
   kHits,            // entries whose score is above the bracket
@@ -71,7 +75,14 @@ struct CompressDevice {
   Distortion distortion;
   double mu;
   Sampling sampling;
+  DeviceSpans spans;
+  Global<unsigned long long> totals;  // the counters that the operators share, or null
 
+  Global<uint32_t> not_zero;                    // spans, for settle
+  Global<uint32_t> any_idle;                    // whether there is an idle span
+  Global<uint32_t> idle_spans;                  // a bit per span
+  Global<uint32_t> first_span;                  // of each block tile
+  Global<uint32_t> idle_entries;                // a bit per entry, of the block tiles marked kHasIdle
   Global<Selection<Bits>> selection;   // the bracket, then one for each phase of finish: written once, so never half new
   Global<uint32_t> counters, histogram;  // who reads the histogram zeroes it
   Global<T> tail_gradient;             // the last J % 4 entries, then zeros: a whole vector
@@ -87,6 +98,11 @@ struct CompressDevice {
   __device__ uint32_t entries_of(uint32_t block) const {
     const uint32_t first = block * kEntries, numel = static_cast<uint32_t>(layout.numel);
     return numel - first < kEntries ? numel - first : kEntries;
+  }
+  __device__ bool has_idle() const { return spans && any_idle.load_uniform(0) != 0; }
+  // Of 32 entries of a block tile, those of idle spans; all lanes of a warp call it together.
+  __device__ uint32_t idle_word(uint32_t block, uint32_t word) const {
+    return spans.entries_in(idle_spans, first_span.load_uniform(block), block * kEntries, entries_of(block), word);
   }
   __device__ Bits score_of_sent(Accumulate accumulated, uint32_t entry) const {
     return magnitude_key(regularised_score(accumulated, sent.feedback.load(entry), distortion, mu));
@@ -109,7 +125,8 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   using Device = CompressDevice<T>;
   place(device.counters, kCounters);
   place(device.histogram, kHistogramBins);
-  static_assert(sizeof(uint32_t) * (kCounters + kHistogramBins) == kZeroedBytes);
+  place(device.not_zero, kMaxSpans / 32);
+  static_assert(sizeof(uint32_t) * (kCounters + kHistogramBins) + kMaxSpans / 8 == kZeroedBytes);
   place(device.selection, kSelections);
   place(device.tail_gradient, kVectorEntries);
   place(device.tail_residual, kVectorEntries);
@@ -119,6 +136,12 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   place(device.above_before, int64_t{device.blocks} + 1);
   place(device.ties_before, int64_t{device.blocks} + 1);
   place(device.non_finite, int64_t{device.blocks} * Device::Set::kWords);
+  if (device.layout.spans > 0) {
+    place(device.any_idle, 1);
+    place(device.idle_spans, (device.layout.spans + 31) / 32);
+    place(device.first_span, device.blocks);
+    place(device.idle_entries, int64_t{device.blocks} * Device::Set::kWords);
+  }
   place(device.list_values, device.sampling.list_capacity);
   place(device.list_offsets, device.sampling.list_capacity);
   place(device.list_keys, has_feedback ? device.sampling.list_capacity : 0);

@@ -64,7 +64,8 @@ def parse(arguments):
     add("--bucket-cap-mb", "DDP's bucket size in MiB (%(default)g: the whole model is one bucket, so that k counts the whole model, "
         "as in the paper; DDP's own default is 25)", type=float, default=1024.0, metavar="MIB")  # fmt: skip
     add("--threads", "CPU threads per process (the cores divided by the processes of this host)", type=int)
-    add("--device", "where the gradients of one process are computed; the exchange is on the CPU (%(default)s)", default="cpu")
+    add("--device", "what trains, and exchanges where it can: auto is the GPUs where there are any (%(default)s)",
+        choices=("auto", "cpu", "cuda"), default="auto")  # fmt: skip
     add("--timeout", "seconds a process waits for another before it fails (%(default)g)", type=float, default=120.0)
     if "--paper" in arguments:
         parser.set_defaults(**PAPER)
@@ -84,8 +85,8 @@ def parse(arguments):
             parser.error(f"--workers: expected torchrun's number of processes, {processes}, got {options.workers}; "
                          "hand it to torchrun as --nproc-per-node")  # fmt: skip
         options.workers = processes
-        if options.local_steps > 1 or options.device != "cpu":
-            parser.error("--local-steps, --device: expected 1 and cpu under torchrun, got others; run all workers in one process")
+        if options.local_steps > 1:
+            parser.error(f"--local-steps: expected 1 under torchrun, got {options.local_steps}; run all workers in one process")
     elif options.compare:
         parser.error("--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun "
                      "--standalone --nproc-per-node 2 experiments/cifar10.py --compare")  # fmt: skip
@@ -134,6 +135,7 @@ def main(arguments=None):
     import torch.distributed as dist
 
     from experiments.checkpoints import JobError
+    from experiments.devices import choose
     from experiments.report.figures import draw_runs, save
     from experiments.report.logs import read_run
     from experiments.report.table import format_table
@@ -142,8 +144,11 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)
     # One process is a group of one: everything else is the same for both forms.
     alone = {} if options.distributed else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout), **alone)
+    options.device, backend, said = choose(options.device, options.distributed)
+    dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout), **alone)
     rank = dist.get_rank()
+    if rank == 0:
+        print(said, flush=True)
     if rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
         print("cifar10: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with --max-restarts, got none; a restart may fail", file=sys.stderr)
     try:

@@ -23,7 +23,7 @@ LOSS_STEPS = 50
 EVALUATION_BATCH = 250
 COMPARED_STEPS = 20
 # What a resumed run may change. LocalExchange checks the number of workers itself; processes may be more or fewer.
-CHANGEABLE = ("data", "folder", "steps", "save_every", "checkpoint", "timeout", "threads", "compare", "paper", "workers")
+CHANGEABLE = ("data", "folder", "steps", "save_every", "checkpoint", "timeout", "threads", "compare", "paper", "workers", "device")
 
 
 def load_dataset(options):
@@ -190,7 +190,7 @@ class Run:
     def _time_dense(self):
         """Return the median seconds of a step with DDP's own all-reduce, of a few steps after two that are thrown away."""
         options = argparse.Namespace(**{**vars(self._options), "method": "dense"})
-        workers, seconds = DistributedWorkers(options, make_model(options.model, options.seed), self._batches), []
+        workers, seconds = DistributedWorkers(options, make_model(options.model, options.seed).to(options.device), self._batches), []
         for step in range(COMPARED_STEPS + 2):
             start = time.perf_counter()
             workers.step(step)

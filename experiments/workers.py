@@ -58,7 +58,7 @@ class DistributedWorkers(Workers):
 
     def __init__(self, options, model, batches):
         super().__init__(options, model)
-        self._batches = batches[dist.get_rank()]
+        self._batches, self._device = batches[dist.get_rank()], options.device
         if options.method == "topk":
             self._state = rt.TopKState(options.density)
         elif options.method == "regtopk":
@@ -69,7 +69,7 @@ class DistributedWorkers(Workers):
 
     def step(self, step):
         """Take step number `step`, counted from 0, and return this worker's training loss, in nats, in a list."""
-        images, labels = self._batches[step]
+        images, labels = (tensor.to(self._device) for tensor in self._batches[step])
         self._optimizer.zero_grad()
         loss = cross_entropy(self._ddp(images), labels)
         loss.backward()
@@ -86,7 +86,7 @@ class DistributedWorkers(Workers):
 
 
 class LocalWorkers(Workers):
-    """Train `model`, in place, as `len(batches)` workers in this process, on `options.device`; the exchange is on the CPU.
+    """Train `model`, in place, as `len(batches)` workers in this process, on `options.device`.
 
     With `options.local_steps` above 1 a worker takes that many steps of its own from the common weights, and what it exchanges
     is the sum of their gradients, so that with one worker the weights end where its own steps led. Otherwise as the above.
@@ -96,6 +96,8 @@ class LocalWorkers(Workers):
         super().__init__(options, model)
         self._batches, self._options, self._exchange = batches, options, None
         self._parameters = list(model.parameters())
+        # Gradients stay where they are, unless this build cannot exchange them there.
+        self._exchanged_on = options.device if rt.has_cuda_kernels() else "cpu"
         if options.method != "dense":
             settings = {"method": options.method, "mu": options.mu, "distortion": options.distortion}
             self._exchange = rt.LocalExchange(len(batches), options.density, **settings)
@@ -116,7 +118,7 @@ class LocalWorkers(Workers):
 
     def _gradients(self, batches, step, losses):
         if self._options.local_steps == 1:
-            return [gradient.cpu() for gradient in self._one_gradient(batches, step, losses)]
+            return [gradient.to(self._exchanged_on) for gradient in self._one_gradient(batches, step, losses)]
         common = [parameter.detach().clone() for parameter in self._parameters]
         total = [torch.zeros_like(parameter) for parameter in common]
         with torch.no_grad():
@@ -127,7 +129,7 @@ class LocalWorkers(Workers):
                     entry.add_(part)
             for parameter, value in zip(self._parameters, common):
                 parameter.copy_(value)
-        return [entry.cpu() for entry in total]
+        return [entry.to(self._exchanged_on) for entry in total]
 
     @torch.enable_grad()
     def _one_gradient(self, batches, step, losses):

@@ -27,7 +27,9 @@ from regtopk_torch.local import LocalExchange
 from regtopk_torch.states import RegTopKState, TopKState
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "LocalExchange", "RegTopKState", "TopKState", "attach", "load", "save", "sparse_hook"]
+__all__ = ["CheckpointError", "LocalExchange", "RegTopKState", "TopKState", "attach", "has_cuda_kernels", "load", "save", "sparse_hook"]
+
+has_cuda_kernels = _C.has_cuda_kernels
 
 # An instruction set that REGTOPK_CPU names in vain is an error now, not in the middle of a backward pass.
 _C.cpu_variant()

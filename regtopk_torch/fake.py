@@ -11,7 +11,7 @@ def _(gradient, residual, payload, sent, feedback, spans=None, idle=None, verdic
 
 
 @torch.library.register_fake("regtopk::aggregate_")
-def _(gradient, payloads, feedback, spans=None, idle=None, verdict=None, **options):
+def _(gradient, payloads, feedback, spans=None, idle=None, verdict=None, status=None, **options):
     return None
 
 

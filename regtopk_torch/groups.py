@@ -36,7 +36,9 @@ def check_model(who, ddp, group):
 
 
 def open_groups(state):
-    """Return (group for payloads, group for control, store, timeout in seconds); waits for the other ranks.
+    """Return (group for payloads, group for control, store, timeout in seconds, stream); waits for the other ranks.
+
+    `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
 
     The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
     rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
@@ -70,7 +72,18 @@ def open_groups(state):
         raise dist.DistBackendError(
             f"rank {rank}: sparse_hook: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
         ) from error
-    return payloads, control, store, limit.total_seconds()
+    return payloads, control, store, limit.total_seconds(), _stream_of(group)
+
+
+def _stream_of(group):
+    """(backend, device type) of the group's collectives that are work of a stream, as NCCL's, or None."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        backend = group._get_backend(torch.device("cuda"))
+    except RuntimeError:  # a group without a backend for CUDA tensors
+        return None
+    return None if backend.name() == "gloo" else (backend, "cuda")
 
 
 def _own_client(store):

@@ -74,7 +74,7 @@ class TopKState:
             options,
             clock,
             open_groups=lambda: groups.open_groups(this()),
-            scale=None if grad_scaler is None else grad_scaler.get_scale,
+            scale=None if grad_scaler is None else _reader_of(grad_scaler),
             applied=lambda: [] if (state := this()) is None else state._applied(),
         )
         _states.add(self)
@@ -99,6 +99,9 @@ class TopKState:
     def stats(self):
         """Return this rank's sums since construction, as a dict; no collective, no wait, no pass over a tensor.
 
+        Of CUDA gradients void_steps, history_dropped, repeated and displaced are those that have reached the host, a step or two
+        late; seconds are those of the host.
+
         steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
         (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets,
         entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
@@ -109,6 +112,14 @@ class TopKState:
         statistics = self._exchange.statistics()
         statistics["history_dropped"] += self._history_dropped
         return _with_ratios(statistics, self._exchange.workers() if self._exchange.is_open else None)
+
+    def check(self):
+        """Wait for the device and raise what it has found: ValueError where a payload was damaged on its way, naming rank and field.
+
+        Call it between steps. Of CUDA gradients a step's result is NaN then, and without this call the error comes with a later
+        step or `stats()`, once it has reached the host. Of CPU gradients the step itself raises.
+        """
+        self._exchange.check()
 
     def residual_norm(self):
         """Return the 2-norm of this rank's residuals, in fp64 and of unscaled gradient; reads all of them. Between steps."""
@@ -331,6 +342,22 @@ def _after_step(optimizer, args, kwargs):
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def _reader_of(grad_scaler):
+    """A function that returns its scale, and waits for a device that has it only where it may have changed."""
+    known = {}
+
+    def read():
+        scale = getattr(grad_scaler, "_scale", None)
+        if scale is None or scale.device.type == "cpu":
+            return grad_scaler.get_scale()
+        version = (id(scale), scale._version)
+        if known.get("version") != version:
+            known.update(version=version, scale=grad_scaler.get_scale())
+        return known["scale"]
+
+    return read
 
 
 def _with_ratios(statistics, workers):

@@ -23,6 +23,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "regtopk_torch"])
 
 
+# A library of operators that the processes load after the package, or None; see tests/simt/operators.cpp.
+operators_library = None
+
+
 class WorkerFailed(AssertionError):
     """Some process raised, died or did not end in time; the message has every process' report."""
 
@@ -46,7 +50,8 @@ def run_workers_and_report(function, world_size, *arguments, seconds=100):
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_worker, args=(sender, os.path.join(folder, "store"), rank, world_size, pickle.dumps((function, arguments)))
+                target=_worker,
+                args=(sender, os.path.join(folder, "store"), rank, world_size, pickle.dumps((function, arguments)), operators_library),
             )
             process.start()
             sender.close()
@@ -72,12 +77,14 @@ def _outcome(process, receiver, deadline):
     return succeeded, result
 
 
-def _worker(sender, store_path, rank, world_size, pickled):
+def _worker(sender, store_path, rank, world_size, pickled, library):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage: a collection need not look at it
     try:
         function, arguments = pickle.loads(pickled)
+        if library is not None:
+            torch.ops.load_library(library)
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
         message = True, function(rank, *arguments)

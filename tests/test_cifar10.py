@@ -228,7 +228,7 @@ def test_a_network_has_its_entries_and_start_weights_that_the_seed_decides(name,
         ("--seed -1", "--seed: expected at least 0, got -1"),
         ("--compare", "--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun"),
         ("torchrun --workers 3", "--workers: expected torchrun's number of processes, 2, got 3; hand it to torchrun as --nproc-per-node"),
-        ("torchrun --local-steps 2", "--local-steps, --device: expected 1 and cpu under torchrun, got others"),
+        ("torchrun --local-steps 2", "--local-steps: expected 1 under torchrun, got 2"),
     ],
 )
 def test_an_option_out_of_range_is_an_error(options, message, capsys, monkeypatch):

@@ -37,7 +37,7 @@ def test_the_kernels_compile_and_keep_to_their_bounds(architectures):
     types = ["fp64", "fp32", "bf16", "fp16"]
     assert kernels == {
         *((kernel, type_, feedback) for kernel in ("sample_kernel", "accumulate_kernel", "finish_kernel") for type_ in types for feedback in (False, True)),
-        *((kernel, type_, False) for kernel in ("check_kernel", "aggregate_kernel", "put_back_kernel") for type_ in types),
+        *((kernel, type_, False) for kernel in ("settle_kernel", "check_kernel", "aggregate_kernel", "judge_kernel") for type_ in types),
     }  # fmt: skip
     assert len(rows) == len(architectures) * len(kernels)
 
@@ -150,7 +150,7 @@ def test_the_extension_has_the_cuda_operators_that_the_build_says_it_has():
     import regtopk_torch  # noqa: F401
 
     built = [path.read_text() for path in ROOT.glob(f"build/torch-{torch.__version__}/kernels.txt")]
-    for name in ("compress_", "aggregate_", "put_back_", "encode", "decode"):
+    for name in ("compress_", "aggregate_", "judge_", "settle_", "put_back_", "encode", "decode"):
         of_cuda = [line for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CUDA:")]
         assert len(of_cuda) == 1
         if built:

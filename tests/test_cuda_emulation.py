@@ -4,6 +4,7 @@ With REGTOPK_KERNELS=cuda in the environment the same cases run on the GPU, from
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
+from tests.simt.with_spans import ROUNDS, Pair  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
 emulation_alone = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation, not about the kernels")
@@ -191,12 +193,14 @@ def test_a_miss_reads_the_residual_twice_more_and_a_held_bracket_never(kernels):
 def test_a_step_moves_no_more_bytes_than_promised(kernels, missed, most):
     from tests.simt import traffic
 
-    for mu in (None, 1.0):
-        counted = traffic.measure(kernels, 4_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed)
+    for mu, spans in ((None, 0), (1.0, 0), (1.0, 62)):
+        counted = traffic.measure(kernels, 4_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed, spans=spans)
+        assert ("settle_kernel" in counted) == (spans > 0)
         assert counted["accumulate_kernel"][0] >= 8 and counted["accumulate_kernel"][1] >= 4  # nothing went uncounted
         assert counted["aggregate_kernel"][1] >= 4
         assert traffic.limit(torch.float32) == 16
-        assert traffic.total(counted) <= most
+        # With spans, for each block tile: the header of the last payload and the ends of some spans.
+        assert traffic.total(counted) <= most + (0.1 if spans else 0)
 
 
 # Aggregate and put back.
@@ -266,12 +270,16 @@ def test_put_back_returns_the_finite_values_to_the_residual(kernels, dtype, dens
     assert same_bits(twin.residual, twin.worker.residual)
 
 
+def rank_of(status):
+    return status >> 8 & 0xFFFFFFFF
+
+
 def payloads_of(numel, density, workers=2):
     messages = [reference.Worker(density).compress(next(gradients_of(numel, torch.float32, seed=rank))) for rank in range(workers)]
     return copied(torch.stack([reference.encode(message, numel, step=3, plan=5) for message in messages]))
 
 
-HEADER, STEP, PLAN, TILE_STARTS, SUPPORT = 1, 2, 3, 4, 5
+HEADER, STEP, PLAN, TILE_STARTS, SUPPORT, DEED, SCALE = 1, 2, 3, 4, 5, 6, 7
 CORRUPTIONS = {  # byte, its new value's difference, what is reported
     "magic": (0, HEADER), "version": (4, HEADER), "value type": (6, HEADER), "support": (7, HEADER), "step": (8, STEP),
     "numel": (16, HEADER), "k": (24, HEADER), "plan": (32, PLAN), "repeated": (47, HEADER), "flags": (57, HEADER),
@@ -287,7 +295,7 @@ def test_a_payload_with_a_wrong_header_gives_nan_everywhere_and_names_its_rank(k
     payloads[1, byte] += 113
     bucket, rows = aligned(numel, torch.float32), aligned(2 * k, torch.float32).view(2, k)
     status = kernels.aggregate(bucket, payloads, k=k, feedback=rows, step=3, plan=5)
-    assert (status >> 8, status & 0xFF) == (1, field)
+    assert (rank_of(status), status & 0xFF) == (1, field)
     assert bucket.isnan().all() and rows.isnan().all()
 
 
@@ -310,7 +318,7 @@ def test_the_device_refuses_the_payloads_that_the_cpu_refuses(kernels, density):
             torch.ops.regtopk.aggregate_(expected, payloads, None, k=k, step=3, plan=5)
         except ValueError:
             refused += 1
-            assert status != PAYLOADS_VALID and status >> 8 == trial % 2
+            assert status != PAYLOADS_VALID and rank_of(status) == trial % 2
             assert bucket.isnan().all()
         else:
             assert status == PAYLOADS_VALID
@@ -333,6 +341,127 @@ def test_a_last_payload_of_another_bucket_makes_a_payload_that_everyone_refuses(
     before = residual.clone()
     kernels.put_back(residual, sent, dtype=torch.float32)
     assert torch.equal(residual, before)
+
+
+# Buckets with spans: the CPU operators say what is right.
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
+@pytest.mark.parametrize("numel, density", [(20_003, 0.01), (20_003, 0.3)])
+def test_steps_with_idle_spans_and_void_rounds_equal_those_of_the_cpu(kernels, numel, density, mu, distortion, dtype):
+    pair = Pair(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, seed=int(100 * density))
+    pair.random_steps(8, kernels, brackets=BRACKETS)
+    assert pair.seen["idle"] > 10 and pair.seen["void"] > 0
+    assert all(counters[2] > 0 for counters in pair.cpu.counters)
+
+
+@pytest.mark.parametrize("density", [0.002, 0.2])
+def test_steps_over_several_payload_tiles_equal_those_of_the_cpu_in_any_order(kernels, density):
+    for schedule in SCHEDULES[1:3]:
+        with kernels.schedule(**schedule):
+            pair = Pair(kernels, 140_001, torch.float32, density=density)
+            pair.random_steps(4, kernels, brackets=())
+
+
+def test_fewer_entries_than_k_outside_idle_spans_are_filled_up_with_zeros(kernels):
+    numel = 20_003
+    for brackets in (None, "too high", "list of one"):
+        pair = Pair(kernels, numel, torch.float32, density=0.3)
+        zero = torch.ones(pair.spans.numel() - 1, dtype=torch.bool)
+        zero[-1] = False
+        sampling = None if brackets is None else kernels.sampling(numel, pair.k).replace(**brackets_of(numel)[brackets])
+        for _ in range(3):
+            residual = [copied(kept) for kept in pair.there.residual]
+            pair.step(zero=zero, sampling=sampling)
+        last = int(pair.spans[-2])
+        assert numel - last < pair.k
+        assert same_bits(pair.there.residual[0][:last], residual[0][:last])
+
+
+@pytest.mark.parametrize("bits", ["first", "last", "none"])
+def test_a_span_is_zero_only_if_all_its_entries_are(kernels, bits):
+    numel = 40_000
+    pair = Pair(kernels, numel, torch.bfloat16, density=0.01)
+    pair.spans = pair.cpu.spans = pair.there.spans = copied(torch.tensor([0, 3, 9_001, 33_333, numel]))
+    bytes = kernels.payload_bytes(numel, pair.k, torch.bfloat16, 4)
+    for side in (pair.cpu, pair.there):
+        side.bytes, side.idle = bytes, aligned(4, torch.uint8).zero_()
+    gradient = torch.zeros(numel, dtype=torch.bfloat16)
+    if bits != "none":
+        gradient[9_001 if bits == "first" else 33_332] = 1e-40  # subnormal
+    for side in (pair.cpu, pair.there):
+        side.step([copied(gradient)] * 2, round=0, sampling=None, applied=None, scale=1.0, **pair.options)
+    pair.compare()
+    assert pair.there.idle.tolist() == [1, 1, int(bits == "none"), 1]
+
+
+@emulation_alone
+def test_gradients_are_read_up_to_a_first_entry_that_is_not_zero(kernels):
+    numel = 500_000
+    pair = Pair(kernels, numel, torch.float32, density=0.001)
+    with kernels.traffic() as dense:
+        pair.step()
+    assert dense["settle_kernel"][0] < 2 * 4 * numel / 50
+    with kernels.traffic() as zero:
+        pair.step(zero=torch.ones(pair.spans.numel() - 1, dtype=torch.bool))
+    assert 2 * 4 * numel <= zero["settle_kernel"][0] < 2 * 4.2 * numel
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("numel", [1, 3, 4099])
+def test_judge_finds_what_is_not_finite(kernels, numel, dtype):
+    values, verdict = aligned(numel, dtype).fill_(1), aligned(ROUNDS, torch.int64).fill_(-1)
+    kernels.judge(values, verdict, round=5)
+    assert (verdict == -1).all()
+    for at, (round, bad) in enumerate([(5, torch.inf), (ROUNDS + 6, torch.nan), (7, -torch.inf)]):
+        values.fill_(torch.finfo(dtype).max)
+        values[(numel - 1) * at // 2] = bad
+        kernels.judge(values, verdict, round=round)
+        assert verdict[round % ROUNDS] == round
+    assert (verdict != -1).sum() == 3
+
+
+KINDS = {  # of the CPU's messages
+    "expected step": STEP, "expected plan": PLAN, "entries before tile": TILE_STARTS, "offset of entry": SUPPORT, "entries in tile": SUPPORT,
+    "the same calls": DEED, "gradient scale": SCALE,
+}  # fmt: skip
+
+
+def test_the_device_names_the_finding_that_the_cpu_names(kernels):
+    numel, workers = 70_001, 3
+    pair = Pair(kernels, numel, torch.float32, density=0.01)
+    pair.step()
+    valid = copied(torch.stack([pair.there.sent[0]] * workers))
+    count, generator, seen = pair.spans.numel() - 1, torch.Generator().manual_seed(4), set()
+    bits_at, starts_at = 80, 80 + -(-count // 64) * 8
+    places = [0, 8, 32, 60, 64, 71, 72, starts_at + 4, starts_at + 40]  # magic, step, plan, spans, scale, deed, tile starts, offsets
+    for trial in range(60):
+        payloads = copied(valid)
+        for _ in range(1 + trial % 3):
+            rank, place = (int(torch.randint(most, (), generator=generator)) for most in (workers, len(places)))
+            payloads[rank, places[place]] += 1 + trial
+        if trial == 0:
+            payloads[1, bits_at] ^= 1  # a zero bit alone: valid
+        idle, verdict = aligned(count, torch.uint8).fill_(7), aligned(ROUNDS, torch.int64).fill_(-1)
+        of_cpu = {"idle": idle.clone(), "verdict": verdict.clone()}
+        bucket, row = aligned(numel, torch.float32), aligned(pair.k, torch.float32).view(1, -1)
+        options = {"k": pair.k, "spans": pair.spans, "idle": idle, "verdict": verdict, "step": 0, "plan": 77, "round": 9}
+        status = kernels.aggregate(bucket, payloads, feedback=row, **options)
+        try:
+            torch.ops.regtopk.aggregate_(torch.empty(numel), payloads, None, **{**options, **of_cpu})
+        except ValueError as error:
+            text = str(error)
+            field = next((field for kind, field in KINDS.items() if kind in text), HEADER)
+            rank = int(re.findall(r"rank (\d+)", text.split(";")[0])[-1])
+            assert (rank_of(status), status & 0xFF) == (rank, field), text
+            seen.add(field)
+            assert bucket.isnan().all() and row.isnan().all()
+            assert (idle == 7).all()  # nothing is learnt from it
+            assert verdict[9] == 9  # and what was sent returns
+        else:
+            assert status == PAYLOADS_VALID
+            assert torch.equal(idle, of_cpu["idle"]) and torch.equal(verdict, of_cpu["verdict"])
+    assert seen == {HEADER, STEP, PLAN, TILE_STARTS, SUPPORT, DEED, SCALE}
 
 
 # The emulation itself.

@@ -4,8 +4,8 @@ namespace regtopk::dense {
 
 double send(const Worker& worker, Plan* plan, const at::Tensor& gradient) {
   if (plan != nullptr) {
-    plan->settle(worker.counters);
-    worker.counters.select(0, 2).add_(plan->forget());
+    plan->settle(worker.report.counters());
+    worker.report.counters().select(0, 2).add_(plan->forget());
   }
   gradient.div_(static_cast<double>(worker.workers));
   // Read now: while a sum is under way its values are somebody else's to write.
@@ -15,7 +15,7 @@ double send(const Worker& worker, Plan* plan, const at::Tensor& gradient) {
 
 void receive(Worker& worker, const at::Tensor& sum, double bytes) {
   const at::Tensor values = sum.is_sparse() ? sum._values().contiguous() : sum;
-  judge_(values, worker.steps.clock().verdict(), worker.steps.round());
+  judge_(values, worker.steps.clock().verdict(values.device()), worker.steps.round());
   const double ring_bytes = 2.0 * static_cast<double>(worker.workers - 1) / static_cast<double>(worker.workers) * bytes;
   ++worker.statistics.dense_buckets;
   worker.statistics.bytes_sent += ring_bytes;

@@ -28,7 +28,7 @@ at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
   at::Tensor payload = plan.next_payload();
   compress_(
       gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
-      worker.counters, selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round);
+      worker.report.counters(), selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round);
   worker.statistics.compress_seconds += seconds_since(start);
   return payload;
 }
@@ -42,7 +42,8 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& received,
   }
   try {
     aggregate_(
-        gradient, received, optional(plan.feedback_buffer), plan.shared, selection_of(worker, plan), stamp_of(worker, plan), worker.rank);
+        gradient, received, optional(plan.feedback_buffer), plan.shared, optional(worker.report.status()), selection_of(worker, plan),
+        stamp_of(worker, plan), worker.rank);
   } catch (const c10::ValueError& error) {
     // What the received bytes are not, said by the operator; a user knows the rank and the hook.
     const std::string text = error.what_without_backtrace();

@@ -25,8 +25,23 @@ int64_t Clock::begin(int64_t worker) {
 
 bool Clock::is_void(int64_t round) const { return regtopk::is_void(verdict_, round); }
 
-void Clock::make_void(int64_t round) {
+at::Tensor Clock::verdict(at::Device device) {
+  if (device.is_cpu()) return verdict_;
+  const std::lock_guard lock(mutex_);
+  at::Tensor& verdict = on_devices_[device];
+  if (!verdict.defined()) verdict = verdict_.to(device);
+  return verdict;
+}
+
+void Clock::hear_void(int64_t round) {
   if (round >= 0) verdict_.select(0, round % kVerdictRounds).fill_(round);
+}
+
+void Clock::make_void(int64_t round) {
+  if (round < 0) return;
+  hear_void(round);
+  const std::lock_guard lock(mutex_);
+  for (const auto& [device, verdict] : on_devices_) verdict.select(0, round % kVerdictRounds).fill_(round);
 }
 
 Steps::Steps(std::shared_ptr<Clock> clock) : clock_(std::move(clock)), worker_(workers_so_far++) {}

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "../memory/layout.h"
@@ -22,17 +23,22 @@ class Clock {
   Clock();
   // The round of a step that `worker`, a number of its own, begins now.
   int64_t begin(int64_t worker);
-  const at::Tensor& verdict() const { return verdict_; }
-  // Whether the round is void as far as is known. Waits for no device: the verdict of CPU buckets is memory of the host.
+  // What operators on that device write and read.
+  at::Tensor verdict(at::Device device = at::kCPU);
+  // Whether the round is void as far as the host has heard: the verdict of CPU buckets is its own memory, another device's
+  // comes late.
   bool is_void(int64_t round) const;
   // Says that the results of that round were not applied.
   void make_void(int64_t round);
+  // A device's verdict has come: the round is void.
+  void hear_void(int64_t round);
 
  private:
   std::mutex mutex_;
   int64_t round_ = -1;
   std::unordered_set<int64_t> begun_;  // workers that have begun a step in this round
-  at::Tensor verdict_;
+  const at::Tensor verdict_;                    // of the host
+  std::unordered_map<at::Device, at::Tensor> on_devices_;
 };
 
 // One worker's steps.

@@ -1,7 +1,6 @@
 #include "worker.h"
 
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
@@ -18,7 +17,7 @@ int64_t Options::entries_to_send(int64_t numel) const {
 }
 
 Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clock> clock)
-    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)), counters(at::zeros({3}, at::kLong)) {}
+    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)) {}
 
 void Worker::check(const Bucket& bucket) const {
   // Inside these bounds a residual keeps its bits through changes of the scale by powers of two: its entries stay normal.
@@ -29,8 +28,11 @@ void Worker::check(const Bucket& bucket) const {
   if (!bucket.keeps) return;
   value_type_of(who.c_str(), bucket.layout.dtype);
   TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu(), who, ": expected gradients on the CPU, got ", bucket.layout.device,
-      "; this version exchanges CPU gradients over gloo");
+      !report.is_placed() || report.device() == bucket.layout.device, who, ": expected all gradients on ", report.device(), ", got some on ",
+      bucket.layout.device, "; a state serves a model on one device");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who,
+      ": expected gradients on the CPU, got ", bucket.layout.device, "; this build has no kernels for it");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
@@ -45,18 +47,23 @@ bool Worker::begins_step(const Bucket& bucket) const {
 }
 
 std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied) {
-  if (begins_step(bucket)) begin_step(bucket.scale, applied);
+  if (begins_step(bucket)) {
+    hear();
+    begin_step(bucket.scale, applied);
+  }
   steps.note(bucket.index);
   if (!bucket.keeps) {
     for (const Span& span : bucket.layout.spans) seen_.insert(span.key);
     return nullptr;
   }
   std::shared_ptr<Plan> plan = store_.find(bucket.layout, bucket.index);
+  if (!report.is_placed()) report.place_on(bucket.layout.device);
   if (!plan) {
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
     plan = store_.make(
-        bucket.layout, owners(), options.entries_to_send(bucket.layout.numel()), steps.clock().verdict(), counters, garbage);
+        bucket.layout, owners(), options.entries_to_send(bucket.layout.numel()), steps.clock().verdict(bucket.layout.device),
+        report.counters(), garbage);
     publish_counts();
   }
   plan->round = steps.round();
@@ -64,7 +71,8 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
 }
 
 void Worker::note_applied(const AppliedKeys& applied) {
-  if (!applied || !steps.is_void()) return;
+  // A device has not yet said whether it is void.
+  if (!applied || (report.device().is_cpu() && !steps.is_void())) return;
   std::unordered_set<ParameterKey> keys;
   for (const ParameterKey key : applied()) keys.insert(key);
   const std::lock_guard lock(mutex_);
@@ -72,25 +80,39 @@ void Worker::note_applied(const AppliedKeys& applied) {
     if (!plan->sent.defined() || plan->sent_round != steps.round()) continue;
     std::vector<uint8_t> flags;
     for (const Span& span : plan->layout.spans) flags.push_back(keys.contains(span.key) ? 1 : 0);
-    plan->applied = at::tensor(flags, at::kByte).to(plan->layout.device);
+    plan->set_applied(std::move(flags));
   }
 }
 
 void Worker::begin_step(double scale, const AppliedKeys& applied) {
-  const bool was_void = steps.is_void();
   note_applied(applied);
+  if (report.device().is_cpu()) statistics.void_steps += steps.is_void() ? 1 : 0;
+  else report.ask(steps.clock().verdict(report.device()), steps.round());
   const std::lock_guard lock(mutex_);
   for (const auto& plan : store_.plans()) {
     // What was sent is of the old scale; what nobody received, or a verdict that is about to be forgotten, can't wait.
     const bool too_old = plan->sent_round >= 0 && plan->sent_round + kVerdictRounds / 2 < steps.round();
-    if (scale != steps.scale() || plan->in_vain || too_old) plan->settle(counters);
+    if (scale != steps.scale() || plan->in_vain || too_old) plan->settle(report.counters());
   }
   if (scale != steps.scale()) store_.multiply(scale / steps.scale(), feedback_has_scale());
   seen_.clear();
   steps.begin(scale);
   ++statistics.steps;
-  if (was_void) ++statistics.void_steps;
   publish_counts();
+}
+
+void Worker::hear(bool wait) {
+  const auto take_in = [this](const Report::News& news) {
+    for (const int64_t round : news.void_rounds) {
+      steps.clock().hear_void(round);
+      ++statistics.void_steps;
+    }
+    TORCH_CHECK_VALUE(news.status == Report::kNothing, who, ": ", describe_status(news.status));
+  };
+  take_in(report.hear(wait));
+  if (!wait) return;
+  report.ask(steps.clock().verdict(report.device()), steps.round());
+  take_in(report.hear(wait));
 }
 
 void Worker::publish_counts() {
@@ -110,7 +132,7 @@ at::Tensor Worker::residual_norm() {
 Pieces Worker::copy_pieces() {
   Store::Garbage garbage;
   const std::lock_guard lock(mutex_);
-  Pieces pieces = store_.copy_pieces(counters, garbage);
+  Pieces pieces = store_.copy_pieces(report.counters(), garbage);
   publish_counts();
   const double scale = steps.scale();
   if (scale == 1) return pieces;
@@ -126,13 +148,13 @@ void Worker::replace_pieces(Pieces pieces, int64_t step) {
   const std::lock_guard lock(mutex_);
   store_.replace(std::move(pieces), garbage);
   seen_.clear();
-  if (steps.is_void()) ++statistics.void_steps;
+  if (report.device().is_cpu() && steps.is_void()) ++statistics.void_steps;
   steps.restart(step);
 }
 
 void Worker::clear(const std::vector<ParameterKey>& keys) {
   const std::lock_guard lock(mutex_);
-  store_.clear(keys, counters);
+  store_.clear(keys, report.counters());
   publish_counts();
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../core/deed.h"
+#include "../memory/report.h"
 #include "../memory/store.h"
 #include "statistics.h"
 #include "steps.h"
@@ -49,7 +50,7 @@ class Worker {
   int64_t rank = 0, workers = 1;  // set before the first bucket
   Steps steps;
   Statistics statistics;
-  const at::Tensor counters;  // see ops/library.cpp
+  Report report;
 
   // Raises TypeError or ValueError unless gradients of that bucket can be exchanged.
   void check(const Bucket& bucket) const;
@@ -57,6 +58,10 @@ class Worker {
   // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
   // take on its scale.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
+
+  // Takes in what a device has found out by now, or, with `wait`, of all steps so far, this last one included. ValueError, once,
+  // where a payload was damaged.
+  void hear(bool wait = false);
 
   // After a void step: learns which parameters an optimizer has stepped on all the same. Before anything returns.
   void note_applied(const AppliedKeys& applied);

@@ -40,7 +40,7 @@ class DdpExchange {
   Transport& transport();
   // The worker, once no bucket is pending.
   Worker& idle_worker();
-  const Worker& worker() const { return *worker_; }
+  Worker& worker() const { return *worker_; }
   bool is_open() const { return transport_ != nullptr; }
 
   // Fails what is pending, gives the groups back and refuses further buckets. The GIL must not be held. Idempotent.

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/searchsorted.h>
+#include <ATen/ops/tensor.h>
 
 #include <utility>
 
@@ -14,6 +15,15 @@ at::Tensor Plan::next_payload() {
     payload = at::empty({bytes}, residual.options().dtype(at::kByte));
   }
   return payload;
+}
+
+void Plan::set_applied(std::vector<uint8_t> flags) {
+  if (!applied_.defined() || flags != applied_flags_) {
+    applied_flags_ = std::move(flags);
+    const at::Tensor on_host = at::tensor(applied_flags_, at::kByte);
+    applied_ = layout.device.is_cpu() ? on_host : on_host.pin_memory().to(layout.device, /*non_blocking=*/true);
+  }
+  applied = applied_;
 }
 
 void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round) {

@@ -45,6 +45,8 @@ struct Plan {
   at::Tensor received;         // [workers, bytes], where a transport puts everybody's payloads
   at::Tensor feedback_buffer;  // [rows, k]
 
+  // One flag a span. A device takes them in without being waited for.
+  void set_applied(std::vector<uint8_t> flags);
   void remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round);
   // Ends the history and returns its number of entries.
   int64_t forget();
@@ -55,6 +57,8 @@ struct Plan {
 
  private:
   at::Tensor payloads_[2];
+  std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule
+  at::Tensor applied_;
 };
 
 }  // namespace regtopk

@@ -21,8 +21,11 @@ std::unordered_set<ParameterKey> keys_of(const Layout& layout) {
   return keys;
 }
 
-Piece copy_of(const Piece& piece) {
-  const auto copy = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.clone() : tensor; };
+// On the same device, or on the host, where what is to be saved takes no memory of a GPU's.
+Piece copy_of(const Piece& piece, bool on_host = false) {
+  const auto copy = [&](const at::Tensor& tensor) {
+    return !tensor.defined() ? tensor : on_host && !tensor.is_cpu() ? tensor.cpu() : tensor.clone();
+  };
   return {piece.owner, copy(piece.residual), copy(piece.sent_index), copy(piece.sent_value), copy(piece.feedback), copy(piece.idle)};
 }
 
@@ -161,13 +164,13 @@ void Store::drop_the_gone(Garbage& garbage) {
 Pieces Store::copy_pieces(const at::Tensor& counters, Garbage& garbage) {
   drop_the_gone(garbage);
   Pieces pieces;
-  for (const auto& [key, piece] : waiting_) pieces.emplace(key, copy_of(piece));
+  for (const auto& [key, piece] : waiting_) pieces.emplace(key, copy_of(piece, /*on_host=*/true));
   for (const auto& plan : plans_) {
     plan->settle(counters);
     std::vector<Piece> parts = plan->split();
     for (size_t i = 0; i < parts.size(); ++i) {
       if (parts[i].owner.is_gone()) continue;
-      pieces[plan->layout.spans[i].key] = copy_of(parts[i]);
+      pieces[plan->layout.spans[i].key] = copy_of(parts[i], /*on_host=*/true);
     }
   }
   return pieces;

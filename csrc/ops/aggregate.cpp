@@ -14,6 +14,7 @@ namespace {
 
 // Any thread may write it, of this state or of one that shares the verdict: rounds only grow.
 void make_void(const at::Tensor& verdict, int64_t round) {
+  if (round < 0) return;
   std::atomic_ref(verdict.mutable_data_ptr<int64_t>()[round % kVerdictRounds]).store(round, std::memory_order_relaxed);
 }
 
@@ -49,8 +50,8 @@ void check_received(const std::vector<PayloadView>& payloads, int64_t step, int6
 
 void aggregate_cpu(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback,
-    const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle, const std::optional<at::Tensor>& verdict, int64_t k,
-    int64_t rank, c10::string_view distortion, int64_t step, int64_t plan, int64_t round) {
+    const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle, const std::optional<at::Tensor>& verdict,
+    const std::optional<at::Tensor>&, int64_t k, int64_t rank, c10::string_view distortion, int64_t step, int64_t plan, int64_t round) {
   constexpr const char* who = "aggregate_";
   const int64_t span_count = check_spans(who, spans_tensor, gradient.numel());
   AggregateArguments arguments{.layout = check_bucket(who, gradient, k, span_count)};

@@ -7,6 +7,10 @@
 //   verdict   int64 [4096] round r is void where entry r % 4096 holds r: written by aggregate_ and judge_, read by compress_
 //   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
 //   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
+//
+// Received payloads that are not valid: on the CPU aggregate_ raises. A device, which nobody waits for, makes the result NaN
+// and the round void, leaves idle as it was, and lowers `status`, int64 [1], -1 to begin with, to what was found, if that is
+// less as an unsigned number (core/payload_status.h): the lowest of all calls.
 #include <torch/library.h>
 
 TORCH_LIBRARY(regtopk, library) {
@@ -17,7 +21,8 @@ TORCH_LIBRARY(regtopk, library) {
       "int[]? bracket=None) -> ()");
   library.def(
       "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
-      "Tensor(d!)? verdict=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, int round=-1) -> ()");
+      "Tensor(d!)? verdict=None, Tensor(e!)? status=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, "
+      "int round=-1) -> ()");
   library.def("judge_(Tensor tensor, Tensor(a!) verdict, *, int round) -> ()");
   library.def(
       "settle_(Tensor(a!) residual, Tensor(b!) sent, Tensor spans, Tensor idle, Tensor verdict, Tensor? applied, Tensor(c!) counters, *, "

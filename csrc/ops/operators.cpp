@@ -4,6 +4,7 @@
 #include <ATen/ops/full.h>
 
 #include "../core/payload.h"
+#include "../core/payload_status.h"
 #include "checks.h"
 
 namespace regtopk {
@@ -33,14 +34,14 @@ void compress_(
 }
 
 void aggregate_(
-    const at::Tensor& gradient, const at::Tensor& payloads, const Optional& feedback, const Shared& shared, const Selection& selection,
-    const Stamp& stamp, int64_t rank) {
+    const at::Tensor& gradient, const at::Tensor& payloads, const Optional& feedback, const Shared& shared, const Optional& status,
+    const Selection& selection, const Stamp& stamp, int64_t rank) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t, int64_t,
-      c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
+      const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t,
+      int64_t, c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
   operation.call(
-      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, selection.k, rank, selection.distortion, stamp.step,
-      stamp.plan, stamp.round);
+      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, status, selection.k, rank, selection.distortion,
+      stamp.step, stamp.plan, stamp.round);
 }
 
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
@@ -79,6 +80,27 @@ int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t sp
       k >= 1 && k <= numel && k <= int64_t{UINT32_MAX}, "payload_bytes: expected 1 <= k <= min(numel, 2^32 - 1), got k=", k,
       " and numel=", numel);
   return PayloadLayout(numel, k, value_type_of("payload_bytes", dtype), spans).bytes;
+}
+
+std::string describe_status(int64_t status) {
+  const auto word = static_cast<unsigned long long>(status);
+  const int64_t rank = rank_of(word);
+  switch (field_of(word)) {
+    case PayloadField::kDeed:
+      return c10::str(
+          "expected every rank to have made the same calls of reset, load_state_dict, pause, resume and skipped, got others on rank ", rank,
+          " than on rank 0; make the call on every rank");
+    case PayloadField::kScale:
+      return c10::str(
+          "expected the same gradient scale on every rank, got another on rank ", rank,
+          " than on rank 0; give every rank's state a GradScaler with the same arguments, or none");
+    case PayloadField::kHeader: return c10::str("expected a header of this bucket in the payload of rank ", rank, ", got another");
+    case PayloadField::kStep: return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
+    case PayloadField::kPlan: return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
+    case PayloadField::kTileStarts: return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
+    case PayloadField::kSupport: return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
+  }
+  return c10::str("expected valid payloads, got status ", status);
 }
 
 at::Tensor make_verdict(at::Device device) {

@@ -35,7 +35,7 @@ void compress_(
     const Selection& selection, const Stamp& stamp, int64_t sent_round);
 void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
-    const Selection& selection, const Stamp& stamp, int64_t rank);
+    const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round);
 void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
@@ -44,6 +44,10 @@ void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::Scalar
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
+// Whether this build has kernels for CUDA devices.
+bool has_cuda_kernels();
+// What a device's status (library.cpp) says, in words: `expected ..., got ...`.
+std::string describe_status(int64_t status);
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 

@@ -1,5 +1,6 @@
 #include "gloo.h"
 
+#include <ATen/DeviceGuard.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
@@ -16,6 +17,11 @@ namespace {
 
 using Clock = Completer::Clock;
 
+constexpr const char* kExchange = "the exchange of a bucket's payloads";
+constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
+
+}  // namespace
+
 c10::intrusive_ptr<c10d::Work> all_gather(c10d::Backend& group, const at::Tensor& output, const at::Tensor& input) {
   at::Tensor flat = output.view({-1}), sent = input;
 // torch 2.14 renamed this function and deprecates the name that earlier versions have; both work.
@@ -24,11 +30,6 @@ c10::intrusive_ptr<c10d::Work> all_gather(c10d::Backend& group, const at::Tensor
   return group._allgather_base(flat, sent);
 #pragma GCC diagnostic pop
 }
-
-constexpr const char* kExchange = "the exchange of a bucket's payloads";
-constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
-
-}  // namespace
 
 GlooTransport::GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls)
     : groups_(std::move(groups)),
@@ -88,10 +89,13 @@ Transport::FuturePtr GlooTransport::submit(
     c10::intrusive_ptr<c10d::Backend> group, const WorkPtr& work, const char* activity, int64_t number, Bucket bucket) {
   const Clock::time_point issued = Clock::now();
   const FuturePtr arrival = work->getFuture();
-  const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get());
+  const at::Device device = bucket.result.device();
+  const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(
+      c10::TensorType::get(), device.is_cpu() ? std::vector<at::Device>() : std::vector<at::Device>{device});
   const auto complete = [=, who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_, bucket = std::move(bucket)](
                             Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
+    const at::OptionalDeviceGuard guard(bucket.result.device());  // on its default stream, which gloo's copies are ordered with
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
     bool finished = false;
     try {

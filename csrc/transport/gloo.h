@@ -1,4 +1,4 @@
-// Collectives of CPU tensors on process groups of the exchange's own.
+// Collectives on gloo, on process groups of the exchange's own.
 //
 //   hook call, autograd's thread:   issues the collective; the future of its result
 //   completer's thread:             it has arrived -> finish -> the future is complete
@@ -22,6 +22,9 @@
 
 namespace regtopk {
 
+// The rows of `output`, the inputs of all ranks.
+c10::intrusive_ptr<c10d::Work> all_gather(c10d::Backend& group, const at::Tensor& output, const at::Tensor& input);
+
 class GlooTransport final : public Transport {
  public:
   struct Groups {
@@ -43,6 +46,7 @@ class GlooTransport final : public Transport {
   void announce_failure(const std::string& why) override { watch_->announce_failure(why); }
   void wait_idle() override;
   void close() override;
+  std::chrono::milliseconds timeout() const { return timeout_; }
 
  private:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from tests.simt.inputs import brackets_of, hard_inputs
+from tests.simt.with_spans import Pair as PairWithSpans
 
 from tests.gpu_check import machine, package_without_extension
 from tests.gpu_check.log import ROOT, NotRun
@@ -23,7 +24,7 @@ def kernels(log):
     if log.emulated:  # a sample of them: the suite runs them all
         chosen = ["-k", "cancel or dense_variant"]
     elif package_without_extension():  # without the CPU's operators
-        chosen = ["-k", "not cancel and not refuses"]
+        chosen = ["-k", "not cancel and not cpu and not filled and not only_if"]
     if not log.emulated and importlib.util.find_spec("xdist"):
         chosen += ["-n", str(max(1, min(6, len(os.sched_getaffinity(0)))))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.gpu_check", "tests/test_cuda_emulation.py", *chosen]
@@ -165,19 +166,57 @@ def misses(log):
     log.write("compared", cases=done, failed=failed)
 
 
-def first_call_in_a_capture_is_refused(log, kernels):
-    """Before any other call of aggregate in this process."""
-    bucket, payloads = torch.zeros(64, device="cuda"), torch.zeros(1, machine.payload_bytes(64, 4, torch.float32), dtype=torch.uint8, device="cuda")
-    refused = ""
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            try:
-                kernels.aggregate(bucket, payloads, k=4)
-            except RuntimeError as error:
-                refused = str(error)
-    except RuntimeError as error:
-        log.write("note", what=f"ending an empty capture: {error}")
-    log.check("before a graph capture" in refused, f"expected the first call in a capture to be refused, got {refused!r}")
+class OnDevice:
+    """The device's operators on copies of CPU tensors, which are copied back after each call."""
+
+    def _call(self, operator, *arguments, **options):
+        moved = []
+
+        def there(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            moved.append((value, value.cuda()))
+            return moved[-1][1]
+
+        operator(*map(there, arguments), **{name: there(value) for name, value in options.items()})
+        for here, tensor in moved:
+            here.copy_(tensor)
+
+    def compress(self, gradient, residual, payload, *, sent, feedback, sampling, **options):
+        self._call(torch.ops.regtopk.compress_, gradient, residual, payload, sent, feedback, **options)
+
+    def aggregate(self, gradient, payloads, *, feedback, **options):
+        status = torch.full((1,), -1)
+        self._call(torch.ops.regtopk.aggregate_, gradient, payloads, feedback, status=status, **options)
+        return int(status) % 2**64
+
+    def settle(self, *arguments, **options):
+        self._call(torch.ops.regtopk.settle_, *arguments, **options)
+
+
+def spans(log):
+    """Random steps of buckets with parameters: idle ones, void rounds, what an optimizer applied all the same, settling."""
+    if package_without_extension():
+        raise NotRun("the extension was not built, and its CPU operators say what is right")
+    kernels, failed, done = machine.library_kernels(log), 0, 0
+    for numel in [9_001] if log.emulated else [20_003, 140_001, 11_200_000]:
+        for dtype in FLOATS[:1] if log.emulated else FLOATS:
+            for mode in ("topk", "current") if log.emulated else MODES:
+                for density in (0.01, 0.3):
+                    if log.seconds_left() < (2 if numel < 1_000_000 else 8):
+                        log.write("left out", first=f"{numel} {dtype} {mode} {density}")
+                        return
+                    pair = PairWithSpans(kernels, numel, dtype, density=density, mu=MODES[mode] and 0.8, distortion=MODES[mode] or "previous")
+                    if not log.emulated and machine.extension_has_kernels():
+                        pair.there.run = OnDevice()
+                    right, words = True, ""
+                    try:
+                        pair.random_steps(4 if numel > 1_000_000 else 8, kernels, brackets=())
+                    except AssertionError as error:
+                        right, words = False, str(error)
+                    failed += not log.check(right, f"{numel} entries of {dtype}, density {density}, {mode}, with spans: expected the CPU's bytes, got {words}")
+                    done += 1
+    log.write("compared", cases=done, failed=failed)
 
 
 def graph(log):
@@ -187,7 +226,6 @@ def graph(log):
     kernels, cpu, numel, density = machine.Operators(), machine.Operators(), 1_000_003, 0.001
     from regtopk_torch import reference
 
-    first_call_in_a_capture_is_refused(log, kernels)
     k = reference.entries_to_send(density, numel)
     gradient = next(steady(log, numel, torch.float32, 1))
     there, residual = gradient.cuda(), torch.zeros(numel, device="cuda")

@@ -80,7 +80,7 @@ int main(int count, char** words) {
   }
   const int64_t numel = std::atoll(words[1]), type = std::atoll(words[3]), steps = std::atoll(words[4]);
   const int64_t k = std::max<int64_t>(1, static_cast<int64_t>(std::atof(words[2]) * static_cast<double>(numel) + 0.5)), workers = 2;
-  const int64_t wide = type == 0 ? 8 : 4, size = type == 0 ? 8 : type == 1 ? 4 : 2, payload_bytes = call_payload_bytes(numel, k, type);
+  const int64_t wide = type == 0 ? 8 : 4, size = type == 0 ? 8 : type == 1 ? 4 : 2, payload_bytes = call_payload_bytes(numel, k, type, 0);
 
   void* const gradient = allocate(static_cast<size_t>(numel * size));
   std::vector<void*> residuals, payloads;
@@ -117,7 +117,10 @@ int main(int count, char** words) {
     }
     aggregate.payloads = now, aggregate.step = static_cast<uint64_t>(step);
     expect(call_aggregate(&aggregate));
-    expect(call_put_back(type, numel, now, payload_bytes, residuals[0], nullptr));
+    SettleCall put_back{};
+    put_back.type = type, put_back.numel = numel, put_back.sent = now, put_back.sent_bytes = payload_bytes;
+    put_back.residual = residuals[0];
+    expect(call_settle(&put_back));
   }
   uint64_t found = 0;
   to_host(&found, status, 8);

@@ -9,12 +9,26 @@ struct SamplingNumbers {
   int64_t sectors, rank_high, rank_low, list_capacity;
 };
 
+// As SpansLaunch.
+struct SpansCall {
+  const int64_t* ends;
+  int64_t count;
+  const uint8_t* idle;
+  const int64_t* verdict;
+  int64_t sent_round;
+  const uint8_t* applied;
+  int64_t* counters;
+};
+
 struct CompressCall {
   int64_t type, numel, k;
   const void* gradient;
   void* residual;
   uint8_t* payload;
   uint64_t step, plan;
+  SpansCall spans;
+  double scale;
+  uint64_t deed;
   const uint8_t* sent;
   int64_t sent_bytes;
   const void* feedback;
@@ -32,17 +46,41 @@ struct AggregateCall {
   void* feedback;
   int64_t first_feedback_worker, feedback_workers, distortion;
   uint64_t step, plan;
+  const int64_t* span_ends;
+  int64_t spans;
+  uint8_t* idle;
+  int64_t* verdict;
+  int64_t round;
   unsigned long long* worst_status;
   void *workspace, *stream;
 };
 
-int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type);
+struct SettleCall {
+  int64_t type, numel;
+  uint8_t* sent;
+  int64_t sent_bytes;
+  void* residual;
+  SpansCall spans;
+  void* stream;
+};
+
+struct JudgeCall {
+  int64_t type, numel;
+  const void* values;
+  int64_t* verdict;
+  int64_t round;
+  void* stream;
+};
+
+int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type, int64_t spans);
 void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out);
 int64_t call_zeroed_bytes();
+int64_t call_aggregate_workspace(const AggregateCall* call);
 int64_t call_compress_workspace(const CompressCall* call);
 // An error's text, empty if there was none.
 const char* call_compress(const CompressCall* call);
 const char* call_aggregate(const AggregateCall* call);
-const char* call_put_back(int64_t type, int64_t numel, const uint8_t* payload, int64_t payload_bytes, void* residual, void* stream);
+const char* call_settle(const SettleCall* call);
+const char* call_judge(const JudgeCall* call);
 
 }  // extern "C"

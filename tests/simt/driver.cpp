@@ -44,6 +44,18 @@ const char* run(const Launch& launch) {
 }
 #endif
 
+void allow(const SpansCall& spans) {
+  allow(spans.ends, (spans.count + 1) * 8, false);
+  allow(spans.idle, spans.count, false);
+  allow(spans.verdict, 8, false);
+  allow(spans.applied, spans.count, false);
+  allow(spans.counters, 3 * 8, true);
+}
+
+SpansLaunch launch_of(const SpansCall& spans) {
+  return {spans.ends, spans.count, spans.idle, spans.verdict, spans.sent_round, spans.applied, spans.counters};
+}
+
 int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
 
 }  // namespace
@@ -72,20 +84,26 @@ void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out) {
   *out = {sampling.sectors, sampling.rank_high, sampling.rank_low, sampling.list_capacity};
 }
 
-int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type) { return PayloadLayout(numel, k, static_cast<ValueType>(type)).bytes; }
+int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type, int64_t spans) {
+  return PayloadLayout(numel, k, static_cast<ValueType>(type), spans).bytes;
+}
+
+int64_t call_aggregate_workspace(const AggregateCall* call) {
+  return aggregate_workspace_bytes(PayloadLayout(call->numel, call->k, static_cast<ValueType>(call->type), call->spans));
+}
 
 int64_t call_zeroed_bytes() { return kZeroedBytes; }
 
 int64_t call_compress_workspace(const CompressCall* call) {
   const auto& s = call->sampling;
   return compress_workspace_bytes(
-      PayloadLayout(call->numel, call->k, static_cast<ValueType>(call->type)), call->feedback != nullptr,
+      PayloadLayout(call->numel, call->k, static_cast<ValueType>(call->type), call->spans.count), call->feedback != nullptr,
       {s.sectors, s.rank_high, s.rank_low, s.list_capacity});
 }
 
 const char* call_compress(const CompressCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
-  const PayloadLayout layout(call->numel, call->k, type);
+  const PayloadLayout layout(call->numel, call->k, type, call->spans.count);
   const auto& s = call->sampling;
   const int64_t wide = accumulate_bytes(type);
   allow(call->gradient, layout.numel * value_bytes(type), false);
@@ -93,6 +111,7 @@ const char* call_compress(const CompressCall* call) {
   allow(call->payload, layout.bytes, true);
   allow(call->sent, call->sent_bytes, false);
   allow(call->feedback, call->feedback_entries * wide, false);
+  allow(call->spans);
   allow(call->workspace, call_compress_workspace(call), true);
   return run([&] {
     return launch_compress(
@@ -102,6 +121,9 @@ const char* call_compress(const CompressCall* call) {
          .payload = call->payload,
          .step = call->step,
          .plan = call->plan,
+         .spans = launch_of(call->spans),
+         .scale = call->scale,
+         .deed = call->deed,
          .sent = call->sent,
          .sent_bytes = call->sent_bytes,
          .feedback = call->feedback,
@@ -116,12 +138,15 @@ const char* call_compress(const CompressCall* call) {
 
 const char* call_aggregate(const AggregateCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
-  const PayloadLayout layout(call->numel, call->k, type);
+  const PayloadLayout layout(call->numel, call->k, type, call->spans);
   allow(call->payloads, call->workers * layout.bytes, false);
   allow(call->gradient, layout.numel * value_bytes(type), true);
   allow(call->feedback, call->feedback_workers * layout.k * accumulate_bytes(type), true);
   allow(call->worst_status, sizeof *call->worst_status, true);
-  allow(call->workspace, kAggregateWorkspaceBytes, true);
+  allow(call->workspace, call_aggregate_workspace(call), true);
+  allow(call->span_ends, (call->spans + 1) * 8, false);
+  allow(call->idle, call->spans, true);
+  allow(call->verdict, 8, true);
   return run([&] {
     return launch_aggregate(
         {.layout = layout,
@@ -134,20 +159,41 @@ const char* call_aggregate(const AggregateCall* call) {
          .distortion = static_cast<Distortion>(call->distortion),
          .step = call->step,
          .plan = call->plan,
+         .span_ends = call->span_ends,
+         .idle = call->idle,
+         .verdict = call->verdict,
+         .round = call->round,
          .workspace = call->workspace,
          .worst_status = call->worst_status},
         static_cast<cudaStream_t>(call->stream));
   });
 }
 
-const char* call_put_back(int64_t type, int64_t numel, const uint8_t* payload, int64_t payload_bytes, void* residual, void* stream) {
-  const ValueType value_type = static_cast<ValueType>(type);
-  allow(payload, payload_bytes, false);
-  allow(residual, numel * accumulate_bytes(value_type), true);
+const char* call_settle(const SettleCall* call) {
+  const ValueType type = static_cast<ValueType>(call->type);
+  allow(call->sent, call->sent_bytes, call->spans.ends != nullptr);
+  allow(call->residual, call->numel * accumulate_bytes(type), true);
+  allow(call->spans);
   return run([&] {
-    return launch_put_back(
-        {.payload = payload, .payload_bytes = payload_bytes, .type = value_type, .numel = numel, .residual = residual},
-        static_cast<cudaStream_t>(stream));
+    return launch_settle(
+        {.sent = call->sent,
+         .sent_bytes = call->sent_bytes,
+         .type = type,
+         .numel = call->numel,
+         .residual = call->residual,
+         .spans = launch_of(call->spans)},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_judge(const JudgeCall* call) {
+  const ValueType type = static_cast<ValueType>(call->type);
+  allow(call->values, call->numel * value_bytes(type), false);
+  allow(call->verdict, 8, true);
+  return run([&] {
+    return launch_judge(
+        {.values = call->values, .numel = call->numel, .type = type, .verdict = call->verdict, .round = call->round},
+        static_cast<cudaStream_t>(call->stream));
   });
 }
 

@@ -16,7 +16,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "put_back"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -80,14 +80,57 @@ def build():
     return library
 
 
+def build_operators():
+    """Return the path of operators.cpp, compiled with the installed torch (about 1 min) if a source has changed."""
+    from torch.utils import cpp_extension
+
+    emulation = build()
+    sources = [ROOT / path for path in ("tests/simt/operators.cpp", "csrc/ops/checks.cpp", "csrc/ops/operators.cpp")]
+    shim = [*ROOT.glob("tests/simt/c10/cuda/*.h"), *ROOT.glob("csrc/ops/*.h"), ROOT / "cuda/operators.cpp"]
+    flags = [*FLAGS, "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", torch.__version__]
+    library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [*sources, *shim])}.so"
+    if not library.exists():
+        linked = library.with_suffix(f".{os.getpid()}")
+        torch_at = [f"-L{path}" for path in cpp_extension.library_paths()]
+        subprocess.run(
+            [os.environ.get("CXX", "g++"), *flags[:-1], f"-I{ROOT / 'tests/simt'}", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+             "-shared", "-o", str(linked), *map(str, sources), str(emulation), "-Wl,-rpath,$ORIGIN", *torch_at, "-ltorch_cpu", "-lc10"],
+            check=True, stdout=sys.stderr,
+        )  # fmt: skip
+        linked.rename(library)
+    return library
+
+
 class _Sampling(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("sectors", "rank_high", "rank_low", "list_capacity")]
+
+
+class _Spans(ctypes.Structure):
+    _fields_ = [
+        ("ends", ctypes.c_void_p), ("count", ctypes.c_int64), ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p),
+        ("sent_round", ctypes.c_int64), ("applied", ctypes.c_void_p), ("counters", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Settle(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64),
+        ("residual", ctypes.c_void_p), ("spans", _Spans), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Judge(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("values", ctypes.c_void_p), ("verdict", ctypes.c_void_p),
+        ("round", ctypes.c_int64), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class _Compress(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("gradient", ctypes.c_void_p),
         ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
+        ("spans", _Spans), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
         ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
         ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("sampling", _Sampling), ("workspace", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
@@ -99,7 +142,8 @@ class _Aggregate(ctypes.Structure):
         ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("payloads", ctypes.c_void_p),
         ("workers", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("feedback", ctypes.c_void_p),
         ("first_feedback_worker", ctypes.c_int64), ("feedback_workers", ctypes.c_int64), ("distortion", ctypes.c_int64),
-        ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("worst_status", ctypes.c_void_p),
+        ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("span_ends", ctypes.c_void_p),
+        ("spans", ctypes.c_int64), ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p), ("round", ctypes.c_int64), ("worst_status", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -119,6 +163,23 @@ class Sampling:
 
 def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def _entry(verdict, number):
+    """The address of a round's entry in the verdict, or None."""
+    return None if verdict is None or number < 0 else verdict.data_ptr() + 8 * (number % verdict.numel())
+
+
+def _spans(spans, idle, verdict, applied, counters, sent_round):
+    if spans is None:
+        return _Spans(sent_round=-1)
+    return _Spans(
+        _pointer(spans), spans.numel() - 1, _pointer(idle), _entry(verdict, sent_round), sent_round, _pointer(applied), _pointer(counters)
+    )  # fmt: skip
+
+
+def _count(spans):
+    return 0 if spans is None else spans.numel() - 1
 
 
 def aligned(numel, dtype):
@@ -144,9 +205,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_put_back") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_zeroed_bytes", "call_payload_bytes"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -169,13 +230,14 @@ class Kernels:
         workspace[:zeroed] = 0
         return workspace
 
-    def payload_bytes(self, numel, k, dtype):
-        return self._library.call_payload_bytes(ctypes.c_int64(numel), ctypes.c_int64(k), ctypes.c_int64(VALUE_TYPES[dtype]))
+    def payload_bytes(self, numel, k, dtype, spans=0):
+        return self._library.call_payload_bytes(*map(ctypes.c_int64, (numel, k, VALUE_TYPES[dtype], spans)))
 
-    def compress_workspace(self, numel, k, dtype, *, has_feedback, sampling=None):
+    def compress_workspace(self, numel, k, dtype, *, has_feedback, sampling=None, spans=0):
         """A workspace for compress; of no other use than to give it."""
         sampling = sampling or self.sampling(numel, k)
         call = _Compress(type=VALUE_TYPES[dtype], numel=numel, k=k, feedback=1 if has_feedback else None, sampling=_Sampling(**vars(sampling)))
+        call.spans.count = spans
         return self._workspace(self._library.call_compress_workspace(ctypes.byref(call)), self._library.call_zeroed_bytes())
 
     @contextmanager
@@ -213,16 +275,21 @@ class Kernels:
         return Sampling(numbers.sectors, numbers.rank_high, numbers.rank_low, numbers.list_capacity)
 
     def compress(
-        self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None
+        self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None,
+        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1,
     ):  # fmt: skip
-        """As regtopk::compress_; `residual` and `payload` are written. Without a workspace, one is made and looked at afterwards."""
+        """As regtopk::compress_; `residual`, `payload` and `counters` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
         used = workspace
         if used is None:
-            used = self.compress_workspace(gradient.numel(), k, gradient.dtype, has_feedback=feedback is not None, sampling=sampling)
-        with self._operands(gradient, residual, payload, sent, feedback) as (gradient, residual, payload, sent, feedback):
+            used = self.compress_workspace(
+                gradient.numel(), k, gradient.dtype, has_feedback=feedback is not None, sampling=sampling, spans=_count(spans)
+            )
+        operands = (gradient, residual, payload, sent, feedback, spans, idle, verdict, applied, counters)
+        with self._operands(*operands) as (gradient, residual, payload, sent, feedback, spans, idle, verdict, applied, counters):
             call = _Compress(
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
+                _spans(spans, idle, verdict, applied, counters, sent_round), scale, deed,
                 _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
                 DISTORTIONS[distortion], mu, _Sampling(**vars(sampling)), _pointer(used), self._stream(),
             )  # fmt: skip
@@ -231,37 +298,49 @@ class Kernels:
             raise EmulationError("compress left its workspace without the zeros it begins with")
 
     def aggregate(
-        self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0, workspace=None, status=None
+        self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0, workspace=None, status=None,
+        spans=None, idle=None, verdict=None, round=-1,
     ):  # fmt: skip
         """As regtopk::aggregate_; returns what the device found wrong with the payloads, PAYLOADS_VALID if nothing.
 
-        With a workspace of 16 zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
+        With a workspace that begins with 16 zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
         """
-        used, found = workspace, status
-        if workspace is None:
-            used = self._workspace(16, 16)
-            found = torch.full((1,), -1, dtype=torch.int64, device=used.device)
-        with self._operands(gradient, payloads, feedback) as (gradient, payloads, feedback):
+        with self._operands(gradient, payloads, feedback, spans, idle, verdict) as (gradient, payloads, feedback, spans, idle, verdict):
             call = _Aggregate(
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(payloads), payloads.shape[0], _pointer(gradient), _pointer(feedback),
-                rank, 0 if feedback is None else feedback.shape[0], DISTORTIONS[distortion], step, plan, _pointer(found), _pointer(used), self._stream(),
+                rank, 0 if feedback is None else feedback.shape[0], DISTORTIONS[distortion], step, plan,
+                _pointer(spans), _count(spans), _pointer(idle), _entry(verdict, round), round, None, None, self._stream(),
             )  # fmt: skip
+            used, found = workspace, status
+            if workspace is None:
+                used = self._workspace(self._library.call_aggregate_workspace(ctypes.byref(call)), 16)
+                found = torch.full((1,), -1, dtype=torch.int64, device=used.device)
+            call.worst_status, call.workspace = _pointer(found), _pointer(used)
             self._raise(self._library.call_aggregate(ctypes.byref(call)))
         if workspace is not None:
             return None
-        if used.any():
+        if used[:16].any():
             raise EmulationError("aggregate left its workspace without the zeros it begins with")
         return int(found) % 2**64
 
     def put_back(self, residual, payload, *, dtype):
         """As regtopk::put_back_; `residual` is written."""
-        with self._operands(residual, payload) as (residual, payload):
-            self._raise(
-                self._library.call_put_back(
-                    ctypes.c_int64(VALUE_TYPES[dtype]), ctypes.c_int64(residual.numel()), ctypes.c_void_p(payload.data_ptr()),
-                    ctypes.c_int64(payload.numel()), ctypes.c_void_p(residual.data_ptr()), ctypes.c_void_p(self._stream()),
-                )  # fmt: skip
-            )
+        self.settle(residual, payload, None, None, None, None, None, dtype=dtype, sent_round=-1)
+
+    def settle(self, residual, sent, spans, idle, verdict, applied, counters, *, dtype, sent_round):
+        """As regtopk::settle_; `residual`, `sent` and `counters` are written."""
+        with self._operands(residual, sent, spans, idle, verdict, applied, counters) as (residual, sent, spans, idle, verdict, applied, counters):
+            call = _Settle(
+                VALUE_TYPES[dtype], residual.numel(), _pointer(sent), sent.numel(), _pointer(residual),
+                _spans(spans, idle, verdict, applied, counters, sent_round), self._stream(),
+            )  # fmt: skip
+            self._raise(self._library.call_settle(ctypes.byref(call)))
+
+    def judge(self, tensor, verdict, *, round):
+        """As regtopk::judge_; `verdict` is written."""
+        with self._operands(tensor, verdict) as (tensor, verdict):
+            call = _Judge(VALUE_TYPES[tensor.dtype], tensor.numel(), _pointer(tensor), _entry(verdict, round), round, self._stream())
+            self._raise(self._library.call_judge(ctypes.byref(call)))
 
     @staticmethod
     def _raise(error):

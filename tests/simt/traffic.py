@@ -13,7 +13,7 @@ from regtopk_torch import reference
 from runlog.command import make_parser
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, copied
 
-COMPRESS, AGGREGATE = ["sample_kernel", "accumulate_kernel", "finish_kernel"], ["check_kernel", "aggregate_kernel"]
+COMPRESS, AGGREGATE = ["settle_kernel", "sample_kernel", "accumulate_kernel", "finish_kernel"], ["check_kernel", "aggregate_kernel"]
 
 
 def limit(dtype):
@@ -37,8 +37,8 @@ def payload_of(numel, k, dtype, seed, *, step):
     return copied(reference.encode(reference.Message(index, value, False, 0, 0), numel, step=step))
 
 
-def measure(kernels, numel, density, workers, dtype, *, mu=1.0, missed=False):
-    """Return {kernel: (bytes loaded, bytes stored)} per entry of one step; `mu=None` is Top-k."""
+def measure(kernels, numel, density, workers, dtype, *, mu=1.0, missed=False, spans=0):
+    """Return {kernel: (bytes loaded, bytes stored)} per entry of one step; `mu=None` is Top-k. None of the spans is idle."""
     k, wide = reference.entries_to_send(density, numel), reference.accumulate_dtype(dtype)
     gradient, residual = gradient_of(numel, dtype, 1), copied(0.3 * gradient_of(numel, dtype, 2).to(wide))
     sent = payload_of(numel, k, dtype, 3, step=0)
@@ -47,13 +47,21 @@ def measure(kernels, numel, density, workers, dtype, *, mu=1.0, missed=False):
     sampling = kernels.sampling(numel, k)
     if missed:  # a bracket that holds nothing but the largest samples
         sampling = sampling.replace(rank_high=1, rank_low=1)
-    payload = aligned(sent.numel(), torch.uint8)
+    of_both, of_compress = {}, {}
+    if spans:
+        of_both = {
+            "spans": copied(torch.linspace(0, numel, spans + 1, dtype=torch.float64).long()), "idle": aligned(spans, torch.uint8).zero_(),
+            "verdict": aligned(4096, torch.int64).fill_(-1),
+        }  # fmt: skip
+        of_compress = {"counters": aligned(3, torch.int64).zero_(), "sent_round": 0}
+    payload = aligned(kernels.payload_bytes(numel, k, dtype, spans), torch.uint8)
     with kernels.traffic() as compress:
-        kernels.compress(gradient, residual, payload, k=k, sent=sent, feedback=feedback, mu=mu or 1.0, step=1, sampling=sampling)
-    payloads = copied(torch.stack([payload] + [payload_of(numel, k, dtype, 10 + n, step=1) for n in range(1, workers)]))
+        kernels.compress(gradient, residual, payload, k=k, sent=sent, feedback=feedback, mu=mu or 1.0, step=1, sampling=sampling, **of_both, **of_compress)
+    others = [payload if spans else payload_of(numel, k, dtype, 10 + n, step=1) for n in range(1, workers)]
+    payloads = copied(torch.stack([payload, *others]))
     row = None if mu is None else aligned(k, wide).view(1, k)
     with kernels.traffic() as aggregate:
-        status = kernels.aggregate(gradient, payloads, k=k, feedback=row, step=1)
+        status = kernels.aggregate(gradient, payloads, k=k, feedback=row, step=1, **of_both)
     assert status == PAYLOADS_VALID, hex(status)
     result = {}
     for counted in (compress, aggregate):
@@ -86,17 +94,18 @@ def main():
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--topk", action="store_true", help="Top-k instead of RegTop-k")
+    parser.add_argument("--spans", type=int, default=62, help="parameters of the bucket; 0 leaves out what is done for them")
     parser.add_argument("--missed", action="store_true", help="with a bracket that misses the k-th score")
     options = parser.parse_args()
     dtype, mu = getattr(torch, options.dtype), None if options.topk else 1.0
     kernels = Kernels()
-    names = COMPRESS + AGGREGATE
+    names = (COMPRESS if options.spans else COMPRESS[1:]) + AGGREGATE
     print(f"bytes of global memory per entry, loaded + stored; {options.numel:,} entries of {options.dtype}, "
           f"{'Top-k' if options.topk else 'RegTop-k'}{', bracket forced to miss' if options.missed else ''}")  # fmt: skip
     print(" ".join(["density", " N", *(f"{name.removesuffix('_kernel'):>15}" for name in names), "   total", "limit"]))
     for density in options.density:
         for workers in options.workers:
-            traffic = measure(kernels, options.numel, density, workers, dtype, mu=mu, missed=options.missed)
+            traffic = measure(kernels, options.numel, density, workers, dtype, mu=mu, missed=options.missed, spans=options.spans)
             cells = [f"{traffic[name][0]:7.3f}+{traffic[name][1]:7.3f}" for name in names]
             print(" ".join([f"{density:7g}", f"{workers:2d}", *cells, f"{total(traffic):8.3f}", f"{limit(dtype):5d}"]), flush=True)
 

@@ -1,0 +1,49 @@
+// Collectives of device tensors on the model's own group, in the order of the stream: NCCL, or any backend whose futures carry
+// the stream's events.
+//
+//   hook call, autograd's thread:   issues the collective behind what the stream has to do, and the rest behind the collective
+//
+// Nothing waits on the host, so that there is no thread and nothing to wake. The model's group is enough: DDP calls the hook in
+// bucket order on every rank, from the thread that would issue its own all-reduces on the same group; a communicator of one's
+// own would cost its buffers and put a second one in flight beside it. What ranks compare beforehand, and a save, go through
+// gloo as ever.
+#pragma once
+
+#include "gloo.h"
+
+namespace regtopk {
+
+class StreamTransport final : public Transport {
+ public:
+  // `group` serves tensors of that type of device; `gloo` takes all else.
+  StreamTransport(
+      c10::intrusive_ptr<c10d::Backend> group, at::DeviceType device_type, std::unique_ptr<GlooTransport> gloo, std::string who);
+
+  int64_t rank() const override { return gloo_->rank(); }
+  int64_t workers() const override { return gloo_->workers(); }
+  FuturePtr gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) override;
+  FuturePtr all_reduce(Bucket bucket) override;
+  std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override {
+    return gloo_->gather_texts(own, caller, activity);
+  }
+  void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) override {
+    gloo_->add_up(tensor, caller, activity);
+  }
+  void announce_failure(const std::string& why) override { gloo_->announce_failure(why); }
+  void wait_idle() override;
+  void close() override;
+
+ private:
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+  template <typename Collective>
+  FuturePtr issue(Bucket bucket, const Collective& collective);
+
+  const std::string who_;
+  const at::DeviceType device_type_;
+  std::mutex mutex_;
+  c10::intrusive_ptr<c10d::Backend> group_;  // null once closed
+  std::vector<FuturePtr> pending_;           // of buckets since the last wait: what follows must come after them on the stream
+  const std::unique_ptr<GlooTransport> gloo_;
+};
+
+}  // namespace regtopk

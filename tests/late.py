@@ -1,0 +1,59 @@
+"""Build tests/native/late_backend.cpp, and put it where a model's group has its NCCL: `with served_late(way)`."""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sysconfig
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from regtopk_torch import groups
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "tests/native/late_backend.cpp"
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+
+
+def build():
+    """Return the path of the module; compile it (about a minute) if the source or torch has changed."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join([*FLAGS, torch.__version__]).encode()).hexdigest()[:16]
+    folder = ROOT / "build" / "late" / digest
+    library = folder / "late_backend.so"
+    if not library.exists():
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+        libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+        unfinished = folder / f"{os.getpid()}.so"
+        subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, *includes, str(SOURCE), "-o", str(unfinished), *libraries], check=True)
+        unfinished.rename(library)  # another process never sees half of it
+    return library
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("late_backend", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def served_late(path, way, failing=-1):
+    """Inside, CPU buckets of states that open their groups go through such a backend, as CUDA ones through NCCL."""
+    late_backend = load(path)
+
+    def stream_of(group):
+        store = dist.PrefixStore("late", group.get_group_store())
+        inner = dist.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), groups._options(groups.timeout_of(group), threads=2))
+        return late_backend.make(inner, way, failing), "cpu"
+
+    before, groups._stream_of = groups._stream_of, stream_of
+    try:
+        yield
+    finally:
+        groups._stream_of = before

@@ -1,0 +1,3 @@
+// See CUDAStream.h.
+#pragma once
+#include "CUDAStream.h"

@@ -1,0 +1,149 @@
+"""Random steps of a bucket with spans, by the CPU operators and by the kernels: idle spans, void rounds and what follows."""
+
+import torch
+
+from regtopk_torch import reference
+from tests.simt.host import PAYLOADS_VALID, aligned, copied
+from tests.simt.inputs import brackets_of
+
+ROUNDS = 4096
+
+
+def spans_of(numel, *, seed=0):
+    """The ends of parameters of all sizes, an empty one and one of a single entry among them, on tile ends and beside them."""
+    cuts = [1, 100, 100, 4096, 8192, 8193, 12_000, 12_001, 16_384, 65_536, 65_537, 70_000]
+    cuts += torch.randint(1, numel, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return copied(torch.tensor([0, *sorted(cut for cut in cuts if cut < numel), numel]))
+
+
+class Operators:
+    """The CPU operators, called as the kernels are."""
+
+    def compress(self, gradient, residual, payload, *, sent, feedback, sampling, **options):
+        torch.ops.regtopk.compress_(gradient, residual, payload, sent, feedback, **options)
+
+    def aggregate(self, gradient, payloads, *, feedback, **options):
+        torch.ops.regtopk.aggregate_(gradient, payloads, feedback, **options)
+        return PAYLOADS_VALID
+
+    def settle(self, *arguments, **options):
+        torch.ops.regtopk.settle_(*arguments, **options)
+
+
+class Side:
+    """What two workers keep for one bucket with spans, and `run`, which works on it."""
+
+    def __init__(self, run, spans, dtype, k, residual, bytes):
+        self.run, self.spans, self.dtype, self.k, self.bytes = run, spans, dtype, k, bytes
+        self.residual = [copied(residual) for _ in range(2)]
+        self.idle, self.verdict = aligned(spans.numel() - 1, torch.uint8).zero_(), aligned(ROUNDS, torch.int64).fill_(-1)
+        self.counters = [aligned(3, torch.int64).zero_() for _ in range(2)]
+        self.sent = self.rows = self.bucket = None
+
+    def step(self, gradients, *, round, distortion, mu, sampling, applied, scale):
+        """mu None: Top-k."""
+        numel, payloads = gradients[0].numel(), aligned(2 * self.bytes, torch.uint8).fill_(0xEE).view(2, self.bytes)
+        both = {"spans": self.spans, "idle": self.idle, "verdict": self.verdict, "k": self.k, "distortion": distortion, "step": round, "plan": 77}
+        for n, gradient in enumerate(gradients):
+            self.run.compress(
+                gradient, self.residual[n], payloads[n], sent=None if self.sent is None else self.sent[n],
+                feedback=None if mu is None or self.sent is None else self.rows[n], sampling=sampling, mu=mu or 1.0, applied=applied,
+                counters=self.counters[n], scale=scale, deed=513, sent_round=round - 1, **both,
+            )  # fmt: skip
+        self.bucket = aligned(numel, self.dtype).view(torch.uint8).fill_(0xEE).view(self.dtype)
+        rows = aligned(2 * self.k, self.residual[0].dtype).view(2, self.k)
+        assert self.run.aggregate(self.bucket, payloads, feedback=rows, round=round, **both) == PAYLOADS_VALID
+        self.sent, self.rows = payloads, rows
+
+    def settle(self, *, round, applied):
+        for n in range(2):
+            self.run.settle(
+                self.residual[n], self.sent[n], self.spans, self.idle, self.verdict, applied, self.counters[n], dtype=self.dtype, sent_round=round
+            )  # fmt: skip
+
+    def kept(self):
+        """{name: bytes}: all that the two sides must agree on."""
+        named = {"idle": self.idle, "verdict": self.verdict, "payloads": self.sent, "bucket": self.bucket, "feedback": self.rows}
+        for n in range(2):
+            named |= {f"residual {n}": self.residual[n], f"counters {n}": self.counters[n]}
+        return {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in named.items()}
+
+
+class Pair:
+    """The CPU operators and the kernels on the same random steps, with spans that are zero for some time, void rounds and all that follows."""
+
+    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", seed=0):
+        from regtopk_torch import _C
+
+        self.numel, self.dtype, self.round, self.options = numel, dtype, 0, {"mu": mu, "distortion": distortion}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.spans, self.k = spans_of(numel, seed=seed), reference.entries_to_send(density, numel)
+        residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))
+        residual[::3] = -0.0
+        residual[1::7] = 0.25
+        residual[numel // 2] = torch.inf
+        bytes = _C.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
+        assert bytes == kernels.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
+        self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes) for run in (Operators(), kernels))
+        self.seen = {"idle": 0, "void": 0}
+
+    def chance(self, probability):
+        return bool(torch.rand((), generator=self.generator) < probability)
+
+    def gradient(self, zero):
+        gradient = torch.randn(self.numel, generator=self.generator) * torch.exp(torch.randn(self.numel, generator=self.generator))
+        for span in zero.nonzero().flatten().tolist():
+            part = gradient[self.spans[span] : self.spans[span + 1]]
+            part.zero_()
+            part[::2] = -0.0
+        return gradient.to(self.dtype)
+
+    def step(self, *, zero=None, bad=None, sampling=None, applied=None):
+        """`zero`: spans whose gradients are zero on both workers. `bad`: what one entry of the gradients is, so that the round is void."""
+        count = self.spans.numel() - 1
+        zero = torch.zeros(count, dtype=torch.bool) if zero is None else zero
+        gradients = []
+        for worker in range(2):
+            here = zero.clone()
+            if worker == 1:  # one of the spans is zero here alone
+                here[int(torch.randint(count, (), generator=self.generator))] = True
+            gradients.append(self.gradient(here))
+            if bad is not None:
+                gradients[-1][7] = bad
+        scale = 2.0 ** (self.round % 3)
+        for side in (self.cpu, self.there):
+            side.step([copied(gradient) for gradient in gradients], round=self.round, sampling=sampling, applied=applied, scale=scale, **self.options)
+        self.compare()
+        self.seen["idle"] += int(self.cpu.idle.sum())
+        self.seen["void"] += int(self.cpu.verdict[self.round % ROUNDS] == self.round)
+        self.round += 1
+
+    def settle(self, *, applied=None):
+        for side in (self.cpu, self.there):
+            side.settle(round=self.round - 1, applied=applied)
+        self.compare()
+
+    def compare(self):
+        there = self.there.kept()
+        for name, expected in self.cpu.kept().items():
+            assert torch.equal(expected, there[name]), f"round {self.round}: {name} differs from byte {int((expected != there[name]).nonzero()[0])} on"
+
+    def random_steps(self, steps, kernels, brackets):
+        count = self.spans.numel() - 1
+        zero = torch.zeros(count, dtype=torch.bool)
+        for step in range(steps):
+            if step % 2 == 0:  # most of what is zero stays so for two steps
+                zero = torch.rand(count, generator=self.generator) < (1.0 if self.chance(0.15) else 0.4)
+            sampling = kernels.sampling(self.numel, self.k)
+            if brackets:  # names of brackets_of
+                name = brackets[int(torch.randint(len(brackets), (), generator=self.generator))]
+                sampling = sampling.replace(**brackets_of(self.numel)[name])
+            applied = None
+            if self.chance(0.5):
+                applied = copied((torch.rand(count, generator=self.generator) < 0.5).to(torch.uint8))
+            bad = None
+            if self.chance(0.35):
+                bad = torch.inf if self.dtype is torch.float16 else torch.finfo(self.dtype).max
+            self.step(zero=zero, bad=bad, sampling=sampling, applied=applied)
+            if self.chance(0.2):
+                self.settle(applied=applied)

@@ -1,0 +1,73 @@
+"""The exchange of CPU gradients by the operators of CUDA, over the emulated kernels: the results of the CPU operators bit for bit.
+
+These are tests of other files, run once more with processes in which cuda/operators.cpp has taken the place of the CPU operators.
+"""
+
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import test_after_an_error
+import test_checkpoint
+import test_idle_residuals
+import test_mixed_precision
+import test_modes
+import test_new_parameters
+import test_shared_scaler
+import test_void_steps
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not installed
+from tests.simt.host import build_operators  # noqa: E402
+
+SUBJECTS = {  # by either entry
+    "idle": lambda entry: test_idle_residuals.test_under_find_unused_parameters_a_parameter_that_nobody_used_waits_likewise(3, entry),
+    "a new scale": test_void_steps.test_a_new_scale_begins_a_step_though_no_bucket_comes_back,
+    "an overflow under one scaler": lambda entry: test_shared_scaler.test_an_overflow_in_one_model_returns_what_the_other_sent_under_the_same_scaler("regtopk", 0, False, entry),
+    "an overflow in a dense bucket": test_shared_scaler.test_an_overflow_in_a_paused_states_dense_bucket_returns_what_the_other_state_sent,
+    "an overflow of the sum": test_shared_scaler.test_under_a_scaler_what_overflowed_in_the_sum_alone_is_applied_later,
+    "an optimizer that applied its step": lambda entry: test_shared_scaler.test_of_two_optimizers_the_one_that_applied_its_step_gets_nothing_twice("regtopk", 0, 1, entry),
+    "put back": test_after_an_error.test_what_other_buckets_sent_before_one_failed_returns,
+    "rebuild": test_new_parameters.test_a_frozen_parameter_keeps_its_own_entries_and_no_others_memory,
+    "checkpoint": lambda entry: test_checkpoint.test_saved_loaded_and_gone_on_equals_never_stopped_bit_for_bit("regtopk", entry),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated():
+    processes.operators_library = build_operators()
+    yield
+    processes.operators_library = None
+
+
+def dispatched(rank):
+    import regtopk_torch  # noqa: F401
+
+    names = ("compress_", "aggregate_", "judge_", "settle_", "put_back_")
+    return ["simt/operators.cpp" in line for name in names for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CPU:")]
+
+
+def test_the_processes_take_the_path_of_the_device():
+    assert processes.run_workers(dispatched, 2) == [[True] * 5] * 2
+
+
+@pytest.mark.parametrize("name", list(test_modes.MODES))
+def test_a_mode_equals_the_simulation_on_the_cpu(name):
+    test_modes.test_a_mode_equals_the_simulation_keeps_replicas_equal_and_loses_nothing(name, "regtopk")
+
+
+@pytest.mark.parametrize("entry", ["register_comm_hook", "attach"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_what_holds_on_the_cpu_holds_on_the_path_of_the_device(subject, entry):
+    SUBJECTS[subject](entry)
+
+
+def test_a_void_step_returns_all_that_it_sent():
+    test_void_steps.test_a_void_step_returns_all_that_it_sent_and_no_more(
+        "regtopk", test_void_steps.with_branch, test_void_steps.SKIPPING, 3, 6, test_void_steps.BRANCH_COMES_AND_GOES
+    )
+
+
+def test_an_overflow_in_any_bucket_is_one_of_all():
+    test_mixed_precision.test_an_overflow_in_any_bucket_on_one_rank_skips_the_step_on_all_and_returns_every_bucket(0, "regtopk")
