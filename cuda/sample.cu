@@ -67,7 +67,7 @@ __device__ uint32_t idle_among(const CompressDevice<T>& device, uint32_t index) 
 // The sampled entries are a fixed function of J and the histogram is a sum of integers, so the bracket is too; and the
 // payload does not depend on it.
 template <typename T, bool kHasFeedback>
-__global__ void __launch_bounds__(kThreads) sample_kernel(CompressDevice<T> device) {
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> device) {
   using Accumulate = typename Traits<T>::Accumulate;
   using Bits = typename Traits<T>::Bits;
   constexpr unsigned kLoadsAhead = 32 / sizeof(Bits);  // 8 vectors of 16 bytes, 4 of 32

@@ -228,27 +228,38 @@ def graph(log):
 
     k = reference.entries_to_send(density, numel)
     gradient = next(steady(log, numel, torch.float32, 1))
-    there, residual = gradient.cuda(), torch.zeros(numel, device="cuda")
-    payloads = [torch.zeros(1, machine.payload_bytes(numel, k, torch.float32), dtype=torch.uint8, device="cuda") for _ in range(2)]
+    residual = torch.zeros(numel, device="cuda")
+    count, ends = 7, torch.linspace(0, numel, 8, dtype=torch.float64).long()
+    gradient[ends[2] : ends[3]] = 0  # an idle parameter from the second step on
+    there = gradient.cuda()
+    payloads = [torch.zeros(1, machine.payload_bytes(numel, k, torch.float32, count), dtype=torch.uint8, device="cuda") for _ in range(2)]
     feedback, bucket = torch.zeros(1, k, device="cuda"), torch.empty(numel, device="cuda")
 
-    def two_steps(kernels, gradient, residual, payloads, feedback, bucket):
+    def shared_on(device):
+        """What the stages of a bucket share, and the counters."""
+        verdict = torch.full((4096,), -1, device=device)
+        return {"spans": ends.to(device), "idle": torch.zeros(count, dtype=torch.uint8, device=device), "verdict": verdict}, torch.zeros(3, dtype=torch.int64, device=device)
+
+    def two_steps(kernels, gradient, residual, payloads, feedback, bucket, shared, counters):
         # Of a graph the step is fixed, so there are two of them; the last payload of step 0 is that of step 1.
         for step in range(2):
-            kernels.compress(gradient, residual, payloads[step][0], k=k, sent=payloads[1 - step][0], feedback=feedback[0], mu=0.8, step=step, plan=PLAN)
-            kernels.aggregate(bucket, payloads[step], k=k, feedback=feedback, step=step, plan=PLAN)
+            kernels.compress(gradient, residual, payloads[step][0], k=k, sent=payloads[1 - step][0], feedback=feedback[0], mu=0.8, step=step, plan=PLAN, counters=counters, sent_round=1 - step, **shared)
+            kernels.aggregate(bucket, payloads[step], k=k, feedback=feedback, step=step, plan=PLAN, round=step, **shared)
 
     # A payload before the first step, of nothing.
-    kernels.compress(torch.zeros_like(there), residual, payloads[1][0], k=k, step=1, plan=PLAN)
-    on_cpu = [gradient, residual.cpu(), [payload.cpu() for payload in payloads], feedback.cpu(), bucket.cpu()]
-    operands = (there, residual, payloads, feedback, bucket)
+    shared, counters = shared_on("cuda")
+    kernels.compress(torch.zeros_like(there), residual, payloads[1][0], k=k, step=1, plan=PLAN, counters=counters, **shared)
+    on_cpu = [gradient, residual.cpu(), [payload.cpu() for payload in payloads], feedback.cpu(), bucket.cpu(), *shared_on("cpu")]
+    operands = (there, residual, payloads, feedback, bucket, shared, counters)
     torch.cuda.set_sync_debug_mode("error")
     two_steps(kernels, *operands)  # eager, and it loads the kernels
     torch.cuda.set_sync_debug_mode("default")
     two_steps(cpu, *on_cpu)
 
     def compare(when):
-        for what, mine, theirs in (("residual", residual, on_cpu[1]), ("payload", payloads[1], on_cpu[2][1]), ("bucket", bucket, on_cpu[4])):
+        pairs = [("residual", residual, on_cpu[1]), ("payload", payloads[1], on_cpu[2][1]), ("bucket", bucket, on_cpu[4])]
+        pairs += [("idle", shared["idle"], on_cpu[5]["idle"]), ("counters", counters, on_cpu[6])]
+        for what, mine, theirs in pairs:
             log.check(machine.same_bytes(theirs, mine), f"{when}: expected the CPU's {what}, got another")
 
     compare("eager")

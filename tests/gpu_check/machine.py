@@ -26,11 +26,12 @@ def library_kernels(log):
 class Operators:
     """torch.ops.regtopk, for tensors of whatever device, called as host.Kernels is."""
 
-    def compress(self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0):
-        torch.ops.regtopk.compress_(gradient, residual, payload, sent, feedback, k=k, mu=mu, distortion=distortion, step=step, plan=plan)
+    def compress(self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, **shared):
+        options = {"k": k, "mu": mu, "distortion": distortion, "step": step, "plan": plan}
+        torch.ops.regtopk.compress_(gradient, residual, payload, sent, feedback, **options, **shared)
 
-    def aggregate(self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0):
-        torch.ops.regtopk.aggregate_(gradient, payloads, feedback, k=k, rank=rank, distortion=distortion, step=step, plan=plan)
+    def aggregate(self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0, **shared):
+        torch.ops.regtopk.aggregate_(gradient, payloads, feedback, k=k, rank=rank, distortion=distortion, step=step, plan=plan, **shared)
 
     def put_back(self, residual, payload, *, dtype):
         torch.ops.regtopk.put_back_(residual, payload, dtype=dtype)
@@ -66,12 +67,12 @@ def empty_on_device(log, shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
-def payload_bytes(numel, k, dtype):
+def payload_bytes(numel, k, dtype, spans=0):
     if package_without_extension():
-        return host.Kernels("cuda", host.build_for_gpu(architecture())).payload_bytes(numel, k, dtype)
+        return host.Kernels("cuda", host.build_for_gpu(architecture())).payload_bytes(numel, k, dtype, spans)
     from regtopk_torch import _C
 
-    return _C.payload_bytes(numel, k, dtype)
+    return _C.payload_bytes(numel, k, dtype, spans)
 
 
 def same_bytes(one, other):

@@ -94,10 +94,13 @@ def build_operators():
         torch_at = [f"-L{path}" for path in cpp_extension.library_paths()]
         subprocess.run(
             [os.environ.get("CXX", "g++"), *flags[:-1], f"-I{ROOT / 'tests/simt'}", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-             "-shared", "-o", str(linked), *map(str, sources), str(emulation), "-Wl,-rpath,$ORIGIN", *torch_at, "-ltorch_cpu", "-lc10"],
+             "-shared", "-o", str(linked), *map(str, sources), str(emulation), *torch_at, "-ltorch_cpu", "-lc10"],
             check=True, stdout=sys.stderr,
         )  # fmt: skip
         linked.rename(library)
+        for old in BUILD.glob("libregtopk_operators-*.so"):
+            if old != library:
+                old.unlink(missing_ok=True)
     return library
 
 

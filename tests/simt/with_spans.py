@@ -72,7 +72,8 @@ class Side:
 class Pair:
     """The CPU operators and the kernels on the same random steps, with spans that are zero for some time, void rounds and all that follows."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", seed=0):
+    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", seed=0, infinite=False):
+        """`infinite`: an entry of the residual is, which makes each round void in which it is sent."""
         from regtopk_torch import _C
 
         self.numel, self.dtype, self.round, self.options = numel, dtype, 0, {"mu": mu, "distortion": distortion}
@@ -81,11 +82,12 @@ class Pair:
         residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))
         residual[::3] = -0.0
         residual[1::7] = 0.25
-        residual[numel // 2] = torch.inf
+        if infinite:
+            residual[numel // 2] = torch.inf
         bytes = _C.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
         assert bytes == kernels.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
         self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes) for run in (Operators(), kernels))
-        self.seen = {"idle": 0, "void": 0}
+        self.seen = {"idle": 0, "void": 0, "valid": 0}
 
     def chance(self, probability):
         return bool(torch.rand((), generator=self.generator) < probability)
@@ -115,6 +117,7 @@ class Pair:
             side.step([copied(gradient) for gradient in gradients], round=self.round, sampling=sampling, applied=applied, scale=scale, **self.options)
         self.compare()
         self.seen["idle"] += int(self.cpu.idle.sum())
+        self.seen["valid"] += int(self.cpu.verdict[self.round % ROUNDS] != self.round)
         self.seen["void"] += int(self.cpu.verdict[self.round % ROUNDS] == self.round)
         self.round += 1
 
@@ -129,11 +132,17 @@ class Pair:
             assert torch.equal(expected, there[name]), f"round {self.round}: {name} differs from byte {int((expected != there[name]).nonzero()[0])} on"
 
     def random_steps(self, steps, kernels, brackets):
+        """At least 4 steps."""
         count = self.spans.numel() - 1
-        zero = torch.zeros(count, dtype=torch.bool)
+        zero, bad = torch.zeros(count, dtype=torch.bool), None
+        largest = torch.finfo(self.dtype).max
         for step in range(steps):
             if step % 2 == 0:  # most of what is zero stays so for two steps
                 zero = torch.rand(count, generator=self.generator) < (1.0 if self.chance(0.15) else 0.4)
+            quiet = step >= steps - 4  # at the end no round is void, all is in use, and then nearly nothing
+            if quiet:
+                zero = torch.full((count,), step >= steps - 2)
+                zero[-1] = False
             sampling = kernels.sampling(self.numel, self.k)
             if brackets:  # names of brackets_of
                 name = brackets[int(torch.randint(len(brackets), (), generator=self.generator))]
@@ -141,9 +150,12 @@ class Pair:
             applied = None
             if self.chance(0.5):
                 applied = copied((torch.rand(count, generator=self.generator) < 0.5).to(torch.uint8))
-            bad = None
-            if self.chance(0.35):
-                bad = torch.inf if self.dtype is torch.float16 else torch.finfo(self.dtype).max
+            # Two finite gradients whose sum overflows return, and are taken away by the next; fp32 holds every sum of fp16.
+            bad = -largest if bad == largest else None
+            if bad is None and self.chance(0.35) and not quiet:
+                bad = largest if self.chance(0.6) and self.dtype is not torch.float16 else torch.nan
+            if applied is not None:
+                applied[torch.searchsorted(self.spans, 7, right=True) - 1] = 0
             self.step(zero=zero, bad=bad, sampling=sampling, applied=applied)
             if self.chance(0.2):
                 self.settle(applied=applied)
