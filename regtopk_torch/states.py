@@ -346,7 +346,7 @@ register_optimizer_step_post_hook(_after_step)
 
 def _reader_of(grad_scaler):
     """A function that returns its scale, and waits for a device that has it only where it may have changed."""
-    known = {}
+    known: dict[str, object] = {}
 
     def read():
         scale = getattr(grad_scaler, "_scale", None)
