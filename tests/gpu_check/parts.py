@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from tests.gpu_check import build, correctness, memory, sanitize, timing
+from tests.gpu_check import build, correctness, ddp, memory, sanitize, timing
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,11 @@ PARTS = [
     Part("misses", "bytes equal to the CPU's whatever the bracket", correctness.misses, 40),
     Part("graph", "no synchronisation; capture and replay", correctness.graph, 30, gpu_alone=True),
     Part("races", "300 calls beside a loaded stream give one result", correctness.races, 40),
+    Part("gloo", "DDP, 2 and 4 ranks over gloo, equal to the simulation", ddp.gloo, 60),
+    Part("nccl", "DDP over NCCL, 1, 2 and 4 ranks, equal to the simulation, no synchronisation", ddp.nccl, 90, gpu_alone=True),
     Part("times", "time against a copy of equal bytes, the torch chain and torch.topk", timing.times, 130),
+    Part("share", "what the hook adds to a step of ResNet-50", ddp.share_of_a_step, 90, gpu_alone=True),
+    Part("workers", "8 workers of ResNet-18 in one process", ddp.workers, 40),
     Part("sanitizer", "compute-sanitizer on small sizes", sanitize.sanitizer, 60),
     Part("variants", "what was predicted of single mends", timing.variants, 40),
     Part("memory", "bytes beyond gradient and residual", memory.memory, 20),

@@ -1,0 +1,229 @@
+"""DDP with the hook on the device, over whatever carries its gradients, against the simulation on the same device: bit for bit.
+
+Gradients are what one gives them, so that no kernel of torch's decides about their bits. Among the steps are parameters that no
+rank uses, and one that overflows on one rank and that nobody applies.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+SIZES = [70_000, 9, 30_000, 1, 4_096]
+STEPS, OVERFLOW, UNUSED = 9, 4, (5, 6)
+DENSITY = 0.01
+
+# NCCL refuses two ranks on one GPU unless each says that it is a host of its own.
+ON_ONE_GPU = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+
+
+def gradients_of(rank, step, device, dtype=torch.float32):
+    """One gradient per parameter; None where the parameter is not used."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    gradients = [torch.randn(size, generator=generator).to(device, dtype) for size in SIZES]
+    if step == OVERFLOW and rank == 0:
+        gradients[0][7] = float("inf")
+    if step in UNUSED:
+        gradients[2] = None
+    return gradients
+
+
+@contextlib.contextmanager
+def refusing_to_wait():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
+
+def train(rank, backend, device, method, view):
+    """Return (parameters, residuals, statistics, layouts, of which kind the transport is) of this rank."""
+    import regtopk_torch as rt
+    from given import Given
+    from training import make_state
+
+    if backend == "nccl":
+        os.environ.update(ON_ONE_GPU, NCCL_HOSTID=f"host{rank}")
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    group = dist.new_group(backend=backend)
+    module = Given(*SIZES).to(device)
+    ddp = DistributedDataParallel(module, process_group=group, bucket_cap_mb=0.2, find_unused_parameters=True, gradient_as_bucket_view=view)
+    state = make_state(method, DENSITY, process_group=group)
+    places = {parameter: place for place, parameter in enumerate(module.parameters())}
+    layouts = []
+
+    def hook(state, bucket):
+        layouts[-1].append([places[parameter] for parameter in bucket.parameters()])
+        # Buffers and layouts are there by then: nothing may wait for the device.
+        settled = backend == "nccl" and len(layouts) > 7
+        with refusing_to_wait() if settled else contextlib.nullcontext():
+            return rt.sparse_hook(state, bucket)
+
+    ddp.register_comm_hook(state, hook)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for step in range(STEPS):
+        layouts.append([])
+        optimizer.zero_grad()
+        ddp(gradients_of(rank, step, device)).backward()
+        if step == 2:
+            copied = state.state_dict(ddp)
+        if step == 3:  # as if it had been stopped: what was saved, loaded and gone on with
+            state.load_state_dict(state.state_dict(ddp), ddp)
+        if finite(parameter.grad for parameter in module.parameters()):
+            optimizer.step()
+    state.check()
+    assert copied["step"] == 2
+    residuals = {name: entry["residual"] for name, entry in state.state_dict(ddp)["parameters"].items()}
+    counted = {name: value for name, value in state.stats().items() if not name.endswith("_seconds")}
+    return [parameter.detach().cpu() for parameter in module.parameters()], residuals, counted, layouts, rt.groups._stream_of(group) is not None
+
+
+def simulate(world, device, method, layouts):
+    """Return (parameters, residuals of each rank) of the same job on LocalExchange."""
+    import regtopk_torch as rt
+
+    parameters = [torch.zeros(size, device=device) for size in SIZES]
+    exchange = rt.LocalExchange(world, DENSITY, method=method, mu=1.0)
+    for step in range(STEPS):
+        given = [
+            [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in zip(parameters, gradients_of(rank, step, device), strict=True)]
+            for rank in range(world)
+        ]  # fmt: skip
+        averages = exchange.step(given, layouts[step])
+        if finite(averages):
+            for place, (parameter, average) in enumerate(zip(parameters, averages, strict=True)):
+                if not (step in UNUSED and place == 2):
+                    parameter.add_(average, alpha=-0.1)
+    state = exchange.state_dict()
+    return [parameter.cpu() for parameter in parameters], state
+
+
+def compare(log, world, backend, method, view):
+    from processes import run_workers_and_report
+
+    device = "cpu" if log.emulated else "cuda"
+    name = f"{world} ranks, {backend}, {method}{', bucket view' if view else ''}"
+    started = time.monotonic()
+    outcomes = run_workers_and_report(train, world, backend, device, method, view, seconds=60)
+    if not log.check(all(succeeded for succeeded, _ in outcomes), f"{name}: expected a result of every rank, got {outcomes}"):
+        return
+    results = [result for _, result in outcomes]
+    parameters, _, counted, layouts, on_stream = results[0]
+    for rank, other in enumerate(results):
+        same = all(torch.equal(one, two) for one, two in zip(parameters, other[0], strict=True))
+        log.check(same, f"{name}: expected the parameters of rank 0 on rank {rank}, got others")
+    simulated, _ = simulate(world, device, method, layouts)
+    differing = [place for place, (one, two) in enumerate(zip(parameters, simulated, strict=True)) if not torch.equal(one, two)]
+    log.check(not differing, f"{name}: expected the parameters of the simulation, got others in {differing}")
+    log.check(counted["void_steps"] == 1, f"{name}: expected 1 void step, got {counted['void_steps']}")
+    log.check(on_stream == (backend == "nccl"), f"{name}: expected the transport of {backend}, got the other")
+    log.write("trained", name=name, world=world, backend=backend, method=method, seconds=round(time.monotonic() - started, 1), statistics=counted)
+
+
+def gloo(log):
+    for world, method, view in [(2, "regtopk", True)] if log.emulated else [(2, "topk", False), (2, "regtopk", True), (4, "regtopk", False)]:
+        compare(log, world, "gloo", method, view)
+
+
+def nccl(log):
+    for world, method, view in [(1, "regtopk", False), (1, "topk", True), (2, "regtopk", False), (2, "topk", True), (4, "regtopk", True)]:
+        compare(log, world, "nccl", method, view)
+
+
+WARM, TIMED = 8, 25
+
+
+class RandomBatches:
+    def __init__(self, device, batch):
+        generator = torch.Generator().manual_seed(0)
+        self._batch = torch.randn(batch, 3, 32, 32, generator=generator).to(device), torch.randint(10, (batch,), generator=generator).to(device)
+
+    def __getitem__(self, step):
+        return self._batch
+
+
+def workers(log):
+    """Steps a second of 8 workers of the experiments' network in one process."""
+    from types import SimpleNamespace
+
+    from experiments.models import make_model
+    from experiments.workers import LocalWorkers
+
+    device, network, steps = ("cpu", "tiny", 2) if log.emulated else ("cuda", "resnet18", TIMED)
+    for method in ("dense", "topk", "regtopk"):
+        options = SimpleNamespace(
+            workers=8, learning_rate=0.01, momentum=0.0, device=device, method=method, density=0.001, mu=5.0, distortion="previous", local_steps=1
+        )  # fmt: skip
+        job = LocalWorkers(options, make_model(network, 0).to(device), [RandomBatches(device, 20)] * 8)
+        for step in range(1 if log.emulated else WARM):
+            job.step(step)
+        started = time.perf_counter()
+        for step in range(steps):  # each ends with reading the losses
+            job.step(step)
+        log.write("workers", method=method, network=network, workers=8, steps_per_second=round(steps / (time.perf_counter() - started), 2))
+        log.check(method == "dense" or job.statistics()["sent_entries"] > 0, f"{method}: expected entries to be sent, got none")
+
+
+def time_steps(rank, hook_name):
+    """Seconds of each step of ResNet-50, batch 64 in bf16 autocast, with that hook, on one rank over NCCL."""
+    import regtopk_torch as rt
+    import torchvision
+
+    torch.cuda.set_device(0)
+    group = dist.new_group(backend="nccl")
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(torchvision.models.resnet50().cuda(), process_group=group)
+    if hook_name == "nothing":
+        def nothing(state, bucket):
+            future = torch.futures.Future(devices=["cuda:0"])
+            future.set_result(bucket.buffer())
+            return future
+
+        ddp.register_comm_hook(None, nothing)
+    else:
+        rt.attach(ddp, (rt.RegTopKState if hook_name == "RegTop-k" else rt.TopKState)(0.001, process_group=group))
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    images, labels = torch.randn(64, 3, 224, 224, device="cuda"), torch.randint(1000, (64,), device="cuda")
+    events = []
+    for _ in range(WARM + TIMED):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(ddp(images), labels)
+        loss.backward()
+        optimizer.step()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events[WARM:]]
+
+
+def share_of_a_step(log):
+    """What the hook adds to a step of ResNet-50, against a hook that does nothing."""
+    from processes import run_workers_and_report
+
+    medians = {}
+    for name in ("nothing", "Top-k", "RegTop-k", "nothing"):
+        ((succeeded, seconds),) = run_workers_and_report(time_steps, 1, name, seconds=60)
+        if not log.check(succeeded, f"ResNet-50 with {name}: expected step times, got {seconds}"):
+            return
+        medians.setdefault(name, []).append(statistics.median(seconds))
+    alone = statistics.mean(medians["nothing"])
+    for name in ("Top-k", "RegTop-k"):
+        share = medians[name][0] / alone - 1
+        log.write("share", network="resnet50", batch=64, method=name, step_seconds=medians[name][0], alone_seconds=medians["nothing"], share=share, target=0.05)
