@@ -247,3 +247,35 @@ def test_a_folder_is_named_after_what_sets_the_run_apart_and_paper_is_a_preset()
         "resnet18-dense-n2-s0", "resnet18-regtopk-d0.01-mu50-n8-s2", "resnet18-regtopk-d0.001-mu5-current-dirichlet0.1-local40-n2-s0",
     ]  # fmt: skip
     assert (parsed[1].learning_rate, parsed[1].test_images, parsed[1].steps) == (0.01, 10_000, 7)
+
+
+@pytest.mark.parametrize(
+    "gpus, here, local, wanted, expected",
+    [
+        (0, 2, 1, "auto", ("cpu", "gloo", "device: CPU; gradients go over gloo")),
+        (2, 2, 1, "cpu", ("cpu", "gloo", "device: CPU; gradients go over gloo")),
+        (2, 2, 1, "auto", ("cuda:1", "cpu:gloo,cuda:nccl", "device: a GPU for each worker (card); gradients go over NCCL")),
+        (1, 4, 3, "cuda", ("cuda:0", "gloo", "device: 1 GPU for 4 workers of this host (card); gradients go over gloo")),
+        (1, None, 0, "auto", ("cuda:0", "gloo", "device: card, for all workers")),
+    ],
+)
+def test_a_process_takes_the_gpu_that_is_its_own_and_says_what_carries_its_gradients(monkeypatch, gpus, here, local, wanted, expected):
+    from experiments.devices import choose
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    assert choose(wanted, here is not None) == expected
+    assert taken == ([expected[0]] if here is not None and expected[0] != "cpu" else [])
+
+
+def test_cuda_without_a_gpu_is_one_message(monkeypatch):
+    from experiments.devices import choose
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device: expected a GPU that torch can use, got none; choose cpu"):
+        choose("cuda", False)
