@@ -107,10 +107,12 @@ def _options(limit, *, threads):
 
 def timeout_of(group):
     """The timeout of a group's own collectives; the groups of a state take it over."""
-    try:
-        return group._get_backend(torch.device("cpu")).options._timeout
-    except (AttributeError, RuntimeError):  # no CPU backend, or one without options
-        return dist.constants.default_pg_timeout
+    for device in ("cpu", "cuda"):
+        try:
+            return group._get_backend(torch.device(device)).options._timeout
+        except (AttributeError, RuntimeError):  # no backend for that device, or one without options
+            continue
+    return dist.constants.default_pg_timeout
 
 
 def _models_of(state):
