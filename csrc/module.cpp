@@ -41,8 +41,10 @@ std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(DdpExchange& ex
   }
   const at::Tensor& buffer = bucket.getBufferRef();
   auto result = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get(), done->devices());
-  const auto storages = buffer.is_sparse() ? std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>>()
-                                           : std::vector{buffer.storage().getWeakStorageImpl()};
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages;
+  for (const at::Tensor& part : buffer.is_sparse() ? std::vector{buffer._indices(), buffer._values()} : std::vector{buffer}) {
+    storages.push_back(part.storage().getWeakStorageImpl());
+  }
   // Where there is a device this is called on streams that wait for `done`.
   done->addCallback(
       [result, storages, value = torch::jit::toIValue(py::cast(buffer), c10::PyObjectType::get())](c10::ivalue::Future& completed) mutable {
@@ -237,7 +239,10 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<Options, int64_t>())
       .def("step", &LocalExchange::step, release_gil())
       .def("skipped", &LocalExchange::skipped, release_gil())
-      .def("statistics", [](LocalExchange& exchange, int64_t rank) { return statistics_of(exchange.worker(rank)); })
+      .def("statistics", [](LocalExchange& exchange, int64_t rank) {
+        exchange.worker(rank).hear(/*wait=*/true);  // a simulation has nothing to overlap
+        return statistics_of(exchange.worker(rank));
+      })
       .def("last_step", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).steps.step(); })
       .def("residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm().item<double>(); }, release_gil())
       .def("export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())

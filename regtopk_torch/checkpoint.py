@@ -53,7 +53,7 @@ def _memory_index(parameter):
     """For each entry in logical order its place in memory order, shape [numel] int64; None where the two are the same."""
     if parameter.is_contiguous():
         return None
-    return in_shape_of(torch.arange(parameter.numel()), parameter).flatten()
+    return in_shape_of(torch.arange(parameter.numel(), device="cpu"), parameter).flatten()
 
 
 def to_state_dict(pieces, named_keys, header, *, step):
@@ -189,7 +189,7 @@ def _piece(where, entry, parameter, *, keep_feedback):
     residual = _tensor(where, entry, "residual", accumulate, parameter.shape)
     if not torch.isfinite(residual).all():
         raise ValueError(f"{where}: expected a finite residual, got infinities or NaN")
-    flat = torch.empty(parameter.numel(), dtype=accumulate)
+    flat = torch.empty(parameter.numel(), dtype=accumulate, device="cpu")
     in_shape_of(flat, parameter).copy_(residual)
     idle = entry.get("idle", False)
     if type(idle) is not bool:
@@ -225,7 +225,7 @@ def _tensor(where, entry, name, dtype, shape):
         or tensor.is_meta
     ):
         raise ValueError(f"{where}: expected {name} of dtype {dtype} and shape {list(shape)}, got {_describe(tensor)}")
-    return tensor.detach()
+    return tensor.detach().cpu()
 
 
 def _is(value, expected):

@@ -47,7 +47,8 @@ def open_groups(state):
         torch.distributed.DistBackendError: a rank did not use its state within the group's timeout.
     """
     group = group_of(state)
-    for ddp in _models_of(state):
+    models = _models_of(state)
+    for ddp in models:
         check_model("sparse_hook", ddp, group)
     rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
     shared = _own_client(group.get_group_store())
@@ -72,7 +73,7 @@ def open_groups(state):
         raise dist.DistBackendError(
             f"rank {rank}: sparse_hook: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
         ) from error
-    return payloads, control, store, limit.total_seconds(), _stream_of(group)
+    return payloads, control, store, limit.total_seconds(), _stream_of(models[0].process_group if models else group)
 
 
 def _stream_of(group):

@@ -100,7 +100,7 @@ class TopKState:
         """Return this rank's sums since construction, as a dict; no collective, no wait, no pass over a tensor.
 
         Of CUDA gradients void_steps, history_dropped, repeated and displaced are those that have reached the host, a step or two
-        late; seconds are those of the host.
+        late; seconds are those of the host, and exchange_seconds is 0 where nobody waits for the exchange (NCCL).
 
         steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
         (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets,
@@ -202,7 +202,7 @@ class TopKState:
         flushable = {name: entry for name, entry in ((n, _find(module, n)) for n in everywhere) if entry is not None}
         averages = {}
         for name, (numel, dtype) in everywhere.items():
-            residual = torch.zeros(numel, dtype=torch.float64 if dtype == "torch.float64" else torch.float32)
+            residual = torch.zeros(numel, dtype=torch.float64 if dtype == "torch.float64" else torch.float32, device="cpu")
             if name in named and pieces[named[name][1]].residual.numel() == numel:
                 residual.copy_(pieces[named[name][1]].residual)
             self._exchange.add_up(residual, "flush", "the flush")
@@ -334,6 +334,8 @@ class RegTopKState(TopKState):
 
 def _after_step(optimizer, args, kwargs):
     """Every optimizer's step, torch's own hook: what counts is what was applied, not what should have been."""
+    if not _states:
+        return
     found_inf = getattr(optimizer, "found_inf", None)  # set around the step of an optimizer that skips by itself
     if found_inf is not None and bool(found_inf):
         return

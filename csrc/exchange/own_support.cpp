@@ -33,13 +33,20 @@ at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
   return payload;
 }
 
+void make_room(const Worker& worker, Plan& plan, int64_t rows) {
+  if (!plan.received.defined()) {
+    const int64_t bytes = payload_bytes(plan.numel, plan.k, plan.layout.dtype, static_cast<int64_t>(plan.layout.spans.size()));
+    plan.received = at::empty({worker.workers, bytes}, plan.residual.options().dtype(at::kByte));
+  }
+  if (worker.options.regularised && !plan.feedback_buffer.defined()) {
+    plan.feedback_buffer = at::empty({rows, plan.k}, plan.residual.options());
+  }
+}
+
 void receive(const std::vector<Receiver>& receivers, const at::Tensor& received, const at::Tensor& gradient) {
   const Clock::time_point start = Clock::now();
   const auto& [worker, plan, payload] = receivers.front();
   const int64_t rows = static_cast<int64_t>(receivers.size());
-  if (worker.options.regularised && !plan.feedback_buffer.defined()) {
-    plan.feedback_buffer = at::empty({rows, plan.k}, plan.residual.options());
-  }
   try {
     aggregate_(
         gradient, received, optional(plan.feedback_buffer), plan.shared, optional(worker.report.status()), selection_of(worker, plan),

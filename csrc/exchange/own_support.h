@@ -28,6 +28,10 @@ namespace regtopk::own_support {
 // This worker's payload, in a buffer of the plan; the gradient is only read.
 at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient);
 
+// Buffers of the plan for what is received: payloads of all workers, and `rows` of feedback. Made once, on the thread and the
+// stream of the front end.
+void make_room(const Worker& worker, Plan& plan, int64_t rows);
+
 // Who receives: a worker and its plan for the bucket.
 struct Receiver {
   Worker& worker;

@@ -5,7 +5,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <thread>
 
 #include "../ops/checks.h"
 
@@ -93,6 +95,7 @@ void Worker::begin_step(double scale, const AppliedKeys& applied) {
     // What was sent is of the old scale; what nobody received, or a verdict that is about to be forgotten, can't wait.
     const bool too_old = plan->sent_round >= 0 && plan->sent_round + kVerdictRounds / 2 < steps.round();
     if (scale != steps.scale() || plan->in_vain || too_old) plan->settle(report.counters());
+    if (too_old && plan->sent.defined()) plan->forget_round();
   }
   if (scale != steps.scale()) store_.multiply(scale / steps.scale(), feedback_has_scale());
   seen_.clear();
@@ -109,10 +112,23 @@ void Worker::hear(bool wait) {
     }
     TORCH_CHECK_VALUE(news.status == Report::kNothing, who, ": ", describe_status(news.status));
   };
-  take_in(report.hear(wait));
+  if (wait) wait_for_report();
+  take_in(report.hear());
   if (!wait) return;
-  report.ask(steps.clock().verdict(report.device()), steps.round());
-  take_in(report.hear(wait));
+  report.ask(steps.clock().verdict(report.device()), steps.round(), /*ended=*/false);
+  wait_for_report();
+  take_in(report.hear());
+}
+
+void Worker::wait_for_report() const {
+  constexpr std::chrono::minutes kLimit{10};
+  const auto deadline = std::chrono::steady_clock::now() + kLimit;
+  while (report.is_under_way()) {
+    TORCH_CHECK(
+        std::chrono::steady_clock::now() < deadline, who, ": expected ", report.device(), " to end what it does within ", kLimit.count(),
+        " min, got no end; a rank that it waits for may be gone");
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
 }
 
 void Worker::publish_counts() {
@@ -148,7 +164,8 @@ void Worker::replace_pieces(Pieces pieces, int64_t step) {
   const std::lock_guard lock(mutex_);
   store_.replace(std::move(pieces), garbage);
   seen_.clear();
-  if (report.device().is_cpu() && steps.is_void()) ++statistics.void_steps;
+  if (report.device().is_cpu()) statistics.void_steps += steps.is_void() ? 1 : 0;
+  else report.ask(steps.clock().verdict(report.device()), steps.round());
   steps.restart(step);
 }
 

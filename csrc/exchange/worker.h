@@ -77,6 +77,7 @@ class Worker {
   uint64_t deed() const { return deed_; }
 
  private:
+  void wait_for_report() const;
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();
   bool feedback_has_scale() const { return options.regularised && options.distortion == "current"; }

@@ -63,7 +63,7 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
     return transport_->all_reduce(std::move(moved));
   }
   const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
-  if (!plan->received.defined()) plan->received = at::empty({worker_->workers, payload.numel()}, payload.options());
+  own_support::make_room(*worker_, *plan, /*rows=*/1);
   moved.finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); };
   moved.fail = [worker = worker_, plan, payload] { own_support::fail(*worker, *plan, payload); };
   return transport_->gather(payload, plan->received, std::move(moved));

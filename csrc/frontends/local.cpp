@@ -27,6 +27,9 @@ at::Tensor shaped_as(const at::Tensor& first, const at::Tensor& flat) {
   return flat.as_strided(first.sizes(), first.strides());
 }
 
+// A device's kernels load whole vectors.
+bool is_aligned(const at::Tensor& tensor) { return tensor.is_cpu() || tensor.storage_offset() == 0; }
+
 constexpr const char* kWho = "LocalExchange";
 
 void check_gradients(const std::vector<std::vector<at::Tensor>>& gradients, int64_t workers) {
@@ -116,11 +119,10 @@ std::vector<at::Tensor> LocalExchange::step(
         std::vector<at::Tensor> parts;
         for (const int64_t parameter : parameters) parts.push_back(flat_as(first[parameter], gradients[rank][parameter]));
         plans.push_back(worker(rank).enter(bucket, [&] { return std::vector<Owner>(parameters.size()); }, nullptr));
-        const at::Tensor payload = own_support::send(worker(rank), *plans.back(), parts.size() == 1 ? parts.front() : at::cat(parts));
-        at::Tensor& rows = plans.front()->received;
-        if (!rows.defined()) rows = at::empty({workers(), payload.numel()}, payload.options());
-        rows[rank].copy_(payload);
-        received = rows;
+        const at::Tensor payload = own_support::send(worker(rank), *plans.back(), parts.size() == 1 && is_aligned(parts.front()) ? parts.front() : at::cat(parts));
+        if (rank == 0) own_support::make_room(worker(0), *plans.front(), workers());
+        received = plans.front()->received;
+        received[rank].copy_(payload);
         receivers.push_back({worker(rank), *plans.back(), payload});
       }
       own_support::receive(receivers, received, average);

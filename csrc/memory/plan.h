@@ -48,6 +48,11 @@ struct Plan {
   // One flag a span. A device takes them in without being waited for.
   void set_applied(std::vector<uint8_t> flags);
   void remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round);
+  // It is settled, and its round will be another's.
+  void forget_round() {
+    sent_round = -1;
+    applied.reset();
+  }
   // Ends the history and returns its number of entries.
   int64_t forget();
   // Does at once what the next compress would do first: what was not applied returns to the residual. Waits for the device.

@@ -16,36 +16,50 @@ namespace regtopk {
 void Report::place_on(at::Device device) {
   const std::lock_guard lock(mutex_);
   placed_ = true;
+  device_ = device;
   if (device.is_cpu()) return;
   counters_ = at::zeros({3}, at::TensorOptions().dtype(at::kLong).device(device));
   status_ = at::full({1}, kNothing, counters_.options());
 }
 
-void Report::ask(const at::Tensor& verdict, int64_t round) {
+bool Report::is_placed() const {
   const std::lock_guard lock(mutex_);
-  if (device().is_cpu()) return;
-  if (round > last_asked_) waiting_.push_back(round);
-  last_asked_ = std::max(last_asked_, round);
+  return placed_;
+}
+
+at::Device Report::device() const {
+  const std::lock_guard lock(mutex_);
+  return device_;
+}
+
+bool Report::is_under_way() const {
+  const std::lock_guard lock(mutex_);
+  return is_under_way_ && !copied_->query();
+}
+
+void Report::ask(const at::Tensor& verdict, int64_t round, bool ended) {
+  const std::lock_guard lock(mutex_);
+  if (device_.is_cpu()) return;
+  if (round > last_ended_) waiting_.push_back(round);
+  if (ended) last_ended_ = std::max(last_ended_, round);
   if (is_under_way_) return;
   if (!copy_.defined()) {
     copy_ = at::empty({3 + 1 + kVerdictRounds}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
-    copied_.emplace(device().type());
+    copied_.emplace(device_.type());
   }
   copy_.narrow(0, 0, 3).copy_(counters_, /*non_blocking=*/true);
   copy_.narrow(0, 3, 1).copy_(status_, /*non_blocking=*/true);
   copy_.narrow(0, 4, kVerdictRounds).copy_(verdict, /*non_blocking=*/true);
-  copied_->record(c10::impl::VirtualGuardImpl(device().type()).getStream(device()));
+  copied_->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   status_.fill_(kNothing);  // what is found from now on is news
   asked_ = std::exchange(waiting_, {});
   is_under_way_ = true;
 }
 
-Report::News Report::hear(bool wait) {
+Report::News Report::hear() {
   const std::lock_guard lock(mutex_);
   News news;
-  if (!is_under_way_) return news;
-  if (wait) copied_->synchronize();
-  if (wait || copied_->query()) take_in(news);
+  if (is_under_way_ && copied_->query()) take_in(news);
   return news;
 }
 
@@ -55,14 +69,16 @@ void Report::take_in(News& news) {
   std::copy(values, values + 3, sums_.begin());
   news.status = values[3];
   for (const int64_t round : asked_) {
-    if (values[4 + round % kVerdictRounds] == round) news.void_rounds.push_back(round);
+    if (values[4 + round % kVerdictRounds] != round || round <= last_void_) continue;
+    news.void_rounds.push_back(round);
+    last_void_ = round;
   }
   asked_.clear();
 }
 
 std::array<int64_t, 3> Report::sums() const {
   const std::lock_guard lock(mutex_);
-  if (!device().is_cpu()) return sums_;
+  if (!device_.is_cpu()) return sums_;
   // Operators on other threads add to them atomically meanwhile.
   std::array<int64_t, 3> sums;
   for (int64_t i = 0; i < 3; ++i) sums[i] = std::atomic_ref(counters_.mutable_data_ptr<int64_t>()[i]).load(std::memory_order_relaxed);

@@ -18,23 +18,25 @@ class Report {
  public:
   // The device of the buckets: decided by the first one.
   void place_on(at::Device device);
-  bool is_placed() const { return placed_; }
-  at::Device device() const { return counters_.device(); }
+  bool is_placed() const;
+  at::Device device() const;
   // As ops/library.cpp says. `status` is undefined on the CPU, where operators raise.
   const at::Tensor& counters() const { return counters_; }
   const at::Tensor& status() const { return status_; }
 
-  // Of a round that has ended: its copy begins behind what the current stream has to do, or with the next one's while another
-  // copy is under way. Nothing on the CPU.
-  void ask(const at::Tensor& verdict, int64_t round);
+  // Of a round, which may be asked about again unless it has ended: the copy begins behind what the current stream has to do, or
+  // with the next one's while another copy is under way. Nothing on the CPU.
+  void ask(const at::Tensor& verdict, int64_t round, bool ended = true);
 
   struct News {
     std::vector<int64_t> void_rounds;
     int64_t status = kNothing;
   };
   static constexpr int64_t kNothing = -1;
-  // What has arrived since the last time; with `wait`, all that was asked for.
-  News hear(bool wait);
+  // What has arrived since the last time.
+  News hear();
+  // Whether a copy is on its way still.
+  bool is_under_way() const;
   // The sums, as far as heard.
   std::array<int64_t, 3> sums() const;
 
@@ -43,12 +45,13 @@ class Report {
 
   mutable std::mutex mutex_;
   bool placed_ = false;
+  at::Device device_ = at::kCPU;
   at::Tensor counters_ = at::zeros({3}, at::kLong), status_;
   // Of devices other than the CPU: a copy in memory of the host, and the event behind it.
   at::Tensor copy_;
   std::optional<c10::Event> copied_;
   bool is_under_way_ = false;
-  int64_t last_asked_ = -1;
+  int64_t last_ended_ = -1, last_void_ = -1;  // rounds
   std::vector<int64_t> asked_, waiting_;  // rounds that the copy under way tells of, and those that the next one will
   std::array<int64_t, 3> sums_{};
 };

@@ -18,7 +18,8 @@ Transport::FuturePtr StreamTransport::gather(const at::Tensor& payload, const at
 }
 
 Transport::FuturePtr StreamTransport::all_reduce(Bucket bucket) {
-  if (bucket.result.device().type() != device_type_) return gloo_->all_reduce(std::move(bucket));
+  // NCCL adds up no sparse tensors.
+  if (bucket.result.device().type() != device_type_ || bucket.result.is_sparse()) return gloo_->all_reduce(std::move(bucket));
   std::vector<at::Tensor> tensors{bucket.result};
   return issue(std::move(bucket), [&](c10d::Backend& group) { return group.allreduce(tensors); });
 }

@@ -126,7 +126,11 @@ def compare(log, world, backend, method, view):
     for rank, other in enumerate(results):
         same = all(torch.equal(one, two) for one, two in zip(parameters, other[0], strict=True))
         log.check(same, f"{name}: expected the parameters of rank 0 on rank {rank}, got others")
-    simulated, _ = simulate(world, device, method, layouts)
+    simulated, state = simulate(world, device, method, layouts)
+    for rank, (_, residuals, *_) in enumerate(results):
+        kept = {int(name): entry["residual"] for name, entry in state["workers"][rank]["parameters"].items()}
+        same = len(kept) == len(residuals) and all(torch.equal(residual, kept[int(name.rpartition(".")[2])]) for name, residual in residuals.items())
+        log.check(same, f"{name}: expected the residuals of the simulation on rank {rank}, got others")
     differing = [place for place, (one, two) in enumerate(zip(parameters, simulated, strict=True)) if not torch.equal(one, two)]
     log.check(not differing, f"{name}: expected the parameters of the simulation, got others in {differing}")
     log.check(counted["void_steps"] == 1, f"{name}: expected 1 void step, got {counted['void_steps']}")
@@ -195,7 +199,11 @@ def time_steps(rank, hook_name):
 
         ddp.register_comm_hook(None, nothing)
     else:
-        rt.attach(ddp, (rt.RegTopKState if hook_name == "RegTop-k" else rt.TopKState)(0.001, process_group=group))
+        state = (rt.RegTopKState if "RegTop-k" in hook_name else rt.TopKState)(0.001, process_group=group)
+        if hook_name.startswith("attached"):
+            rt.attach(ddp, state)
+        else:
+            ddp.register_comm_hook(state, rt.sparse_hook)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     images, labels = torch.randn(64, 3, 224, 224, device="cuda"), torch.randint(1000, (64,), device="cuda")
     events = []
@@ -218,12 +226,12 @@ def share_of_a_step(log):
     from processes import run_workers_and_report
 
     medians = {}
-    for name in ("nothing", "Top-k", "RegTop-k", "nothing"):
+    for name in ("nothing", "Top-k", "RegTop-k", "attached RegTop-k", "nothing"):
         ((succeeded, seconds),) = run_workers_and_report(time_steps, 1, name, seconds=60)
         if not log.check(succeeded, f"ResNet-50 with {name}: expected step times, got {seconds}"):
             return
         medians.setdefault(name, []).append(statistics.median(seconds))
     alone = statistics.mean(medians["nothing"])
-    for name in ("Top-k", "RegTop-k"):
+    for name in ("Top-k", "RegTop-k", "attached RegTop-k"):
         share = medians[name][0] / alone - 1
         log.write("share", network="resnet50", batch=64, method=name, step_seconds=medians[name][0], alone_seconds=medians["nothing"], share=share, target=0.05)
