@@ -32,7 +32,7 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       !report.is_placed() || report.device() == bucket.layout.device, who, ": expected all gradients on ", report.device(), ", got some on ",
       bucket.layout.device, "; a state serves a model on one device");
-  TORCH_CHECK_NOT_IMPLEMENTED(
+  TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who,
       ": expected gradients on the CPU, got ", bucket.layout.device, "; this build has no kernels for it");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
