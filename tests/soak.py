@@ -505,12 +505,19 @@ class Soak:
             assert len({result["digests"][step] for result in results}) == 1, f"replicas differ after step {step}"
 
     def _check_alone(self, leg, results):
-        """A call on one rank alone is soon an error on all that names both."""
+        """A call on one rank alone is soon an error on all that names both.
+
+        Of a bucket that nobody uses DDP waits for its own all-reduce first: there a rank may meet the end of one that knows.
+        """
         _, caller, call = leg.alone
-        for rank, result in enumerate(results):
-            error, seconds = result.get("alone", "no error"), result.get("seconds", 0.0)
-            named = error.startswith(f"rank {rank}: sparse_hook: expected ") and f"rank {caller}" in error and call in error
-            assert named and seconds < ALONE_SECONDS, f"rank {rank}, {seconds:.1f} s after rank {caller} called {call}(): {error}"
+        errors = [(rank, result.get("alone", "no error"), result.get("seconds", 0.0)) for rank, result in enumerate(results)]
+        others = [
+            (rank, error) for rank, error, seconds in errors
+            if not (error.startswith(f"rank {rank}: sparse_hook: expected ") and f"rank {caller}" in error and call in error and seconds < ALONE_SECONDS)
+        ]  # fmt: skip
+        if leg.kind == "unused by all, skipped" and len(others) < len(errors):
+            others = [(rank, error) for rank, error in others if "Connection closed by peer" not in error]
+        assert not others, f"after rank {caller} called {call}(): {errors}"
 
     def _check_ends(self, leg, results):
         assert len({result["final_digest"] for result in results}) == 1, "replicas differ at the end"
