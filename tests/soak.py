@@ -510,14 +510,15 @@ class Soak:
         Of a bucket that nobody uses DDP waits for its own all-reduce first: there a rank may meet the end of one that knows.
         """
         _, caller, call = leg.alone
-        errors = [(rank, result.get("alone", "no error"), result.get("seconds", 0.0)) for rank, result in enumerate(results)]
-        others = [
-            (rank, error) for rank, error, seconds in errors
-            if not (error.startswith(f"rank {rank}: sparse_hook: expected ") and f"rank {caller}" in error and call in error and seconds < ALONE_SECONDS)
-        ]  # fmt: skip
-        if leg.kind == "unused by all, skipped" and len(others) < len(errors):
-            others = [(rank, error) for rank, error in others if "Connection closed by peer" not in error]
-        assert not others, f"after rank {caller} called {call}(): {errors}"
+        unnamed = []
+        for rank, result in enumerate(results):
+            error, seconds = result.get("alone", "no error"), result.get("seconds", 0.0)
+            named = error.startswith(f"rank {rank}: sparse_hook: expected ") and f"rank {caller}" in error and call in error
+            if not (named and seconds < ALONE_SECONDS):
+                unnamed.append((error, f"rank {rank}, {seconds:.1f} s after rank {caller} called {call}(): {error}"))
+        if leg.kind == "unused by all, skipped" and len(unnamed) < len(results):
+            unnamed = [entry for entry in unnamed if "Connection closed by peer" not in entry[0]]
+        assert not unnamed, unnamed[0][1]
 
     def _check_ends(self, leg, results):
         assert len({result["final_digest"] for result in results}) == 1, "replicas differ at the end"
