@@ -44,7 +44,8 @@ def parse(arguments):
     add("--steps", "exchanges (%(default)s)", type=int, default=1000)
     add("--local-steps", "steps that a worker takes on its own between two exchanges (%(default)s)", type=int, default=1, metavar="STEPS")
     add("--batch-size", "images per step and worker (%(default)s)", type=int, default=20, metavar="IMAGES")
-    add("--learning-rate", "of SGD, constant (%(default)s)", type=float, default=0.05, metavar="RATE")
+    add("--learning-rate", "constant (%(default)s)", type=float, default=0.05, metavar="RATE")
+    add("--optimizer", "takes the averaged gradient (%(default)s)", choices=("sgd", "adamw"), default="sgd")
     add("--momentum", "of SGD, applied to the averaged gradient (%(default)s)", type=float, default=0.0)
     add("--seed", "of start weights, order of images and partition (%(default)s)", type=int, default=0)
     add("--partition", "how the training images are shared out (%(default)s)", choices=PARTITIONS, default="iid")
@@ -110,6 +111,8 @@ def name_run(options):
         parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
     if options.local_steps > 1:
         parts.append(f"local{options.local_steps}")
+    if options.optimizer != "sgd":
+        parts.append(options.optimizer)
     return "-".join([*parts, f"n{options.workers}", f"s{options.seed}"])
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from experiments.data import import_torchvision
 
-MODELS = ("resnet18", "resnet18_3x3", "vgg11_bn", "mobilenet_v2", "tiny")
+MODELS = ("resnet18", "resnet18_3x3", "vgg11_bn", "mobilenet_v2", "mlp", "tiny")
 
 
 def make_model(name, seed):
@@ -13,13 +13,15 @@ def make_model(name, seed):
 
     resnet18: torchvision's, with its 7 x 7 stem (11,181,642). resnet18_3x3: with a 3 x 3 stem and no first pooling, as
     is usual for CIFAR-10 (11,173,962). vgg11_bn: torchvision's layers, averaged to 1 x 1 before one linear layer
-    (9,231,114). mobilenet_v2: torchvision's without dropout (2,236,682). tiny: two layers with BatchNorm, for tests
+    (9,231,114). mobilenet_v2: torchvision's without dropout (2,236,682). mlp: 128 hidden units (394,634). tiny: two layers with BatchNorm, for tests
     (1,906).
     """
     torch.manual_seed(seed)
     if name == "tiny":
         convolution = nn.Conv2d(3, 8, 5, stride=4, bias=False)
         return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(128, 10))
+    if name == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 128), nn.ReLU(), nn.Linear(128, 10))
     models = import_torchvision().models
     if name == "resnet18_3x3":
         model = models.resnet18(num_classes=10)

@@ -34,12 +34,12 @@ def complete(path, settings, runs, compute):
     Args:
         path (path or None): the log; None computes every run and records none.
         settings (dict): what all runs share, kept in the header under "settings".
-        runs (list of dict): with RUN_KEYS.
+        runs (list of dict): what sets each apart, under the same keys.
         compute (callable): takes a run, returns its results as a dict of finite numbers, strings, lists and None.
 
     Raises ValueError where the log's settings are others.
     """
-    found, recorder = {} if path is None else _read_rows(Path(path), settings), None
+    found, recorder = {} if path is None else _read_rows(Path(path), settings, list(runs[0])), None
     try:
         for run in runs:
             key = json.dumps(run)
@@ -54,7 +54,7 @@ def complete(path, settings, runs, compute):
             recorder.close()
 
 
-def _read_rows(path, settings):
+def _read_rows(path, settings, keys):
     """Return {run as text: row}; cut off the part of a row with which a killed sweep ended."""
     if not path.exists():
         return {}
@@ -71,7 +71,7 @@ def _read_rows(path, settings):
         if header["settings"].get(name) != value:
             raise ValueError(f"sweep: expected {name} {header['settings'].get(name)}, as in the log {path}, got {value}; name another log")
     rows = [{key: value for key, value in record.items() if key != "event"} for record in records if record["event"] == "run"]
-    return {json.dumps({key: row[key] for key in RUN_KEYS}): row for row in rows}
+    return {json.dumps({key: row[key] for key in keys}): row for row in rows}
 
 
 def _open(path, settings):

@@ -24,17 +24,20 @@ def add(earlier, later):
 
 
 class Workers:
-    """What both forms share: a model with its optimizer, and how the state of the run is saved. Every method is a collective."""
+    """What both forms share: `model` with its `optimizer`, and how the state of the run is saved. Every method is a collective."""
 
     _state = _ddp = None
 
     def __init__(self, options, model):
         self.model, self._count, self._steps = model, options.workers, 0
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
+        if options.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+        else:
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
 
     def save(self, folders, step, training):
         """Save a step with what the job adds to it."""
-        states = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         folders.save(step, {**training, **states}, self._state, self._ddp)
 
     def load(self, folders):
@@ -42,7 +45,7 @@ class Workers:
         step, training = folders.load(self._state, self._ddp)
         if training is not None:
             self.model.load_state_dict(training["model"])
-            self._optimizer.load_state_dict(training["optimizer"])
+            self.optimizer.load_state_dict(training["optimizer"])
         return step, training
 
     def _dense_statistics(self):
@@ -70,10 +73,10 @@ class DistributedWorkers(Workers):
     def step(self, step):
         """Take step number `step`, counted from 0, and return this worker's training loss, in nats, in a list."""
         images, labels = (tensor.to(self._device) for tensor in self._batches[step])
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss = cross_entropy(self._ddp(images), labels)
         loss.backward()
-        self._optimizer.step()
+        self.optimizer.step()
         self._steps += 1
         return [loss.item()]
 
@@ -90,17 +93,18 @@ class LocalWorkers(Workers):
 
     With `options.local_steps` above 1 a worker takes that many steps of its own from the common weights, and what it exchanges
     is the sum of their gradients, so that with one worker the weights end where its own steps led. Otherwise as the above.
+    `exchange` is the LocalExchange, None for dense.
     """
 
     def __init__(self, options, model, batches):
         super().__init__(options, model)
-        self._batches, self._options, self._exchange = batches, options, None
+        self._batches, self._options, self.exchange = batches, options, None
         self._parameters = list(model.parameters())
         # Gradients stay where they are, unless this build cannot exchange them there.
         self._exchanged_on = options.device if rt.has_cuda_kernels() else "cpu"
         if options.method != "dense":
             settings = {"method": options.method, "mu": options.mu, "distortion": options.distortion}
-            self._exchange = rt.LocalExchange(len(batches), options.density, **settings)
+            self.exchange = rt.LocalExchange(len(batches), options.density, **settings)
 
     def step(self, step):
         """Take step number `step`, counted from 0, and return the training losses of all workers, in nats."""
@@ -113,7 +117,7 @@ class LocalWorkers(Workers):
             buffer.copy_(of_rank_0)
         for parameter, average in zip(self._parameters, self._average(gradients)):
             parameter.grad = average.to(parameter.device)
-        self._optimizer.step()
+        self.optimizer.step()
         return losses
 
     def _gradients(self, batches, step, losses):
@@ -140,22 +144,22 @@ class LocalWorkers(Workers):
 
     def _average(self, gradients):
         self._steps += 1
-        if self._exchange is not None:
-            return self._exchange.step(gradients)
+        if self.exchange is not None:
+            return self.exchange.step(gradients)
         return [sum(of_workers) / torch.tensor(float(len(of_workers))) for of_workers in zip(*gradients)]  # in rank order
 
     def statistics(self):
         """Return what was exchanged since construction, summed over workers."""
-        if self._exchange is None:
+        if self.exchange is None:
             return self._dense_statistics()
-        statistics = self._exchange.stats()
+        statistics = self.exchange.stats()
         return {name: statistics[name] for name in ONCE + SUMMED + SECONDS}
 
     def save(self, folders, step, training):
-        super().save(folders, step, {**training, "exchange": self._exchange and self._exchange.state_dict()})
+        super().save(folders, step, {**training, "exchange": self.exchange and self.exchange.state_dict()})
 
     def load(self, folders):
         step, training = super().load(folders)
-        if training is not None and self._exchange is not None:
-            self._exchange.load_state_dict(training["exchange"])
+        if training is not None and self.exchange is not None:
+            self.exchange.load_state_dict(training["exchange"])
         return step, training
