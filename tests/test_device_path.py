@@ -22,14 +22,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from tests.simt.host import build_operators  # noqa: E402
 
 SUBJECTS = {  # by either entry
-    "idle": lambda entry: test_idle_residuals.test_under_find_unused_parameters_a_parameter_that_nobody_used_waits_likewise(3, entry),
+    "idle": lambda entry: test_idle_residuals.test_under_find_unused_parameters_a_parameter_that_nobody_used_waits_likewise(3, entry, alone=50),
     "a new scale": test_void_steps.test_a_new_scale_begins_a_step_though_no_bucket_comes_back,
     "an overflow under one scaler": lambda entry: test_shared_scaler.test_an_overflow_in_one_model_returns_what_the_other_sent_under_the_same_scaler("regtopk", 0, False, entry),
     "an overflow in a dense bucket": test_shared_scaler.test_an_overflow_in_a_paused_states_dense_bucket_returns_what_the_other_state_sent,
     "an overflow of the sum": test_shared_scaler.test_under_a_scaler_what_overflowed_in_the_sum_alone_is_applied_later,
     "an optimizer that applied its step": lambda entry: test_shared_scaler.test_of_two_optimizers_the_one_that_applied_its_step_gets_nothing_twice("regtopk", 0, 1, entry),
     "put back": test_after_an_error.test_what_other_buckets_sent_before_one_failed_returns,
-    "rebuild": test_new_parameters.test_a_frozen_parameter_keeps_its_own_entries_and_no_others_memory,
+    "rebuild": lambda entry: test_new_parameters.test_a_frozen_parameter_keeps_its_own_entries_and_no_others_memory(entry, entries=1_000_000),
     "checkpoint": lambda entry: test_checkpoint.test_saved_loaded_and_gone_on_equals_never_stopped_bit_for_bit("regtopk", entry),
 }  # fmt: skip
 
