@@ -10,7 +10,8 @@
 # make clean                                      remove what make made: environments, builds, runs and the downloaded data set
 #
 # REGTOPK_CUDA=auto|on|off builds the CUDA kernels into the extension where nvcc and a CUDA build of torch are (auto), always, never;
-# make setup and make train, where nothing else is said, leave them out on a machine without a GPU.
+# make setup and make train, where nothing else is said, leave them out on a machine without a GPU, and make test builds them there
+# for one kind of GPU, CUDAARCHS=90-real.
 # TORCH=2.13.0 uses another torch, in an environment of its own and without torchvision. PYTHON=... another interpreter.
 
 PYTHON ?= python3
@@ -21,6 +22,10 @@ REGTOPK_CUDA ?= $(if $(or $(wildcard build/built-for-torch-$(TORCH)-cuda-auto),$
 endif
 REGTOPK_CUDA ?= auto
 export REGTOPK_CUDA
+# Where no GPU can run them, the tests need the kernels for one kind of GPU; everything else builds them for all.
+ifeq ($(MAKECMDGOALS)$(shell nvidia-smi -L 2>/dev/null),test)
+export CUDAARCHS ?= 90-real
+endif
 ARGS ?=
 SECONDS ?= 60
 
@@ -71,8 +76,9 @@ train: setup
 	@$(BIN)/python -m experiments.launch --standalone --nproc-per-node $(WORKERS) experiments/cifar10.py $(ARGS)
 	@echo "to use it yourself: . $(VENV)/bin/activate"
 
+# A file at a time to each of two: most tests run two processes that wait for one another.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 cuda:
 	$(PYTHON) cuda/compile.py
