@@ -1,6 +1,6 @@
 """Compile the kernels for every architecture with nvcc alone, and refuse what the compiler's own reports show to be slow.
 
-    python cuda/compile.py [--nvcc nvcc] [--arch 80 90 100] [--jobs 1]       (make cuda)
+    python cuda/compile.py [--nvcc nvcc] [--arch 80 90 100] [--source finish] [--jobs 1]       (make cuda)
 
 Needs neither a GPU nor torch. Fails on a register spill or a stack frame in any kernel, on more than 64 registers in
 accumulate, on more shared memory than a block has without asking, and on a load of gradient or residual in accumulate that is
@@ -152,12 +152,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nvcc", default=os.environ.get("NVCC", "nvcc"))
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--source", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     if shutil.which(options.nvcc) is None:
         sys.exit(f"cuda/compile.py: expected nvcc on PATH, got none at '{options.nvcc}'; install the CUDA toolkit or set NVCC")
     try:
-        rows, found = compile_all(options.nvcc, options.arch, jobs=options.jobs)
+        rows, found = compile_all(options.nvcc, options.arch, sources=options.source, jobs=options.jobs)
     except subprocess.CalledProcessError as error:
         sys.exit(f"cuda/compile.py: expected nvcc to compile, got\n{error.stderr or error.stdout}")
     print(table(rows))
