@@ -185,10 +185,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("parameter_key", &key_of);
 
   py::class_<Options>(module, "Options")
-      .def(py::init([](bool regularised, double density, double mu, std::string distortion) {
-             return Options{regularised, density, mu, std::move(distortion)};
+      .def(py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
+                       std::function<double(int64_t)> schedule) {
+             return Options{regularised, density, mu, std::move(distortion), decay, dense_steps, std::move(schedule)};
            }),
-           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"));
+           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
+           py::arg("dense_steps") = 0, py::arg("schedule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 

@@ -87,26 +87,17 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
     uint32_t first_sent = 0;
     if (sent_size.entries > 0) first_sent = device.sent.reader(sent_size).load_block(group, block, sent, smallest);
 
-    if (touches_idle) {  // their gradient is zero: with -0 for it the sum has every bit of the residual
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const uint32_t idle = idle_of(v);
-#pragma unroll
-        for (int i = 0; i < kVectorEntries; ++i) {
-          if ((idle >> i) & 1) gradient[v].entry[i] = Traits<T>::store(Accumulate{-0.0f});
-        }
-      }
-    }
-
     uint32_t chosen = 0;  // bit 4 v + i: entry i of vector v
     bool any_non_finite = false;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t offset = (v * kThreads + threadIdx.x) * kVectorEntries;
+      const uint32_t idle = touches_idle ? idle_of(v) : 0;
       Vector<Accumulate> kept;
 #pragma unroll
       for (int i = 0; i < kVectorEntries; ++i) {
-        const Accumulate accumulated = residual[v].entry[i] + Traits<T>::load(gradient[v].entry[i]);
+        Accumulate accumulated = residual[v].entry[i] * device.decay + Traits<T>::load(gradient[v].entry[i]);
+        if ((idle >> i) & 1) accumulated = residual[v].entry[i];
         const Bits key = magnitude_key(accumulated);
         const bool finite = key < kInfinityKey<Bits>, inside = offset + i < entries;
         kept.entry[i] = finite ? accumulated : residual[v].entry[i];

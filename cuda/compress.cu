@@ -64,6 +64,7 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
     device.sent.feedback_entries = arguments.feedback_entries;
     device.distortion = arguments.distortion;
     device.mu = arguments.mu;
+    device.decay = static_cast<Accumulate>(arguments.decay);
     place_workspace(device, static_cast<uint8_t*>(arguments.workspace), has_feedback);
     if (arguments.layout.spans > 0) {
       SettleDevice<T> settle(arguments.layout);

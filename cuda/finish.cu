@@ -108,14 +108,14 @@ class Finish {
     for (uint32_t i = threadIdx.x; i < entries; i += kThreads) count_key(selection, listed_key(first + i));
   }
 
-  // a of an entry, after accumulate: the residual; where a is not finite the residual it had plus the gradient; and 0 where
+  // a of an entry, after accumulate: the residual; where a is not finite the residual it had, decayed, plus the gradient; and 0 where
   // the span is idle.
   __device__ Accumulate accumulated(uint32_t block, uint32_t offset, uint32_t marks) const {
     const uint32_t index = block * kEntries + offset;
     if (is_idle(index, marks)) return 0;
     const Accumulate kept = device_.residual.load(index);
     if ((marks & kHasNonFinite) != 0 && ((device_.non_finite.load(index / 32) >> (index % 32)) & 1)) {
-      return kept + Traits<T>::load(device_.gradient.load(index));
+      return kept * device_.decay + Traits<T>::load(device_.gradient.load(index));
     }
     return kept;
   }

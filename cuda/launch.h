@@ -68,6 +68,7 @@ struct CompressLaunch {
   int64_t feedback_entries = 0;
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
+  double decay = 1.0;
   Sampling sampling;
   void* workspace = nullptr;         // compress_workspace_bytes; of these the first kZeroedBytes are zero before and after
 };

@@ -135,8 +135,8 @@ void compress_cuda(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
-    int64_t k, double mu, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed, int64_t sent_round, bool,
-    at::OptionalIntArrayRef) {
+    int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
+    int64_t sent_round, bool, at::OptionalIntArrayRef) {
   constexpr const char* who = "compress_";
   const int64_t numel = gradient.numel();
   CompressLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, numel)), .spans = {}, .sampling = {}};
@@ -149,6 +149,7 @@ void compress_cuda(
   check_on_device(who, "payload", payload, device);
   arguments.distortion = distortion_of(who, distortion);
   arguments.mu = checked_mu(who, mu);
+  arguments.decay = checked_decay(who, decay);
   TORCH_CHECK_VALUE(!feedback || sent, who, ": expected feedback together with the payload it belongs to, got feedback alone");
   if (sent) {
     check_payload_tensor(who, "sent", *sent, device);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> d
       const uint32_t idle = has_idle ? idle_among(device, index) : 0;
 #pragma unroll
       for (int i = 0; i < kVectorEntries; ++i) {
-        accumulated.entry[i] += Traits<T>::load(gradient.entry[i]);
+        accumulated.entry[i] = accumulated.entry[i] * device.decay + Traits<T>::load(gradient.entry[i]);
         if ((idle >> i) & 1) accumulated.entry[i] = 0;
         keys.entry[i] = magnitude_key(accumulated.entry[i]);
       }

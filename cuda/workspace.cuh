@@ -74,6 +74,7 @@ struct CompressDevice {
   SentPayload<T> sent;
   Distortion distortion;
   double mu;
+  Accumulate decay;
   Sampling sampling;
   DeviceSpans spans;
   Global<unsigned long long> totals;  // the counters that the operators share, or null

@@ -9,14 +9,15 @@ METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
 
 
-def check_options(who, *, method, density, mu, distortion):
+def check_options(who, *, method, density, mu, distortion, decay=1.0, dense_steps=0):
     """Return the options in the form of the extension; raise ValueError or TypeError that names `who` otherwise."""
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
-    for name, value in (("density", density), ("mu", mu)):
+    numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) else [("density", density)])
+    for name, value in numbers_given:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{who}: expected {name} to be a number, got {value!r}")
-    if not 0 < density <= 1:
+    if not callable(density) and not 0 < density <= 1:
         raise ValueError(
             f"{who}: expected 0 < density <= 1, got density={density}; pass a fraction, 0.001 keeps one entry in 1000"
         )
@@ -24,4 +25,21 @@ def check_options(who, *, method, density, mu, distortion):
         raise ValueError(f"{who}: expected a finite mu > 0, got mu={mu}; TopKState is the limit mu -> 0")
     if distortion not in DISTORTIONS:
         raise ValueError(f"{who}: expected distortion 'previous' or 'current', got {distortion!r}")
-    return _C.Options(regularised=method == "regtopk", density=float(density), mu=float(mu), distortion=distortion)
+    if not 0 < decay <= 1:
+        raise ValueError(f"{who}: expected 0 < decay <= 1, got decay={decay}; 1 forgets nothing")
+    if isinstance(dense_steps, bool) or not isinstance(dense_steps, numbers.Integral) or not 0 <= int(dense_steps) < 2**63:
+        raise ValueError(f"{who}: expected dense_steps to be a number of steps, 0 or more, got {dense_steps!r}")
+    return _C.Options(
+        regularised=method == "regtopk", density=1.0 if callable(density) else float(density), mu=float(mu), distortion=distortion,
+        decay=float(decay), dense_steps=int(dense_steps), schedule=_checked(who, density) if callable(density) else None,
+    )  # fmt: skip
+
+
+def _checked(who, density):
+    def density_of(step):
+        value = density(step)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{who}: expected density({step}) to return a number, got {value!r}")
+        return float(value)
+
+    return density_of

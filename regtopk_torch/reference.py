@@ -5,7 +5,7 @@ Equations are those of Bereyhi, Liang, Boudreau, Afana, arXiv 2409.14893; design
     paper                    here                     meaning, for one worker and one bucket of J entries
     g_n^t                    gradient                 local gradient
     epsilon_n^t              residual                 what was not sent so far
-    a_n^t                    accumulated              residual + gradient                           (Algorithm 1, line 4)
+    a_n^t                    accumulated              decay * residual + gradient, decay 1 in the paper (Algorithm 1, line 4)
     s_n^t, its support S     index                    the k entries sent, ascending
     \hat g_n^t = s * a       value                    a[S] as the wire carries it, v
     g^t                      average                  Z / N with Z = v_0 + ... + v_{N-1}            (eq. 1, omega_n = 1/N)
@@ -127,6 +127,7 @@ class Worker:
     density: float
     mu: float | None = None
     distortion: str = "previous"
+    decay: float = 1.0  # (+)
     residual: torch.Tensor | None = None
     sent: Message | None = None
     feedback: torch.Tensor | None = None
@@ -149,7 +150,7 @@ class Worker:
         idle = torch.zeros(gradient.numel(), dtype=torch.bool) if zero is None or self.idle is None else zero & self.idle
         waiting = self.residual[idle].clone()
         self.residual[idle] = 0
-        accumulated = self.residual + gradient.to(wide)  # line 4
+        accumulated = self.residual * self.decay + gradient.to(wide)  # line 4
         sent_index = None if self.sent is None else self.sent.index
         feedback = None if self.mu is None else self.feedback
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5

@@ -26,13 +26,17 @@ class TopKState:
     the state gives them back. Ranks use their states for the first time in the same order. Options are fixed.
 
     Args:
-        density (float): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5), at
-            least 1. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
+        density (float or callable): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5),
+            at least 1. A callable takes the number of a step, counted from 0, and returns its density, the same on every rank,
+            as `WarmupDensity` does. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
         process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
         grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
             rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
             their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are. States of
             several models that it scales share its verdict.
+        decay (float): 0 < decay <= 1; what is held back is multiplied by it at the beginning of each step, a = decay * r + g,
+            but for idle parameters. Below 1 it forgets: what was sent and kept is then less than what was given.
+        dense_steps (int): the first steps go without compression, through a dense all-reduce.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype, and what rounding cuts off stays in the residual.
@@ -53,13 +57,13 @@ class TopKState:
 
     _method = "topk"
 
-    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None):
-        self._construct(density=density, mu=1.0, distortion="previous", process_group=process_group, grad_scaler=grad_scaler)
+    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, decay=1.0, dense_steps=0):
+        self._construct({"density": density, "decay": decay, "dense_steps": dense_steps}, process_group, grad_scaler)
 
-    def _construct(self, *, density, mu, distortion, process_group, grad_scaler):
+    def _construct(self, given, process_group, grad_scaler):
         who = type(self).__name__
-        options = check_options(who, method=self._method, density=density, mu=mu, distortion=distortion)
-        self._density, self._mu, self._distortion = float(density), float(mu), distortion
+        options = check_options(who, **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
+        self._given = {name: float(value) if name in ("mu", "decay") or (name == "density" and not callable(value)) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         if process_group is not None and not isinstance(process_group, (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))):
@@ -80,16 +84,14 @@ class TopKState:
         _states.add(self)
 
     def __repr__(self):
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        usual = {"decay": 1.0, "dense_steps": 0}
+        options = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if usual.get(name) != value)
         return f"{type(self).__name__}({options})"
-
-    def _options(self):
-        return {"density": self._density}
 
     @property
     def density(self):
-        """Fraction of a bucket's entries that is sent."""
-        return self._density
+        """Fraction of a bucket's entries that is sent, or the callable that says it for each step."""
+        return self._given["density"]
 
     @property
     def ranks(self):
@@ -253,7 +255,7 @@ class TopKState:
 
     def __getstate__(self):
         pieces = [tuple(piece) for piece in self._pieces().values() if piece.parameter is not None]
-        return {"options": self._options(), "grad_scaler": self._grad_scaler, "step": self._exchange.last_step(), "pieces": pieces}
+        return {"options": self._given, "grad_scaler": self._grad_scaler, "step": self._exchange.last_step(), "pieces": pieces}
 
     def __deepcopy__(self, memo):
         memo[id(self._grad_scaler)] = self._grad_scaler  # the loss of the copied model goes through the same one
@@ -263,8 +265,7 @@ class TopKState:
         return copied
 
     def __setstate__(self, copied):
-        options = {"mu": 1.0, "distortion": "previous", **copied["options"]}
-        self._construct(**options, process_group=None, grad_scaler=copied["grad_scaler"])
+        self._construct(copied["options"], None, copied["grad_scaler"])
         pieces = {_C.parameter_key(piece[0]): piece for piece in copied["pieces"]}
         self._exchange.import_pieces(pieces, copied["step"])
 
@@ -292,7 +293,7 @@ class TopKState:
         group = groups.group_of(self)
         return {
             "method": self._method,
-            "distortion": self._distortion,
+            "distortion": self._given.get("distortion", "previous"),
             "world_size": dist.get_world_size(group),
             "rank": dist.get_rank(group),
         }
@@ -305,7 +306,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.
@@ -315,21 +316,19 @@ class RegTopKState(TopKState):
 
     _method = "regtopk"
 
-    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None):
-        self._construct(density=density, mu=mu, distortion=distortion, process_group=process_group, grad_scaler=grad_scaler)
-
-    def _options(self):
-        return {"density": self._density, "mu": self._mu, "distortion": self._distortion}
+    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None, decay=1.0, dense_steps=0):
+        given = {"density": density, "mu": mu, "distortion": distortion, "decay": decay, "dense_steps": dense_steps}
+        self._construct(given, process_group, grad_scaler)
 
     @property
     def mu(self):
         """Scale of rho in tanh(rho / mu)."""
-        return self._mu
+        return self._given["mu"]
 
     @property
     def distortion(self):
         """Which rho: "previous" or "current"."""
-        return self._distortion
+        return self._given["distortion"]
 
 
 def _after_step(optimizer, args, kwargs):

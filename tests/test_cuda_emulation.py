@@ -39,10 +39,10 @@ def same_bits(left, right):
 class Twin:
     """One worker, once by the kernels and once by the reference; every step asserts that they agree."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=None, distortion="previous"):
+    def __init__(self, kernels, numel, dtype, *, density, mu=None, distortion="previous", decay=1.0):
         self.kernels, self.numel, self.dtype, self.mu, self.distortion = kernels, numel, dtype, mu, distortion
         self.k = reference.entries_to_send(density, numel)
-        self.worker = reference.Worker(density, mu, distortion)
+        self.decay, self.worker = decay, reference.Worker(density, mu, distortion, decay)
         self.residual = aligned(numel, reference.accumulate_dtype(dtype)).zero_()
         self.payload = self.feedback = None
         self.steps = 0
@@ -54,7 +54,7 @@ class Twin:
         before = gradient.clone()
         self.kernels.compress(
             gradient, self.residual, payload, k=self.k, sent=self.payload, feedback=self.feedback, distortion=self.distortion,
-            mu=self.mu or 1.0, step=self.steps, plan=77, sampling=sampling,
+            mu=self.mu or 1.0, decay=self.decay, step=self.steps, plan=77, sampling=sampling,
         )  # fmt: skip
         assert torch.equal(payload, expected), f"payload differs from byte {int((payload != expected).nonzero()[0])} on"
         assert same_bits(self.residual, self.worker.residual)
@@ -113,7 +113,8 @@ def test_hard_inputs_give_the_reference_bytes_whatever_the_bracket(kernels, name
 @pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
 @pytest.mark.parametrize("numel, density", [(1, 1.0), (7, 0.3), (9_001, 0.02), (70_001, 0.002), (70_001, 0.2)])
 def test_steps_of_three_workers_equal_the_reference(kernels, numel, density, mu, distortion, dtype):
-    twins = [Twin(kernels, numel, dtype, density=density, mu=mu, distortion=distortion) for _ in range(3)]
+    decay = 1.0 if mu is None else 0.9
+    twins = [Twin(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, decay=decay) for _ in range(3)]
     gradients = [gradients_of(numel, dtype, seed=rank) for rank in range(3)]
     for step in range(3):
         messages = [twin.compress(next(gradient)) for twin, gradient in zip(twins, gradients, strict=True)]
@@ -349,7 +350,8 @@ def test_a_last_payload_of_another_bucket_makes_a_payload_that_everyone_refuses(
 @pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
 @pytest.mark.parametrize("numel, density", [(20_003, 0.01), (20_003, 0.3)])
 def test_steps_with_idle_spans_and_void_rounds_equal_those_of_the_cpu(kernels, numel, density, mu, distortion, dtype):
-    pair = Pair(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, seed=int(100 * density))
+    decay = 0.9 if distortion == "previous" else 1.0
+    pair = Pair(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, decay=decay, seed=int(100 * density))
     pair.random_steps(10, kernels, brackets=BRACKETS)
     assert pair.seen["idle"] > 10 and pair.seen["void"] > 0 and pair.seen["valid"] > 1
     # More has returned than whole payloads: of idle spans alone too.

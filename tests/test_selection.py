@@ -19,8 +19,8 @@ OPERATORS = torch.ops.regtopk
 class KernelWorker:
     """One worker on the operators, with the state that the exchange would keep."""
 
-    def __init__(self, numel, dtype, k, mu, distortion):
-        self.options = {"k": k, "mu": 1.0 if mu is None else mu, "distortion": distortion}
+    def __init__(self, numel, dtype, k, mu, distortion, decay=1.0):
+        self.options = {"k": k, "mu": 1.0 if mu is None else mu, "distortion": distortion, "decay": decay}
         self.regularised = mu is not None
         self.dtype = dtype
         self.residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))
@@ -37,18 +37,18 @@ class KernelWorker:
         self.sent = self.feedback = None
 
 
-def compare(steps, density, mu, distortion):
+def compare(steps, density, mu, distortion, decay=1.0):
     """Exchange `steps` (gradients of all workers, step by step) on both and compare everything at every step."""
     numel, dtype = steps[0][0].numel(), steps[0][0].dtype
     k = reference.entries_to_send(density, numel)
-    workers = [KernelWorker(numel, dtype, k, mu, distortion) for _ in steps[0]]
-    oracle = reference.Exchange([reference.Worker(density, mu, distortion) for _ in steps[0]])
+    workers = [KernelWorker(numel, dtype, k, mu, distortion, decay) for _ in steps[0]]
+    oracle = reference.Exchange([reference.Worker(density, mu, distortion, decay) for _ in steps[0]])
     for step, gradients in enumerate(steps):
         before = [values.clone() for values in gradients]
         if oracle.workers[0].in_vain:
             for worker in workers:
                 worker.put_back()
-        given_in_all = [w.residual + g.to(w.residual.dtype) for w, g in zip(workers, gradients, strict=True)]
+        given_in_all = [w.residual * decay + g.to(w.residual.dtype) for w, g in zip(workers, gradients, strict=True)]
         payloads = torch.stack([w.compress(g, step) for w, g in zip(workers, gradients, strict=True)])
         expected = oracle.step(gradients)
         assert all(map(same_bits, gradients, before)), "compress must only read the gradient"
@@ -92,10 +92,11 @@ def test_any_gradient_gives_the_bits_of_the_reference(data):
     workers = data.draw(st.integers(1, 4))
     mu = data.draw(st.sampled_from([None, 0.01, 0.5, 1.0, 5.0, 200.0]))
     distortion = data.draw(st.sampled_from(["previous", "current"]))
+    decay = data.draw(st.sampled_from([1.0, 0.95, 0.3, 1e-30]))
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
     seed = data.draw(st.integers(0, 2**32))
     steps = [[gradient(kind, numel, dtype, seed + 7 * step + rank) for rank in range(workers)] for step, kind in enumerate(kinds)]
-    compare(steps, k / numel, mu, distortion)
+    compare(steps, k / numel, mu, distortion, decay)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

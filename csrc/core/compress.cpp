@@ -39,7 +39,8 @@ class Compressor {
         parallel_for_(parallel_for),
         gradient_(static_cast<const T*>(arguments.gradient)),
         residual_(static_cast<Accumulate*>(arguments.residual)),
-        feedback_(static_cast<const Accumulate*>(arguments.feedback)) {}
+        feedback_(static_cast<const Accumulate*>(arguments.feedback)),
+        decay_(static_cast<Accumulate>(arguments.decay)) {}
 
   void run() {
     const Boundary<Bits> boundary = find_boundary();
@@ -47,7 +48,7 @@ class Compressor {
   }
 
  private:
-  Accumulate accumulated(int64_t index) const { return residual_[index] + Traits<T>::load(gradient_[index]); }
+  Accumulate accumulated(int64_t index) const { return residual_[index] * decay_ + Traits<T>::load(gradient_[index]); }
 
   Accumulate score_of_sent(Accumulate accumulated, int64_t entry) const {
     return regularised_score(accumulated, feedback_[entry], arguments_.distortion, arguments_.mu);
@@ -204,6 +205,7 @@ class Compressor {
   const T* gradient_;
   Accumulate* residual_;
   const Accumulate* feedback_;
+  const Accumulate decay_;
   std::vector<int64_t> first_entry_;  // of each tile, in the payload
 };
 

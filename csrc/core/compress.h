@@ -1,8 +1,8 @@
 // Compress: from one worker's gradient and residual to its payload, the first half of the exchange of a bucket.
 //
-//   a = r + g;  S = the k entries with the largest (score, then smallest index);  payload = (S, v);  r = a, r[S] = a[S] - v
+//   a = decay r + g;  S = the k entries with the largest (score, then smallest index);  payload = (S, v);  r = a, r[S] = a[S] - v
 //
-// v is a[S] rounded to the bucket's value type, so that what was sent plus what is kept is what was given.
+// v is a[S] rounded to the bucket's value type, so that with a decay of 1 what was sent plus what is kept is what was given.
 // An entry whose a is not finite keeps the residual it had and flags the payload; a finite gradient is never lost to it.
 #pragma once
 
@@ -34,6 +34,7 @@ struct CompressArguments {
   const void* feedback = nullptr;
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
+  double decay = 1.0;                // rounded to the accumulate type
   // Replaces the sampled bracket, so that tests can force a wrong one. The scalar path and fp64 use none.
   std::optional<Bracket> bracket = std::nullopt;
 };

@@ -15,7 +15,9 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
-Selection selection_of(const Worker& worker, const Plan& plan) { return {plan.k, worker.options.mu, worker.options.distortion}; }
+Selection selection_of(const Worker& worker, const Plan& plan) {
+  return {plan.k(), worker.options.mu, worker.options.decay, worker.options.distortion};
+}
 
 Stamp stamp_of(const Worker& worker, const Plan& plan) {
   return {worker.steps.step(), plan.hash, plan.round, worker.steps.scale(), worker.deed()};
@@ -34,13 +36,9 @@ at::Tensor send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
 }
 
 void make_room(const Worker& worker, Plan& plan, int64_t rows) {
-  if (!plan.received.defined()) {
-    const int64_t bytes = payload_bytes(plan.numel, plan.k, plan.layout.dtype, static_cast<int64_t>(plan.layout.spans.size()));
-    plan.received = at::empty({worker.workers, bytes}, plan.residual.options().dtype(at::kByte));
-  }
-  if (worker.options.regularised && !plan.feedback_buffer.defined()) {
-    plan.feedback_buffer = at::empty({rows, plan.k}, plan.residual.options());
-  }
+  const auto bytes = plan.residual.options().dtype(at::kByte);
+  reserve(plan.received, {worker.workers, plan.payload_bytes()}, bytes);
+  if (worker.options.regularised) reserve(plan.feedback_buffer, {rows, plan.k()}, plan.residual.options());
 }
 
 void receive(const std::vector<Receiver>& receivers, const at::Tensor& received, const at::Tensor& gradient) {
@@ -64,7 +62,7 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& received,
     if (&its_plan != &plan) its_plan.shared.idle.copy_(plan.shared.idle);
     Statistics& statistics = each.statistics;
     statistics.entries += plan.numel;
-    statistics.sent_entries += plan.k;
+    statistics.sent_entries += plan.k();
     statistics.bytes_sent += static_cast<double>((each.workers - 1) * its_payload.numel());
     statistics.bytes_dense += 2.0 * static_cast<double>(each.workers - 1) / static_cast<double>(each.workers) * gradient_bytes;
     statistics.aggregate_seconds += row == 0 ? seconds : 0.0;

@@ -13,13 +13,21 @@
 
 namespace regtopk {
 
-int64_t Options::entries_to_send(int64_t numel) const {
-  const double wanted = std::floor(density * static_cast<double>(numel) + 0.5);
-  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
+Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clock> clock)
+    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)), density_(options.density) {}
+
+double Worker::density_of(int64_t step) const {
+  if (!options.schedule) return options.density;
+  const double density = options.schedule(step);
+  TORCH_CHECK_VALUE(
+      density > 0 && density <= 1, who, ": expected a density with 0 < density <= 1 of its schedule, got ", density, " for step ", step);
+  return density;
 }
 
-Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clock> clock)
-    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)) {}
+int64_t Worker::entries_to_send(int64_t numel) const {
+  const double wanted = std::floor(density_ * static_cast<double>(numel) + 0.5);
+  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
+}
 
 void Worker::check(const Bucket& bucket) const {
   // Inside these bounds a residual keeps its bits through changes of the scale by powers of two: its entries stay normal.
@@ -64,11 +72,11 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
     plan = store_.make(
-        bucket.layout, owners(), options.entries_to_send(bucket.layout.numel()), steps.clock().verdict(bucket.layout.device),
-        report.counters(), garbage);
+        bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), garbage);
     publish_counts();
   }
   plan->round = steps.round();
+  plan->set_k(entries_to_send(plan->numel));
   return plan;
 }
 
@@ -87,6 +95,7 @@ void Worker::note_applied(const AppliedKeys& applied) {
 }
 
 void Worker::begin_step(double scale, const AppliedKeys& applied) {
+  density_ = density_of(steps.step() + 1);  // raises before anything has changed
   note_applied(applied);
   if (report.device().is_cpu()) statistics.void_steps += steps.is_void() ? 1 : 0;
   else report.ask(steps.clock().verdict(report.device()), steps.round());

@@ -24,8 +24,9 @@ struct Options {
   double density = 0.001;   // k / J
   double mu = 5.0;
   std::string distortion = "previous";
-
-  int64_t entries_to_send(int64_t numel) const;
+  double decay = 1.0;       // of the residual, each step
+  int64_t dense_steps = 0;  // the first ones, without compression
+  std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
 };
 
 // One bucket as a front end hands it over.
@@ -55,6 +56,9 @@ class Worker {
   // Raises TypeError or ValueError unless gradients of that bucket can be exchanged.
   void check(const Bucket& bucket) const;
   bool begins_step(const Bucket& bucket) const;
+  // Of the step under way.
+  double density() const { return density_; }
+  bool is_dense_step() const { return steps.step() < options.dense_steps; }
   // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
   // take on its scale.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
@@ -78,6 +82,8 @@ class Worker {
 
  private:
   void wait_for_report() const;
+  double density_of(int64_t step) const;
+  int64_t entries_to_send(int64_t numel) const;
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();
   bool feedback_has_scale() const { return options.regularised && options.distortion == "current"; }
@@ -85,6 +91,7 @@ class Worker {
   // Guards the store. Nobody waits for it with the GIL, and nothing is freed under it.
   std::mutex mutex_;
   Store store_;
+  double density_;
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
 };

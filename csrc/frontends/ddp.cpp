@@ -56,7 +56,7 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
   moved.result = buffer;
   moved.step = worker_->steps.step();
   moved.count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; };
-  if (!plan || dense_) {
+  if (!plan || is_dense()) {
     const double bytes = dense::send(*worker_, plan.get(), buffer);
     moved.finish = [worker = worker_, buffer, bytes] { dense::receive(*worker, buffer, bytes); };
     moved.fail = [] {};
@@ -102,13 +102,29 @@ Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
 std::shared_ptr<Plan> DdpExchange::enter(const Bucket& bucket, const c10d::GradBucket& ddp_bucket) {
   // DDP has waited for all of the step before, unless one bucket's error let the user go on while others were pending: what
   // those take and return must not be mixed with what this step does.
-  if (worker_->begins_step(bucket)) transport_->wait_idle();
+  const bool begins = worker_->begins_step(bucket);
+  if (begins) transport_->wait_idle();
+  const double density = worker_->density();
   const auto owners = [&] {
     std::vector<regtopk::Owner> owners;
     for (const at::Tensor& parameter : ddp_bucket.getParameters()) owners.emplace_back(parameter);
     return owners;
   };
-  const std::shared_ptr<Plan> plan = worker_->enter(bucket, owners, owner_.applied);
+  std::shared_ptr<Plan> plan;
+  try {
+    plan = worker_->enter(bucket, owners, owner_.applied);
+  } catch (const std::exception& error) {
+    transport_->announce_failure(error.what());
+    throw;
+  }
+  // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
+  if (begins && worker_->density() != density) {
+    agree(*transport_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
+  }
+  if (worker_->is_dense_step() != dense_step_) {
+    dense_step_ = worker_->is_dense_step();
+    forget_agreements();
+  }
   if (plan && plan->agreed_version == options_version_) return plan;
   const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
   if (!agreed_.contains(hash)) {
@@ -125,10 +141,12 @@ void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {
   agree(
       *transport_,
       {{"method", options.regularised ? "RegTop-k" : "Top-k"},
-       {"density", round_trip(options.density)},
+       {"density", round_trip(worker_->density())},
+       {"decay", round_trip(options.decay)},
+       {"dense_steps", std::to_string(options.dense_steps)},
        {"mu", options.regularised ? round_trip(options.mu) : "none"},
        {"distortion", options.regularised ? options.distortion : "none"},
-       {"mode", !bucket.keeps ? "all-reduce of sparse tensors" : dense_ ? "dense (paused)" : "sparse"},
+       {"mode", !bucket.keeps ? "all-reduce of sparse tensors" : dense_ ? "dense (paused)" : dense_step_ ? "dense" : "sparse"},
        {"gradient dtype", c10::toString(layout.dtype)},
        {"bucket", c10::str(layout.spans.size(), " parameters with ", layout.numel(), " entries", last ? ", the last bucket" : "")},
        {"bucket layout (hash)", std::to_string(hash)},
@@ -136,11 +154,15 @@ void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {
        {"step", std::to_string(worker_->steps.step())}});
 }
 
+void DdpExchange::forget_agreements() {
+  ++options_version_;
+  agreed_.clear();
+}
+
 void DdpExchange::set_dense(bool dense) {
   if (dense == dense_) return;
   dense_ = dense;
-  ++options_version_;
-  agreed_.clear();
+  forget_agreements();
   worker_->did(dense ? Deed::kPause : Deed::kResume);
 }
 

@@ -50,14 +50,17 @@ class DdpExchange {
   Bucket bucket_of(const c10d::GradBucket& ddp_bucket);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const c10d::GradBucket& ddp_bucket);
+  void forget_agreements();
   void agree_on(const Bucket& bucket, int64_t hash, bool last);
+  bool is_dense() const { return dense_ || worker_->is_dense_step(); }
 
   // Shared with pending buckets, which may outlive this object by a moment.
   const std::shared_ptr<Worker> worker_;
   std::shared_ptr<Transport> transport_;  // null before the first use, and after close()
   std::mutex open_mutex_;
   Owner owner_;
-  bool closed_ = false, dense_ = false;
+  bool closed_ = false, dense_ = false;  // paused
+  bool dense_step_ = false;              // of the last bucket
   int64_t options_version_ = 0;
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
 };

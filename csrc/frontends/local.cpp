@@ -8,6 +8,8 @@
 
 #include <unordered_set>
 
+#include "../exchange/dense.h"
+
 namespace regtopk {
 namespace {
 
@@ -112,20 +114,11 @@ std::vector<at::Tensor> LocalExchange::step(
     const int64_t numel = bucket.layout.numel();
     const at::Tensor average = at::empty({numel}, first[parameters.front()].options());
     if (numel > 0) {
-      at::Tensor received;
-      std::vector<std::shared_ptr<Plan>> plans;
-      std::vector<own_support::Receiver> receivers;
-      for (int64_t rank = 0; rank < workers(); ++rank) {
+      exchange(bucket, average, [&](int64_t rank) {
         std::vector<at::Tensor> parts;
         for (const int64_t parameter : parameters) parts.push_back(flat_as(first[parameter], gradients[rank][parameter]));
-        plans.push_back(worker(rank).enter(bucket, [&] { return std::vector<Owner>(parameters.size()); }, nullptr));
-        const at::Tensor payload = own_support::send(worker(rank), *plans.back(), parts.size() == 1 && is_aligned(parts.front()) ? parts.front() : at::cat(parts));
-        if (rank == 0) own_support::make_room(worker(0), *plans.front(), workers());
-        received = plans.front()->received;
-        received[rank].copy_(payload);
-        receivers.push_back({worker(rank), *plans.back(), payload});
-      }
-      own_support::receive(receivers, received, average);
+        return parts.size() == 1 && is_aligned(parts.front()) ? parts.front() : at::cat(parts);
+      });
     }
     int64_t offset = 0;
     for (const int64_t parameter : parameters) {
@@ -134,6 +127,30 @@ std::vector<at::Tensor> LocalExchange::step(
     }
   }
   return averages;
+}
+
+void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of) {
+  std::vector<std::shared_ptr<Plan>> plans;
+  for (const auto& one : workers_) plans.push_back(one->enter(bucket, [&] { return std::vector<Owner>(bucket.layout.spans.size()); }, nullptr));
+  if (worker(0).is_dense_step()) {
+    double bytes = 0;
+    average.zero_();
+    for (int64_t rank = 0; rank < workers(); ++rank) {
+      const at::Tensor gradient = gradient_of(rank).clone();
+      bytes = dense::send(worker(rank), plans[rank].get(), gradient);
+      average.add_(gradient);
+    }
+    for (const auto& one : workers_) dense::receive(*one, average, bytes);
+    return;
+  }
+  std::vector<own_support::Receiver> receivers;
+  for (int64_t rank = 0; rank < workers(); ++rank) {
+    const at::Tensor payload = own_support::send(worker(rank), *plans[rank], gradient_of(rank));
+    if (rank == 0) own_support::make_room(worker(0), *plans.front(), workers());
+    plans.front()->received[rank].copy_(payload);
+    receivers.push_back({worker(rank), *plans[rank], payload});
+  }
+  own_support::receive(receivers, plans.front()->received, average);
 }
 
 }  // namespace regtopk

@@ -2,6 +2,7 @@
 // the twin that a distributed run must equal bit for bit. Its transport is a tensor: every worker's payload is a row.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,9 @@ class LocalExchange {
   void skipped();
 
  private:
+  // One bucket of all workers: gradient_of(rank) is flat, in the bucket's order, and may be the caller's own memory.
+  void exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of);
+
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 

@@ -8,12 +8,22 @@
 
 namespace regtopk {
 
+void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& options) {
+  if (tensor.defined() && tensor.sizes() == shape) return;
+  const int64_t entries = c10::multiply_integers(shape);
+  const bool fits = tensor.defined() && static_cast<int64_t>(tensor.storage().nbytes()) >= entries * static_cast<int64_t>(tensor.element_size());
+  tensor = fits ? tensor.as_strided(shape, c10::contiguous_strides(shape)) : at::empty(shape, options);
+}
+
+void Plan::set_k(int64_t k) {
+  if (k == k_) return;
+  k_ = k;
+  payload_bytes_ = regtopk::payload_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()));
+}
+
 at::Tensor Plan::next_payload() {
   at::Tensor& payload = payloads_[sent.defined() && sent.is_same(payloads_[0]) ? 1 : 0];
-  if (!payload.defined()) {
-    const int64_t bytes = payload_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()));
-    payload = at::empty({bytes}, residual.options().dtype(at::kByte));
-  }
+  reserve(payload, {payload_bytes_}, residual.options().dtype(at::kByte));
   return payload;
 }
 
@@ -28,7 +38,7 @@ void Plan::set_applied(std::vector<uint8_t> flags) {
 
 void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round) {
   sent = payload;
-  sent_k = k;
+  sent_k = k_;
   feedback = feedback_of_payload;
   sent_round = in_round;
   applied.reset();

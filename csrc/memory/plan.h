@@ -25,7 +25,7 @@ struct Piece {
 struct Plan {
   Layout layout;
   std::vector<Owner> owners;  // of the spans
-  int64_t numel = 0, k = 0, hash = 0;
+  int64_t numel = 0, hash = 0;
   Shared shared;        // the ends of the spans, which of them are idle, and the clock's verdict
   at::Tensor residual;  // [numel], accumulate dtype
 
@@ -39,6 +39,11 @@ struct Plan {
 
   int64_t round = -1;     // of the last bucket exchanged on this plan
   int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
+
+  // Entries to send, from now on.
+  void set_k(int64_t k);
+  int64_t k() const { return k_; }
+  int64_t payload_bytes() const { return payload_bytes_; }
 
   // The one of two own payloads that is not `sent`, which is still read while this one is written.
   at::Tensor next_payload();
@@ -61,9 +66,13 @@ struct Plan {
   std::vector<Piece> split() const;
 
  private:
+  int64_t k_ = 0, payload_bytes_ = 0;
   at::Tensor payloads_[2];
   std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule
   at::Tensor applied_;
 };
+
+// Gives the tensor that shape, in memory that it has had before where that is enough, else in new memory.
+void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& options);
 
 }  // namespace regtopk

@@ -66,7 +66,7 @@ void Store::check_sizes(const std::string& who, const Layout& layout) const {
 }
 
 std::shared_ptr<Plan> Store::make(
-    const Layout& layout, std::vector<Owner> owners, int64_t k, const at::Tensor& verdict,
+    const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict,
     const at::Tensor& counters, Garbage& garbage) {
   const auto keys = keys_of(layout);
   std::erase_if(plans_, [&](const std::shared_ptr<Plan>& plan) {
@@ -82,7 +82,6 @@ std::shared_ptr<Plan> Store::make(
   plan->layout = layout;
   plan->owners = std::move(owners);
   plan->numel = layout.numel();
-  plan->k = k;
   plan->hash = layout.hash();
   const auto options = at::TensorOptions().device(layout.device).dtype(accumulate_dtype(layout.dtype));
   plan->shared = {layout.offsets(), at::zeros({static_cast<int64_t>(layout.spans.size())}, options.dtype(at::kByte)), verdict};

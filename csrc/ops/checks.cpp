@@ -37,6 +37,11 @@ double checked_mu(const char* who, double mu) {
   return mu;
 }
 
+double checked_decay(const char* who, double decay) {
+  TORCH_CHECK_VALUE(decay > 0 && decay <= 1, who, ": expected 0 < decay <= 1, got decay=", decay);
+  return decay;
+}
+
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel) {
   TORCH_CHECK_TYPE(
       tensor.scalar_type() == dtype, who, ": expected ", name, " of dtype ", c10::toString(dtype), ", got ", c10::toString(tensor.scalar_type()));

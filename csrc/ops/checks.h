@@ -20,6 +20,7 @@ ValueType value_type_of(const char* who, at::ScalarType dtype);
 at::ScalarType accumulate_dtype(at::ScalarType gradient_dtype);
 Distortion distortion_of(const char* who, c10::string_view name);
 double checked_mu(const char* who, double mu);
+double checked_decay(const char* who, double decay);
 
 // A contiguous, one-dimensional tensor of a dtype and a number of entries.
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel);

@@ -42,7 +42,7 @@ void compress_cpu(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
-    int64_t k, double mu, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed, int64_t sent_round,
+    int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed, int64_t sent_round,
     bool trusted, at::OptionalIntArrayRef bracket) {
   constexpr const char* who = "compress_";
   const int64_t numel = gradient.numel(), span_count = check_spans(who, spans_tensor, numel);
@@ -52,6 +52,7 @@ void compress_cpu(
   check_vector(who, "payload", payload, at::kByte, arguments.layout.bytes);
   arguments.distortion = distortion_of(who, distortion);
   arguments.mu = checked_mu(who, mu);
+  arguments.decay = checked_decay(who, decay);
   TORCH_CHECK_VALUE(!feedback || sent, who, ": expected feedback together with the payload it belongs to, got feedback alone");
   TORCH_CHECK_VALUE(
       span_count == 0 || (idle && verdict && counters), who, ": expected idle, verdict and counters together with spans, got spans alone");

@@ -16,7 +16,7 @@
 TORCH_LIBRARY(regtopk, library) {
   library.def(
       "compress_(Tensor gradient, Tensor(a!) residual, Tensor(b!) payload, Tensor? sent, Tensor? feedback, Tensor? spans=None, "
-      "Tensor? idle=None, Tensor? verdict=None, Tensor? applied=None, Tensor(c!)? counters=None, *, int k, float mu=1.0, "
+      "Tensor? idle=None, Tensor? verdict=None, Tensor? applied=None, Tensor(c!)? counters=None, *, int k, float mu=1.0, float decay=1.0, "
       "str distortion='previous', int step=0, int plan=0, float scale=1.0, int deed=0, int sent_round=-1, bool trusted=False, "
       "int[]? bracket=None) -> ()");
   library.def(

@@ -13,7 +13,7 @@ namespace regtopk {
 // What of the selection does not change from step to step.
 struct Selection {
   int64_t k;
-  double mu;
+  double mu, decay;
   const std::string& distortion;
 };
 

@@ -30,7 +30,7 @@ class GlooTransport final : public Transport {
   struct Groups {
     c10::intrusive_ptr<c10d::Backend> payloads, control;
     c10::intrusive_ptr<c10d::Store> store;  // of this exchange alone
-    std::chrono::milliseconds timeout;
+    std::chrono::milliseconds timeout{};
   };
   // `who` begins messages of buckets; `own_calls` as for Watch.
   GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls);

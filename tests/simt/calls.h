@@ -33,7 +33,7 @@ struct CompressCall {
   int64_t sent_bytes;
   const void* feedback;
   int64_t feedback_entries, distortion;
-  double mu;
+  double mu, decay;
   SamplingNumbers sampling;
   void *workspace, *stream;
 };

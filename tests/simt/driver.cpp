@@ -130,6 +130,7 @@ const char* call_compress(const CompressCall* call) {
          .feedback_entries = call->feedback_entries,
          .distortion = static_cast<Distortion>(call->distortion),
          .mu = call->mu,
+         .decay = call->decay,
          .sampling = {s.sectors, s.rank_high, s.rank_low, s.list_capacity},
          .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));

@@ -135,7 +135,7 @@ class _Compress(ctypes.Structure):
         ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
         ("spans", _Spans), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
         ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
-        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("sampling", _Sampling), ("workspace", ctypes.c_void_p),
+        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("workspace", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -279,7 +279,7 @@ class Kernels:
 
     def compress(
         self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None,
-        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1,
+        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0,
     ):  # fmt: skip
         """As regtopk::compress_; `residual`, `payload` and `counters` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
@@ -294,7 +294,7 @@ class Kernels:
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
                 _spans(spans, idle, verdict, applied, counters, sent_round), scale, deed,
                 _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
-                DISTORTIONS[distortion], mu, _Sampling(**vars(sampling)), _pointer(used), self._stream(),
+                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), _pointer(used), self._stream(),
             )  # fmt: skip
             self._raise(self._library.call_compress(ctypes.byref(call)))
         if workspace is None and used[: self._library.call_zeroed_bytes()].any():

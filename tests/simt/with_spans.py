@@ -40,14 +40,14 @@ class Side:
         self.counters = [aligned(3, torch.int64).zero_() for _ in range(2)]
         self.sent = self.rows = self.bucket = None
 
-    def step(self, gradients, *, round, distortion, mu, sampling, applied, scale):
+    def step(self, gradients, *, round, distortion, mu, decay, sampling, applied, scale):
         """mu None: Top-k."""
         numel, payloads = gradients[0].numel(), aligned(2 * self.bytes, torch.uint8).fill_(0xEE).view(2, self.bytes)
         both = {"spans": self.spans, "idle": self.idle, "verdict": self.verdict, "k": self.k, "distortion": distortion, "step": round, "plan": 77}
         for n, gradient in enumerate(gradients):
             self.run.compress(
                 gradient, self.residual[n], payloads[n], sent=None if self.sent is None else self.sent[n],
-                feedback=None if mu is None or self.sent is None else self.rows[n], sampling=sampling, mu=mu or 1.0, applied=applied,
+                feedback=None if mu is None or self.sent is None else self.rows[n], sampling=sampling, mu=mu or 1.0, decay=decay, applied=applied,
                 counters=self.counters[n], scale=scale, deed=513, sent_round=round - 1, **both,
             )  # fmt: skip
         self.bucket = aligned(numel, self.dtype).view(torch.uint8).fill_(0xEE).view(self.dtype)
@@ -72,11 +72,11 @@ class Side:
 class Pair:
     """The CPU operators and the kernels on the same random steps, with spans that are zero for some time, void rounds and all that follows."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", seed=0, infinite=False):
+    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", decay=0.9, seed=0, infinite=False):
         """`infinite`: an entry of the residual is, which makes each round void in which it is sent."""
         from regtopk_torch import _C
 
-        self.numel, self.dtype, self.round, self.options = numel, dtype, 0, {"mu": mu, "distortion": distortion}
+        self.numel, self.dtype, self.round, self.options = numel, dtype, 0, {"mu": mu, "distortion": distortion, "decay": decay}
         self.generator = torch.Generator().manual_seed(seed)
         self.spans, self.k = spans_of(numel, seed=seed), reference.entries_to_send(density, numel)
         residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))

@@ -96,6 +96,7 @@ class BracketedCompressor {
       const int64_t listed = kernel(
           {.gradient = static_cast<const T*>(arguments_.gradient) + block.index,
            .residual = residual_ + block.index,
+           .decay = static_cast<float>(arguments_.decay),
            .entries = block.entries,
            .first_offset = static_cast<uint32_t>(block.first_offset),
            .list_from = list_from,

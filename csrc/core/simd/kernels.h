@@ -23,6 +23,7 @@ struct ListArrays {
 struct AccumulateArguments {
   const void* gradient;   // in: [entries] of the value type; ignored by list_again
   float* residual;        // in and out: [entries]
+  float decay;            // of the residual; ignored by list_again
   int64_t entries;        // of the block
   uint32_t first_offset;  // of entry 0 in its tile
   uint32_t list_from;     // entries with this key or a larger one are listed

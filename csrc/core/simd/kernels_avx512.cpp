@@ -49,6 +49,7 @@ struct Avx512 {
   static void finish_streaming() { _mm_sfence(); }
 
   static Floats sum(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats product(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Keys sum(Keys a, Keys b) { return _mm512_add_epi32(a, b); }
   static Floats difference(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats quotient(Floats a, Floats b) { return _mm512_div_ps(a, b); }

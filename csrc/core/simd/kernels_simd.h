@@ -129,6 +129,7 @@ int64_t accumulate_block(const AccumulateArguments& arguments) {
   constexpr int64_t kVectors = 4;
   const Stored* const gradient = static_cast<const Stored*>(arguments.gradient);
   float* const residual = arguments.residual;
+  const auto decay = V::floats(arguments.decay);
   // Entries that are not finite need care even where they are too small to be listed, an infinity below a NaN.
   const auto unusual_from = V::keys(arguments.list_from < kInfinityKey ? arguments.list_from : kInfinityKey);
   const auto infinity = V::keys(kInfinityKey);
@@ -140,7 +141,7 @@ int64_t accumulate_block(const AccumulateArguments& arguments) {
     for (int64_t vector = 0; vector < kVectors; ++vector) {
       const int64_t first = at + vector * V::kLanes;
       accumulated[vector] = V::load(residual + first);
-      if constexpr (kFirstTime) accumulated[vector] = V::sum(accumulated[vector], T::template load<V>(gradient + first));
+      if constexpr (kFirstTime) accumulated[vector] = V::sum(V::product(accumulated[vector], decay), T::template load<V>(gradient + first));
       largest = V::larger(largest, V::magnitude(accumulated[vector]));
     }
     if (V::bits(V::at_least(largest, infinity)) != 0) [[unlikely]] {
@@ -167,7 +168,7 @@ int64_t accumulate_block(const AccumulateArguments& arguments) {
   for (; at < arguments.entries; at += V::kLanes) {
     const int64_t count = arguments.entries - at < V::kLanes ? arguments.entries - at : V::kLanes;
     typename V::Floats accumulated = V::load_first(residual + at, count);
-    if constexpr (kFirstTime) accumulated = V::sum(accumulated, T::template load_first<V>(gradient + at, count));
+    if constexpr (kFirstTime) accumulated = V::sum(V::product(accumulated, decay), T::template load_first<V>(gradient + at, count));
     lister.store_and_list(accumulated, V::first_lanes(count), at);
   }
   if (lister.non_finite) *arguments.non_finite = true;

@@ -52,6 +52,7 @@ void sample_keys(const CompressArguments& arguments, const Strata& strata, int64
   const T* const gradient = static_cast<const T*>(arguments.gradient);
   const float* const residual = static_cast<const float*>(arguments.residual);
   const float* const feedback = static_cast<const float*>(arguments.feedback);
+  const float decay = static_cast<float>(arguments.decay);
   for (int64_t stratum = begin; stratum < end; ++stratum) {
     if (stratum + kPrefetched < end) {
       const int64_t later = strata.chosen_sector(stratum + kPrefetched) * kSectorEntries;
@@ -60,12 +61,12 @@ void sample_keys(const CompressArguments& arguments, const Strata& strata, int64
     }
     const int64_t first = strata.chosen_sector(stratum) * kSectorEntries;
     for (int64_t at = 0; at < kSectorEntries; ++at) {
-      keys[stratum * kSectorEntries + at] = magnitude_key(residual[first + at] + Traits<T>::load(gradient[first + at]));
+      keys[stratum * kSectorEntries + at] = magnitude_key(residual[first + at] * decay + Traits<T>::load(gradient[first + at]));
     }
   }
   if (feedback == nullptr) return;
   const auto patch = [&](int64_t stratum, int64_t index, int64_t entry) {
-    const float accumulated = residual[index] + Traits<T>::load(gradient[index]);
+    const float accumulated = residual[index] * decay + Traits<T>::load(gradient[index]);
     keys[stratum * kSectorEntries + index % kSectorEntries] =
         magnitude_key(regularised_score(accumulated, feedback[entry], arguments.distortion, arguments.mu));
   };
