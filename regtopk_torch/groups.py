@@ -67,7 +67,7 @@ def open_groups(state):
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
     try:
-        payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=8))
+        payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=4))
         control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
     except RuntimeError as error:
         raise dist.DistBackendError(
