@@ -183,6 +183,27 @@ def find_by_option(evidence, group, place):
     return Finding(text, len(common), test, runs)
 
 
+def endings_of(evidence, model, optimizer):
+    """Return {ending: its runs}, in the order in which they were run, at the seeds that all endings have; {} without any."""
+    runs = select(evidence.endings, model=model, optimizer=optimizer)
+    names = list(dict.fromkeys(run.options["ending"] for run in runs))
+    common = set.intersection(*({run.seed for run in select(runs, ending=name)} for name in names)) if names else set()
+    return {name: [run for run in select(runs, ending=name) if run.seed in common] for name in names} if common else {}
+
+
+def find_endings(evidence, model, optimizer):
+    """Find the accuracy that training without an ending came to, and what every ending adds to it."""
+    endings = endings_of(evidence, model, optimizer)
+    if not endings:
+        return None
+    nothing = values("accuracy", endings.pop("nothing"))
+    comparisons = {name: compare(values("accuracy", runs), nothing) for name, runs in endings.items()}
+    text = f"nothing {spread(nothing)} %; points more than it: " + ", ".join(f"{name} {number(each.mean, 2)}" for name, each in comparisons.items())
+    shown = ", ".join(name for name, each in comparisons.items() if each.shown) or "none"
+    test = f"{len(comparisons)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if len(nothing) > 1 else "none with one seed"
+    return Finding(text, len(nothing), test, select(evidence.endings, model=model, optimizer=optimizer))
+
+
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
 CLAIMS = {
     "fig-1-top-1": ("toy_logistic", find_toy_topk),
@@ -205,6 +226,8 @@ CLAIMS = {
     **{group: (f"cifar10_{group}", partial(find_accuracy, group=group)) for group in ("density-0.001-long", "mobilenet_v2", "vgg11_bn", "local-40")},
     **{f"{kind}-{labels}": (f"cifar10_{kind}-{labels}", partial(find_accuracy, group=f"{kind}-{labels}", loss=True))
        for kind in ("partition", "tiny") for labels in ("labels", "dirichlet")},
+    **{f"end-{model}-{optimizer}": ("end_of_training", partial(find_endings, model=model, optimizer=optimizer))
+       for model in ("mlp", "resnet18") for optimizer in ("sgd", "momentum", "adamw")},
 }  # fmt: skip
 
 

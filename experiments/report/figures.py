@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, endings_of
 from experiments.report.logs import select
 from experiments.sweeps import RUN_KEYS
 
@@ -174,6 +174,31 @@ def draw_by_option(runs, option):
     return draw_panels(title, [accuracy, displaced], logarithmic=True)
 
 
+def draw_endings(evidence):
+    """What every end of training adds to the accuracy of none, by optimizer, a panel per network; None without logs."""
+    models = list(dict.fromkeys(run.options["model"] for run in evidence.endings))
+    if not models:
+        return None
+    figure, panels = new_figure(len(models), "What to do at the end of training: mean and range over seeds", (5 * len(models), 3.6))
+    for axes, model in zip(panels, models):
+        for number, (optimizer, colour) in enumerate(zip(("sgd", "momentum", "adamw"), ("tab:red", "tab:blue", "tab:green"))):
+            endings = endings_of(evidence, model, optimizer)
+            if not endings:
+                continue
+            nothing = [run.value("accuracy") for run in endings.pop("nothing")]
+            gains = [[run.value("accuracy") - before for run, before in zip(runs, nothing)] for runs in endings.values()]
+            means = [fmean(gain) for gain in gains]
+            bars = [[mean - min(gain) for mean, gain in zip(means, gains)], [max(gain) - mean for mean, gain in zip(means, gains)]]
+            places = [place + 0.2 * (number - 1) for place in range(len(endings))]
+            axes.errorbar(places, means, bars, fmt="o", color=colour, capsize=3, markersize=4, label=optimizer)
+            axes.set_xticks(range(len(endings)), endings)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(title=model, ylabel="points more than nothing (test accuracy)")
+    panels[0].legend()
+    return figure
+
+
 def make_figures(evidence):
     """Yield (name, figure) of all that there are logs for."""
     if evidence.toy:
@@ -192,6 +217,8 @@ def make_figures(evidence):
         panels = [(name, GAP, select(usual, **settings), by_density) for name, settings in zip(("heterogeneous, fp64", "homogeneous, fp64", "heterogeneous, fp32"), PROBLEMS)]
         yield "linear_regression_density", draw_panels(REGRESSION, panels)
         yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu), logarithmic=True)
+    if (figure := draw_endings(evidence)) is not None:
+        yield "end_of_training", figure
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
         if group == "density-0.001":  # the figure in README.md

@@ -87,14 +87,16 @@ def read_run(folder):
 
 
 class Evidence:
-    """All committed logs: runs of the toy and of the regression, those that ended with a finite gap, and of CIFAR-10 by group.
+    """All committed logs: runs of the toy, of the regression, those that ended with a finite gap, of the ends of training, and of
+    CIFAR-10 by group.
 
     A group's runs are sorted and took equally many steps, as many as most of them took. Last comes the group BY_DENSITY: those
     of the groups density-D, each as it stood where the shortest ended, so that they differ in density alone.
     """
 
     def __init__(self, results=RESULTS):
-        self.toy, self.regression = (self._sweeps(Path(results), name) for name in ("toy_logistic", "linear_regression"))
+        self.toy, self.regression = (self._sweeps(Path(results), name, RUN_KEYS) for name in ("toy_logistic", "linear_regression"))
+        self.endings = self._sweeps(Path(results), "end_of_training", ("optimizer", "ending", "seed"))
         self.cifar10 = {}
         for path in sorted(Path(results).glob("cifar10/*.jsonl")):
             found = [finished_run(*log, path.relative_to(results).as_posix()) for log in read_logs(path)]
@@ -108,9 +110,9 @@ class Evidence:
             self.cifar10[BY_DENSITY] = [run.cut(shortest) for runs in groups for run in runs if run.options["mu"] in (None, SCRIPT_MU)]
 
     @staticmethod
-    def _sweeps(results, name):
+    def _sweeps(results, name, keys):
         return [
-            Run(path.relative_to(results).as_posix(), None, row["seed"], {**header["settings"], **{key: row[key] for key in RUN_KEYS}}, [], [], row)
+            Run(path.relative_to(results).as_posix(), None, row["seed"], {**header["settings"], **{key: row[key] for key in keys}}, [], [], row)
             for path in sorted(results.glob(f"{name}/*.jsonl")) for header, records in read_logs(path) for row in records
             if row["event"] == "run" and row.get("log10_gap", 0) is not None
         ]  # fmt: skip
