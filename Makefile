@@ -5,7 +5,7 @@
 # make gpu-check OUT=DIR [DEVICE=emulated]        check and time the kernels on this machine's GPU with the torch of PYTHON, 8 minutes at most
 # make sanitize                                   the core and the exchange's threads under Address-, UB- and ThreadSanitizer
 # make fuzz [SECONDS=60]                          feed the decoder of payloads and the loader of checkpoints with damaged bytes
-# make lint                                       ruff, mypy on the package, and the format of the C++ in cuda/
+# make lint                                       ruff, mypy on the package, and the format of the C++
 # make check-all                                  every test, the ones that take minutes too, make sanitize and make fuzz
 # make clean                                      remove what make made: environments, builds, runs and the downloaded data set
 #
@@ -59,7 +59,7 @@ $(INSTALLED): requirements.txt
 	  { echo "make: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
 	@echo "make: installing torch and the rest into $(VENV), some 6 GB with its CUDA libraries"
 	@$(SAY_SO) $(PYTHON) -m venv $(VENV) && sed '$(LOOSEN)' requirements.txt > $(VENV)/requirements.txt && \
-	  $(BIN)/pip install --disable-pip-version-check $(TORCH_PACKAGES) -r $(VENV)/requirements.txt
+	  $(BIN)/pip install --no-compile --disable-pip-version-check $(TORCH_PACKAGES) -r $(VENV)/requirements.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
@@ -93,7 +93,7 @@ gpu-check: $(if $(filter emulated,$(DEVICE)),setup)
 lint: $(VENV)/lint-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/lint-installed: requirements-lint.txt $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-lint.txt

@@ -82,9 +82,9 @@ std::shared_ptr<DdpExchange> make_exchange(
     const std::string who = c10::str("rank ", payloads->getRank(), ": sparse_hook");
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
     auto gloo = std::make_unique<GlooTransport>(GlooTransport::Groups{payloads, control, store, milliseconds}, who, std::move(own_calls));
-    Transport* const transport =
-        on_stream ? new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who)
-                  : static_cast<Transport*>(gloo.release());
+    Transport* const transport = on_stream
+                                     ? new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who)
+                                     : static_cast<Transport*>(gloo.release());
     return {transport, &delete_without_gil<Transport>};
   };
   std::shared_ptr<DdpExchange> exchange(
@@ -140,8 +140,8 @@ PieceTuples export_pieces(Worker& worker) {
   PieceTuples result;
   for (const auto& [key, piece] : worker.copy_pieces()) {
     const bool idle = piece.idle.defined() && piece.idle.item<uint8_t>() != 0;
-    result[key] = {
-        optional(piece.owner.tensor()), piece.residual, optional(piece.sent_index), optional(piece.sent_value), optional(piece.feedback), idle};
+    result[key] = {optional(piece.owner.tensor()), piece.residual,           optional(piece.sent_index),
+                   optional(piece.sent_value),     optional(piece.feedback), idle};
   }
   return result;
 }
@@ -150,9 +150,9 @@ void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step) {
   Pieces pieces;
   for (const auto& [key, tuple] : tuples) {
     const auto& [parameter, residual, sent_index, sent_value, feedback, idle] = tuple;
-    pieces[key] = {
-        parameter ? Owner(*parameter) : Owner(), residual, sent_index.value_or(at::Tensor()), sent_value.value_or(at::Tensor()),
-        feedback.value_or(at::Tensor()), idle ? at::ones({1}, at::kByte) : at::Tensor()};
+    pieces[key] = {parameter ? Owner(*parameter) : Owner(), residual,
+                   sent_index.value_or(at::Tensor()),       sent_value.value_or(at::Tensor()),
+                   feedback.value_or(at::Tensor()),         idle ? at::ones({1}, at::kByte) : at::Tensor()};
   }
   worker.replace_pieces(std::move(pieces), step);
 }
@@ -185,72 +185,91 @@ PYBIND11_MODULE(_C, module) {
   module.def("parameter_key", &key_of);
 
   py::class_<Options>(module, "Options")
-      .def(py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                       std::function<double(int64_t)> schedule) {
-             return Options{regularised, density, mu, std::move(distortion), decay, dense_steps, std::move(schedule)};
-           }),
-           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
-           py::arg("dense_steps") = 0, py::arg("schedule") = py::none());
+      .def(
+          py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
+                      std::function<double(int64_t)> schedule) {
+            return Options{regularised, density, mu, std::move(distortion), decay, dense_steps, std::move(schedule)};
+          }),
+          py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
+          py::arg("dense_steps") = 0, py::arg("schedule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 
   py::enum_<Deed>(module, "Deed").value("RESET", Deed::kReset).value("LOAD", Deed::kLoad);
 
   py::class_<DdpExchange, std::shared_ptr<DdpExchange>>(module, "DdpExchange")
-      .def(py::init(&make_exchange), py::arg("options"), py::arg("clock"), py::kw_only(), py::arg("open_groups"), py::arg("scale"),
-           py::arg("applied"))
+      .def(
+          py::init(&make_exchange), py::arg("options"), py::arg("clock"), py::kw_only(), py::arg("open_groups"), py::arg("scale"),
+          py::arg("applied"))
       .def("run", &run_from_python)
-      .def("register_on", [](const std::shared_ptr<DdpExchange>& exchange, c10d::Reducer& reducer) {
-        reducer.register_comm_hook(std::make_unique<ExchangeHook>(exchange));
-      })
+      .def(
+          "register_on", [](const std::shared_ptr<DdpExchange>& exchange,
+                            c10d::Reducer& reducer) { reducer.register_comm_hook(std::make_unique<ExchangeHook>(exchange)); })
       .def_property_readonly("is_open", &DdpExchange::is_open)
       .def("set_dense", &DdpExchange::set_dense)
       .def("skipped", &DdpExchange::skipped, release_gil())
       .def("did", &DdpExchange::did)
       .def("statistics", [](DdpExchange& exchange) { return statistics_of(exchange.worker()); })
       .def("last_step", [](const DdpExchange& exchange) { return exchange.worker().steps.step(); })
-      .def("check", [](DdpExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
-      .def("wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
-      .def("residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm().item<double>(); }, release_gil())
-      .def("export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
-      .def("import_pieces",
-           [](DdpExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
-           release_gil())
-      .def("clear", [](DdpExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); }, release_gil())
-      .def("open", [](DdpExchange& exchange) { exchange.transport(); }, release_gil())
-      .def("rank", [](DdpExchange& exchange) { return exchange.transport().rank(); }, release_gil())
+      .def(
+          "check", [](DdpExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
+      .def(
+          "wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
+      .def(
+          "residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm().item<double>(); }, release_gil())
+      .def(
+          "export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
+      .def(
+          "import_pieces",
+          [](DdpExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
+          release_gil())
+      .def(
+          "clear", [](DdpExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); }, release_gil())
+      .def(
+          "open", [](DdpExchange& exchange) { exchange.transport(); }, release_gil())
+      .def(
+          "rank", [](DdpExchange& exchange) { return exchange.transport().rank(); }, release_gil())
       .def("workers", [](const DdpExchange& exchange) { return exchange.worker().workers; })  // known once it has been open
-      .def("gather_texts",
-           [](DdpExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
-             std::vector<std::string> texts;
-             {
-               const py::gil_scoped_release no_gil;
-               Transport& transport = exchange.transport();
-               transport.wait_idle();
-               texts = transport.gather_texts(own, caller, activity);
-             }
-             return std::vector<py::bytes>(texts.begin(), texts.end());
-           })
-      .def("add_up", [](DdpExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
-             exchange.transport().add_up(tensor, caller, activity);
-           },
-           release_gil())
+      .def(
+          "gather_texts",
+          [](DdpExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
+            std::vector<std::string> texts;
+            {
+              const py::gil_scoped_release no_gil;
+              Transport& transport = exchange.transport();
+              transport.wait_idle();
+              texts = transport.gather_texts(own, caller, activity);
+            }
+            return std::vector<py::bytes>(texts.begin(), texts.end());
+          })
+      .def(
+          "add_up",
+          [](DdpExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
+            exchange.transport().add_up(tensor, caller, activity);
+          },
+          release_gil())
       .def("close", &DdpExchange::close, release_gil());
 
   py::class_<LocalExchange>(module, "LocalExchange")
       .def(py::init<Options, int64_t>())
       .def("step", &LocalExchange::step, release_gil())
       .def("skipped", &LocalExchange::skipped, release_gil())
-      .def("statistics", [](LocalExchange& exchange, int64_t rank) {
-        exchange.worker(rank).hear(/*wait=*/true);  // a simulation has nothing to overlap
-        return statistics_of(exchange.worker(rank));
-      })
+      .def(
+          "statistics",
+          [](LocalExchange& exchange, int64_t rank) {
+            exchange.worker(rank).hear(/*wait=*/true);  // a simulation has nothing to overlap
+            return statistics_of(exchange.worker(rank));
+          })
       .def("last_step", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).steps.step(); })
-      .def("residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm().item<double>(); }, release_gil())
-      .def("export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())
-      .def("import_pieces",
-           [](LocalExchange& exchange, int64_t rank, const PieceTuples& pieces, int64_t step) {
-             import_pieces(exchange.worker(rank), pieces, step);
-           },
-           release_gil());
+      .def(
+          "residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm().item<double>(); },
+          release_gil())
+      .def(
+          "export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())
+      .def(
+          "import_pieces",
+          [](LocalExchange& exchange, int64_t rank, const PieceTuples& pieces, int64_t step) {
+            import_pieces(exchange.worker(rank), pieces, step);
+          },
+          release_gil());
 }

@@ -19,9 +19,7 @@ template <typename Bits>
 struct Boundary {
   Bits score_key;
   int64_t index;
-  bool includes(Bits key, int64_t entry_index) const {
-    return key > score_key || (key == score_key && entry_index <= index);
-  }
+  bool includes(Bits key, int64_t entry_index) const { return key > score_key || (key == score_key && entry_index <= index); }
 };
 
 // Exact selection by radix: two histograms of 16-bit digits (four in fp64) find the k-th score, a count per tile places
@@ -59,9 +57,8 @@ class Compressor {
     const int64_t base = tile * kTileEntries, entries = layout_.tile_entries(tile);
     for (int64_t offset = 0; offset < entries; ++offset) keys[offset] = magnitude_key(accumulated(base + offset));
     if (feedback_ == nullptr) return;
-    arguments_.sent->for_each_entry(tile, [&](int64_t entry, int64_t offset) {
-      keys[offset] = magnitude_key(score_of_sent(accumulated(base + offset), entry));
-    });
+    arguments_.sent->for_each_entry(
+        tile, [&](int64_t entry, int64_t offset) { keys[offset] = magnitude_key(score_of_sent(accumulated(base + offset), entry)); });
   }
 
   // Calls body(tile, keys) for every tile, with one scratch buffer for each range of tiles.

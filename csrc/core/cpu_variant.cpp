@@ -12,7 +12,8 @@ constexpr CpuVariant kAll[] = {CpuVariant::kScalar, CpuVariant::kAvx2, CpuVarian
 bool is_available(CpuVariant variant) {
 #if defined(REGTOPK_X86_KERNELS)
   if (variant == CpuVariant::kAvx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
+           __builtin_cpu_supports("bmi");
   }
   if (variant == CpuVariant::kAvx512) {
     return is_available(CpuVariant::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -56,9 +57,12 @@ void set_cpu_variant(const std::string& name) { current() = variant_of(name); }
 
 std::string name_of(CpuVariant variant) {
   switch (variant) {
-    case CpuVariant::kScalar: return "scalar";
-    case CpuVariant::kAvx2: return "avx2";
-    case CpuVariant::kAvx512: return "avx512";
+    case CpuVariant::kScalar:
+      return "scalar";
+    case CpuVariant::kAvx2:
+      return "avx2";
+    case CpuVariant::kAvx512:
+      return "avx512";
   }
   throw std::invalid_argument("name_of: expected a known CPU variant");
 }

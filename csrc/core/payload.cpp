@@ -37,8 +37,7 @@ std::optional<PayloadError> check_tile(const PayloadView& payload, int64_t tile)
     last_entry = entry;
     if (!error && (offset <= previous || offset >= entries)) {
       error = PayloadError{
-          "offset of entry " + std::to_string(entry),
-          "more than " + std::to_string(previous) + " and less than " + std::to_string(entries),
+          "offset of entry " + std::to_string(entry), "more than " + std::to_string(previous) + " and less than " + std::to_string(entries),
           std::to_string(offset)};
     }
     previous = offset;
@@ -58,7 +57,8 @@ std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadL
   const PayloadHeader wanted = make_header(layout, header.step, header.plan);
   if (auto error = expect_field("magic", wanted.magic, header.magic)) return error;
   if (auto error = expect_field("version", wanted.version, header.version)) return error;
-  if (auto error = expect_field("value type", static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type))) return error;
+  if (auto error = expect_field("value type", static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type)))
+    return error;
   if (auto error = expect_field("support", static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support))) return error;
   if (auto error = expect_field("numel", wanted.numel, header.numel)) return error;
   if (auto error = expect_field("k", wanted.k, header.k)) return error;

@@ -81,15 +81,11 @@ struct PayloadLayout {
   int64_t tiles, spans;
   int64_t zero_bits_at, tile_starts_at, support_at, values_at, bytes;
 
-  REGTOPK_HOST_DEVICE int64_t tile_entries(int64_t tile) const {
-    return tile + 1 < tiles ? kTileEntries : numel - tile * kTileEntries;
-  }
+  REGTOPK_HOST_DEVICE int64_t tile_entries(int64_t tile) const { return tile + 1 < tiles ? kTileEntries : numel - tile * kTileEntries; }
 
  private:
   PayloadLayout() = default;
-  REGTOPK_HOST_DEVICE static int64_t round_up(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-  }
+  REGTOPK_HOST_DEVICE static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 };
 
 // Number of bits set. Arithmetic on words, which compilers turn into vectors; std::popcount is a call to a table on the

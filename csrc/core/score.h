@@ -78,10 +78,8 @@ REGTOPK_HOST_DEVICE inline Accumulate feedback_of(Accumulate sum, Accumulate val
 
 // Score of an entry that was sent in the last step: |a| tanh(rho / mu), eq. 16. An entry that was not sent scores |a|.
 template <typename Accumulate>
-REGTOPK_HOST_DEVICE inline Accumulate regularised_score(
-    Accumulate accumulated, Accumulate feedback, Distortion distortion, double mu) {
-  const Accumulate rho =
-      distortion == Distortion::kPrevious ? feedback : magnitude_ratio(accumulated + feedback, accumulated);
+REGTOPK_HOST_DEVICE inline Accumulate regularised_score(Accumulate accumulated, Accumulate feedback, Distortion distortion, double mu) {
+  const Accumulate rho = distortion == Distortion::kPrevious ? feedback : magnitude_ratio(accumulated + feedback, accumulated);
   const double factor = tanh_of_nonnegative(static_cast<double>(rho) / mu);
   return std::abs(accumulated) * static_cast<Accumulate>(factor);
 }

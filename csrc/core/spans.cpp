@@ -86,11 +86,14 @@ void clear_idle_spans(const AggregateArguments& arguments, const Spans& spans, c
     using Accumulate = typename Traits<T>::Accumulate;
     for (int64_t span = 0; span < spans.count; ++span) {
       if (idle[span] == 0 || spans.begin(span) == spans.end(span)) continue;
-      std::memset(static_cast<T*>(arguments.gradient) + spans.begin(span), 0, static_cast<size_t>(spans.end(span) - spans.begin(span)) * sizeof(T));
+      std::memset(
+          static_cast<T*>(arguments.gradient) + spans.begin(span), 0, static_cast<size_t>(spans.end(span) - spans.begin(span)) * sizeof(T));
       for (int64_t row = 0; arguments.feedback != nullptr && row < arguments.feedback_workers; ++row) {
         const PayloadView payload(arguments.payloads + (arguments.first_feedback_worker + row) * layout.bytes, layout);
         Accumulate* const kept = static_cast<Accumulate*>(arguments.feedback) + row * layout.k;
-        std::fill(kept + payload.entry_at(spans.begin(span)), kept + payload.entry_at(spans.end(span)), std::numeric_limits<Accumulate>::infinity());
+        std::fill(
+            kept + payload.entry_at(spans.begin(span)), kept + payload.entry_at(spans.end(span)),
+            std::numeric_limits<Accumulate>::infinity());
       }
     }
   });
@@ -102,7 +105,8 @@ bool all_finite(const void* values, int64_t numel, ValueType type, const Paralle
     parallel_for((numel + kTileEntries - 1) / kTileEntries, [&](int64_t begin, int64_t end) {
       const T* const typed = static_cast<const T*>(values);
       bool finite_here = true;
-      for (int64_t i = begin * kTileEntries; i < std::min(end * kTileEntries, numel); ++i) finite_here &= is_finite(Traits<T>::load(typed[i]));
+      for (int64_t i = begin * kTileEntries; i < std::min(end * kTileEntries, numel); ++i)
+        finite_here &= is_finite(Traits<T>::load(typed[i]));
       if (!finite_here) finite = false;
     });
     return finite.load();

@@ -116,10 +116,13 @@ struct Traits<Half> {
 
 inline int64_t value_bytes(ValueType type) {
   switch (type) {
-    case ValueType::kFloat64: return 8;
-    case ValueType::kFloat32: return 4;
+    case ValueType::kFloat64:
+      return 8;
+    case ValueType::kFloat32:
+      return 4;
     case ValueType::kBFloat16:
-    case ValueType::kFloat16: return 2;
+    case ValueType::kFloat16:
+      return 2;
   }
   throw std::invalid_argument("value_bytes: expected a known value type");
 }
@@ -128,10 +131,14 @@ inline int64_t value_bytes(ValueType type) {
 template <typename Function>
 decltype(auto) with_value_type(ValueType type, Function&& function) {
   switch (type) {
-    case ValueType::kFloat64: return function(double{});
-    case ValueType::kFloat32: return function(float{});
-    case ValueType::kBFloat16: return function(BFloat16{});
-    case ValueType::kFloat16: return function(Half{});
+    case ValueType::kFloat64:
+      return function(double{});
+    case ValueType::kFloat32:
+      return function(float{});
+    case ValueType::kBFloat16:
+      return function(BFloat16{});
+    case ValueType::kFloat16:
+      return function(Half{});
   }
   throw std::invalid_argument("with_value_type: expected a known value type");
 }

@@ -40,7 +40,8 @@ std::string describe(const std::map<std::string, std::vector<int>>& ranks_by_val
 
 void agree(Transport& transport, const Fingerprint& fingerprint) {
   std::vector<Fingerprint> all;
-  for (const std::string& text : transport.gather_texts(serialise(fingerprint), "sparse_hook", "the agreement on a bucket and its options")) {
+  for (const std::string& text :
+       transport.gather_texts(serialise(fingerprint), "sparse_hook", "the agreement on a bucket and its options")) {
     all.push_back(parse(text));
   }
   for (size_t field = 0; field < fingerprint.size(); ++field) {

@@ -38,17 +38,18 @@ void Worker::check(const Bucket& bucket) const {
   if (!bucket.keeps) return;
   value_type_of(who.c_str(), bucket.layout.dtype);
   TORCH_CHECK_VALUE(
-      !report.is_placed() || report.device() == bucket.layout.device, who, ": expected all gradients on ", report.device(), ", got some on ",
-      bucket.layout.device, "; a state serves a model on one device");
+      !report.is_placed() || report.device() == bucket.layout.device, who, ": expected all gradients on ", report.device(),
+      ", got some on ", bucket.layout.device, "; a state serves a model on one device");
   TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who,
-      ": expected gradients on the CPU, got ", bucket.layout.device, "; this build has no kernels for it");
+      bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU, got ",
+      bucket.layout.device, "; this build has no kernels for it");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
 bool Worker::begins_step(const Bucket& bucket) const {
   const int64_t round = steps.round();
-  bool seen = std::any_of(bucket.layout.spans.begin(), bucket.layout.spans.end(), [this](const Span& span) { return seen_.contains(span.key); });
+  bool seen =
+      std::any_of(bucket.layout.spans.begin(), bucket.layout.spans.end(), [this](const Span& span) { return seen_.contains(span.key); });
   if (!seen && bucket.keeps) {
     const auto plan = store_.find(bucket.layout, bucket.index);
     seen = plan ? plan->round == round && round >= 0 : store_.was_exchanged(bucket.layout, round);
@@ -71,8 +72,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   if (!plan) {
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
-    plan = store_.make(
-        bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), garbage);
+    plan = store_.make(bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), garbage);
     publish_counts();
   }
   plan->round = steps.round();

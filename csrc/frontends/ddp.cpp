@@ -146,7 +146,10 @@ void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {
        {"dense_steps", std::to_string(options.dense_steps)},
        {"mu", options.regularised ? round_trip(options.mu) : "none"},
        {"distortion", options.regularised ? options.distortion : "none"},
-       {"mode", !bucket.keeps ? "all-reduce of sparse tensors" : dense_ ? "dense (paused)" : dense_step_ ? "dense" : "sparse"},
+       {"mode", !bucket.keeps ? "all-reduce of sparse tensors"
+                : dense_      ? "dense (paused)"
+                : dense_step_ ? "dense"
+                              : "sparse"},
        {"gradient dtype", c10::toString(layout.dtype)},
        {"bucket", c10::str(layout.spans.size(), " parameters with ", layout.numel(), " entries", last ? ", the last bucket" : "")},
        {"bucket layout (hash)", std::to_string(hash)},

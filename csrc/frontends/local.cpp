@@ -43,11 +43,12 @@ void check_gradients(const std::vector<std::vector<at::Tensor>>& gradients, int6
         of_worker.size() == first.size(), kWho, ": expected ", first.size(), " gradients of every worker, got ", of_worker.size());
     for (size_t i = 0; i < first.size(); ++i) {
       TORCH_CHECK_TYPE(
-          of_worker[i].layout() == at::kStrided, kWho, ": expected dense gradients, got gradient ", i, " of layout ", of_worker[i].layout());
+          of_worker[i].layout() == at::kStrided, kWho, ": expected dense gradients, got gradient ", i, " of layout ",
+          of_worker[i].layout());
       TORCH_CHECK_VALUE(
-          of_worker[i].sizes() == first[i].sizes() && of_worker[i].scalar_type() == first[i].scalar_type(), kWho,
-          ": expected gradient ", i, " of shape ", first[i].sizes(), " and dtype ", first[i].scalar_type(), " of every worker, got ",
-          of_worker[i].sizes(), " and ", of_worker[i].scalar_type());
+          of_worker[i].sizes() == first[i].sizes() && of_worker[i].scalar_type() == first[i].scalar_type(), kWho, ": expected gradient ", i,
+          " of shape ", first[i].sizes(), " and dtype ", first[i].scalar_type(), " of every worker, got ", of_worker[i].sizes(), " and ",
+          of_worker[i].scalar_type());
     }
   }
 }
@@ -59,7 +60,8 @@ void check_buckets(const std::vector<std::vector<int64_t>>& buckets, int64_t par
     for (const int64_t parameter : bucket) {
       TORCH_CHECK_INDEX(
           parameter >= 0 && parameter < parameters, kWho, ": expected parameters below ", parameters, " in the buckets, got ", parameter);
-      TORCH_CHECK_VALUE(seen.insert(parameter).second, kWho, ": expected every parameter in one bucket, got parameter ", parameter, " twice");
+      TORCH_CHECK_VALUE(
+          seen.insert(parameter).second, kWho, ": expected every parameter in one bucket, got parameter ", parameter, " twice");
     }
   }
 }
@@ -96,7 +98,8 @@ std::vector<at::Tensor> LocalExchange::step(
     const auto& parameters = buckets[index];
     const at::Tensor& like = first[parameters.front()];
     Bucket bucket{.layout = {{}, like.scalar_type(), like.device()}, .index = static_cast<int64_t>(index), .scale = scale};
-    for (const int64_t parameter : parameters) bucket.layout.spans.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel()});
+    for (const int64_t parameter : parameters)
+      bucket.layout.spans.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel()});
     for (const int64_t parameter : parameters) {
       TORCH_CHECK_VALUE(
           first[parameter].scalar_type() == bucket.layout.dtype, kWho, ": expected one dtype in a bucket, got ", bucket.layout.dtype,
@@ -131,7 +134,8 @@ std::vector<at::Tensor> LocalExchange::step(
 
 void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of) {
   std::vector<std::shared_ptr<Plan>> plans;
-  for (const auto& one : workers_) plans.push_back(one->enter(bucket, [&] { return std::vector<Owner>(bucket.layout.spans.size()); }, nullptr));
+  for (const auto& one : workers_)
+    plans.push_back(one->enter(bucket, [&] { return std::vector<Owner>(bucket.layout.spans.size()); }, nullptr));
   if (worker(0).is_dense_step()) {
     double bytes = 0;
     average.zero_();

@@ -25,7 +25,8 @@ class Owner {
   at::Tensor tensor() const { return is_tensor_ ? at::Tensor(reference_.lock()) : at::Tensor(); }
 
  private:
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> reference_{c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> reference_{
+      c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
   bool is_tensor_ = false;
 };
 

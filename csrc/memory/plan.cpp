@@ -11,7 +11,8 @@ namespace regtopk {
 void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& options) {
   if (tensor.defined() && tensor.sizes() == shape) return;
   const int64_t entries = c10::multiply_integers(shape);
-  const bool fits = tensor.defined() && static_cast<int64_t>(tensor.storage().nbytes()) >= entries * static_cast<int64_t>(tensor.element_size());
+  const bool fits =
+      tensor.defined() && static_cast<int64_t>(tensor.storage().nbytes()) >= entries * static_cast<int64_t>(tensor.element_size());
   tensor = fits ? tensor.as_strided(shape, c10::contiguous_strides(shape)) : at::empty(shape, options);
 }
 

@@ -41,9 +41,8 @@ std::shared_ptr<Plan> Store::find(const Layout& layout, int64_t hint) const {
 bool Store::was_exchanged(const Layout& layout, int64_t round) const {
   const auto keys = keys_of(layout);
   return std::any_of(plans_.begin(), plans_.end(), [&](const std::shared_ptr<Plan>& plan) {
-    return plan->round == round && std::any_of(plan->layout.spans.begin(), plan->layout.spans.end(), [&](const Span& span) {
-             return keys.contains(span.key);
-           });
+    return plan->round == round &&
+           std::any_of(plan->layout.spans.begin(), plan->layout.spans.end(), [&](const Span& span) { return keys.contains(span.key); });
   });
 }
 
@@ -66,8 +65,7 @@ void Store::check_sizes(const std::string& who, const Layout& layout) const {
 }
 
 std::shared_ptr<Plan> Store::make(
-    const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict,
-    const at::Tensor& counters, Garbage& garbage) {
+    const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, Garbage& garbage) {
   const auto keys = keys_of(layout);
   std::erase_if(plans_, [&](const std::shared_ptr<Plan>& plan) {
     const auto& spans = plan->layout.spans;

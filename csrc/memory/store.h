@@ -37,8 +37,7 @@ class Store {
   void check_sizes(const std::string& who, const Layout& layout) const;
   // Puts a plan together from pieces.
   std::shared_ptr<Plan> make(
-      const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict,
-      const at::Tensor& counters, Garbage& garbage);
+      const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, Garbage& garbage);
 
   const std::vector<std::shared_ptr<Plan>>& plans() const { return plans_; }
 

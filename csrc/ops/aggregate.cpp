@@ -44,7 +44,8 @@ void check_received(const std::vector<PayloadView>& payloads, int64_t step, int6
   for (int64_t rank = 0; rank < workers; ++rank) {
     const PayloadHeader header = payloads[rank].header();
     if (header.step != static_cast<uint64_t>(step)) fail(rank, {"step", std::to_string(step), std::to_string(header.step)});
-    if (header.plan != static_cast<uint64_t>(plan)) fail(rank, {"plan", std::to_string(plan), std::to_string(static_cast<int64_t>(header.plan))});
+    if (header.plan != static_cast<uint64_t>(plan))
+      fail(rank, {"plan", std::to_string(plan), std::to_string(static_cast<int64_t>(header.plan))});
   }
 }
 
@@ -72,7 +73,8 @@ void aggregate_cpu(
   }
   std::vector<PayloadView> received;
   received.reserve(arguments.workers);
-  for (int64_t worker = 0; worker < arguments.workers; ++worker) received.emplace_back(arguments.payloads + worker * arguments.layout.bytes, arguments.layout);
+  for (int64_t worker = 0; worker < arguments.workers; ++worker)
+    received.emplace_back(arguments.payloads + worker * arguments.layout.bytes, arguments.layout);
   check_received(received, step, plan);
   arguments.gradient = gradient.mutable_data_ptr();
   const bool finite = aggregate(arguments, torch_parallel_for());

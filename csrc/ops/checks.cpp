@@ -16,11 +16,16 @@ namespace regtopk {
 
 ValueType value_type_of(const char* who, at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return ValueType::kFloat64;
-    case at::kFloat: return ValueType::kFloat32;
-    case at::kBFloat16: return ValueType::kBFloat16;
-    case at::kHalf: return ValueType::kFloat16;
-    default: TORCH_CHECK_TYPE(false, who, ": expected gradients of dtype float64, float32, bfloat16 or float16, got ", c10::toString(dtype));
+    case at::kDouble:
+      return ValueType::kFloat64;
+    case at::kFloat:
+      return ValueType::kFloat32;
+    case at::kBFloat16:
+      return ValueType::kBFloat16;
+    case at::kHalf:
+      return ValueType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, who, ": expected gradients of dtype float64, float32, bfloat16 or float16, got ", c10::toString(dtype));
   }
 }
 
@@ -44,10 +49,11 @@ double checked_decay(const char* who, double decay) {
 
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel) {
   TORCH_CHECK_TYPE(
-      tensor.scalar_type() == dtype, who, ": expected ", name, " of dtype ", c10::toString(dtype), ", got ", c10::toString(tensor.scalar_type()));
+      tensor.scalar_type() == dtype, who, ": expected ", name, " of dtype ", c10::toString(dtype), ", got ",
+      c10::toString(tensor.scalar_type()));
   TORCH_CHECK_VALUE(
-      tensor.dim() == 1 && tensor.size(0) == numel && tensor.is_contiguous(), who, ": expected ", name, " contiguous with shape [",
-      numel, "], got shape ", tensor.sizes(), " and strides ", tensor.strides());
+      tensor.dim() == 1 && tensor.size(0) == numel && tensor.is_contiguous(), who, ": expected ", name, " contiguous with shape [", numel,
+      "], got shape ", tensor.sizes(), " and strides ", tensor.strides());
 }
 
 PayloadLayout check_bucket(const char* who, const at::Tensor& gradient, int64_t k, int64_t spans) {
@@ -85,7 +91,8 @@ void check_verdict(const char* who, const at::Tensor& verdict, int64_t round) {
 void check_counters(const char* who, const at::Tensor& counters) { check_vector(who, "counters", counters, at::kLong, 3); }
 
 void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout) {
-  TORCH_CHECK_TYPE(payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
+  TORCH_CHECK_TYPE(
+      payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
   TORCH_CHECK_VALUE(
       payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == layout.bytes && payloads.is_contiguous(), who,
       ": expected payloads contiguous with shape [workers, ", layout.bytes, "], got shape ", payloads.sizes());
@@ -104,17 +111,16 @@ void check_feedback_rows(
       rank + feedback.size(0) - 1);
 }
 
-PayloadLayout check_own_payload(
-    const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted) {
+PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted) {
   check_vector(who, name, payload, at::kByte, payload.numel());
   PayloadHeader header{};
   TORCH_CHECK_VALUE(
-      payload.numel() >= static_cast<int64_t>(sizeof header), who, ": expected ", name, " of at least ", sizeof header,
-      " bytes, got ", payload.numel());
+      payload.numel() >= static_cast<int64_t>(sizeof header), who, ": expected ", name, " of at least ", sizeof header, " bytes, got ",
+      payload.numel());
   std::memcpy(&header, payload.const_data_ptr<uint8_t>(), sizeof header);
   TORCH_CHECK_VALUE(
-      header.k >= 1 && header.k <= static_cast<uint64_t>(numel) && header.k <= UINT32_MAX, who, ": expected a ", name,
-      " that holds 1 to ", numel, " entries, got ", header.k);
+      header.k >= 1 && header.k <= static_cast<uint64_t>(numel) && header.k <= UINT32_MAX, who, ": expected a ", name, " that holds 1 to ",
+      numel, " entries, got ", header.k);
   const PayloadLayout layout(numel, static_cast<int64_t>(header.k), type, header.spans);
   TORCH_CHECK_VALUE(
       payload.numel() == layout.bytes, who, ": expected ", name, " of ", layout.bytes, " bytes for ", layout.k, " of ", numel,

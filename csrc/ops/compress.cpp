@@ -24,7 +24,9 @@ bool round_is_void(const at::Tensor& verdict, int64_t round) {
 
 Spans spans_of(const at::Tensor& spans) { return {spans.const_data_ptr<int64_t>(), spans.numel() - 1}; }
 
-bool any(const uint8_t* flags, int64_t numel) { return std::any_of(flags, flags + numel, [](uint8_t flag) { return flag != 0; }); }
+bool any(const uint8_t* flags, int64_t numel) {
+  return std::any_of(flags, flags + numel, [](uint8_t flag) { return flag != 0; });
+}
 
 // What was sent returns where it was not applied: for idle spans, and for all of a void round but those that an optimizer has
 // applied all the same. Returns whether the round was void: its history has ended.
@@ -42,8 +44,8 @@ void compress_cpu(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
-    int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed, int64_t sent_round,
-    bool trusted, at::OptionalIntArrayRef bracket) {
+    int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
+    int64_t sent_round, bool trusted, at::OptionalIntArrayRef bracket) {
   constexpr const char* who = "compress_";
   const int64_t numel = gradient.numel(), span_count = check_spans(who, spans_tensor, numel);
   CompressArguments arguments{.layout = check_bucket(who, gradient, k, span_count)};

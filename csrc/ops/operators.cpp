@@ -25,11 +25,11 @@ void compress_(
     int64_t sent_round) {
   static const auto operation = find_operator<void(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-      const Optional&, const Optional&, const Optional&, int64_t, double, double, c10::string_view, int64_t, int64_t, double, int64_t, int64_t,
-      bool, at::OptionalIntArrayRef)>("regtopk::compress_");
+      const Optional&, const Optional&, const Optional&, int64_t, double, double, c10::string_view, int64_t, int64_t, double, int64_t,
+      int64_t, bool, at::OptionalIntArrayRef)>("regtopk::compress_");
   operation.call(
-      gradient, residual, payload, sent, feedback, shared.spans, shared.idle, shared.verdict, applied, counters, selection.k,
-      selection.mu, selection.decay, selection.distortion, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed), sent_round,
+      gradient, residual, payload, sent, feedback, shared.spans, shared.idle, shared.verdict, applied, counters, selection.k, selection.mu,
+      selection.decay, selection.distortion, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed), sent_round,
       /*trusted=*/true, /*bracket=*/std::nullopt);
 }
 
@@ -40,8 +40,8 @@ void aggregate_(
       const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t,
       int64_t, c10::string_view, int64_t, int64_t, int64_t)>("regtopk::aggregate_");
   operation.call(
-      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, status, selection.k, rank, selection.distortion,
-      stamp.step, stamp.plan, stamp.round);
+      gradient, payloads, feedback, shared.spans, shared.idle, shared.verdict, status, selection.k, rank, selection.distortion, stamp.step,
+      stamp.plan, stamp.round);
 }
 
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
@@ -94,18 +94,21 @@ std::string describe_status(int64_t status) {
       return c10::str(
           "expected the same gradient scale on every rank, got another on rank ", rank,
           " than on rank 0; give every rank's state a GradScaler with the same arguments, or none");
-    case PayloadField::kHeader: return c10::str("expected a header of this bucket in the payload of rank ", rank, ", got another");
-    case PayloadField::kStep: return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
-    case PayloadField::kPlan: return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
-    case PayloadField::kTileStarts: return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
-    case PayloadField::kSupport: return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
+    case PayloadField::kHeader:
+      return c10::str("expected a header of this bucket in the payload of rank ", rank, ", got another");
+    case PayloadField::kStep:
+      return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
+    case PayloadField::kPlan:
+      return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
+    case PayloadField::kTileStarts:
+      return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
+    case PayloadField::kSupport:
+      return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
   }
   return c10::str("expected valid payloads, got status ", status);
 }
 
-at::Tensor make_verdict(at::Device device) {
-  return at::full({kVerdictRounds}, -1, at::TensorOptions().dtype(at::kLong).device(device));
-}
+at::Tensor make_verdict(at::Device device) { return at::full({kVerdictRounds}, -1, at::TensorOptions().dtype(at::kLong).device(device)); }
 
 bool is_void(const at::Tensor& verdict, int64_t round) {
   return round >= 0 && verdict.select(0, round % kVerdictRounds).item<int64_t>() == round;

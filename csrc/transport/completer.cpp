@@ -21,7 +21,9 @@ bool Completer::submit(Task task) {
 std::function<void()> Completer::waker() const {
   return [state = state_] {
     // The lock orders the change that the caller made before a waiter's next look.
-    { const std::lock_guard lock(state->mutex); }
+    {
+      const std::lock_guard lock(state->mutex);
+    }
     state->changed.notify_all();
   };
 }

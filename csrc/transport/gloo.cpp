@@ -50,8 +50,9 @@ void GlooTransport::refuse_if_failed() const {
   const std::lock_guard lock(failure_->mutex);
   if (failure_->why.empty()) return;
   C10_THROW_ERROR(
-      DistBackendError, c10::str(who_, ": expected a state whose exchanges have all ended, got one of which one failed: ", failure_->why,
-                                 "; save what it holds and construct a new state"));
+      DistBackendError, c10::str(
+                            who_, ": expected a state whose exchanges have all ended, got one of which one failed: ", failure_->why,
+                            "; save what it holds and construct a new state"));
 }
 
 c10::intrusive_ptr<c10d::Backend> GlooTransport::open(const c10::intrusive_ptr<c10d::Backend> Groups::* group) const {
@@ -92,8 +93,8 @@ Transport::FuturePtr GlooTransport::submit(
   const at::Device device = bucket.result.device();
   const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(
       c10::TensorType::get(), device.is_cpu() ? std::vector<at::Device>() : std::vector<at::Device>{device});
-  const auto complete = [=, who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_, bucket = std::move(bucket)](
-                            Completer::Outcome outcome, const std::string& why) {
+  const auto complete = [=, who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_,
+                         bucket = std::move(bucket)](Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
     const at::OptionalDeviceGuard guard(bucket.result.device());  // on its default stream, which gloo's copies are ordered with
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
@@ -103,8 +104,9 @@ Transport::FuturePtr GlooTransport::submit(
       const auto lost = [&](const std::string& got) {
         note(*failure, got);
         C10_THROW_ERROR(
-            DistBackendError, c10::str(who, ": expected the payloads of all ", workers, " ranks of step ", bucket.step, " within ",
-                                       timeout.count() / 1000, " s, got ", got));
+            DistBackendError, c10::str(
+                                  who, ": expected the payloads of all ", workers, " ranks of step ", bucket.step, " within ",
+                                  timeout.count() / 1000, " s, got ", got));
       };
       if (outcome == Completer::Outcome::kDoubted) lost(why);
       if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete");
@@ -147,7 +149,9 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   const FuturePtr arrival = work->getFuture();
   arrival->addCallback(
       [signal](c10::ivalue::Future&) {
-        { const std::lock_guard lock(signal->mutex); }
+        {
+          const std::lock_guard lock(signal->mutex);
+        }
         signal->changed.notify_all();
       },
       /*uses_future=*/false);
@@ -156,8 +160,9 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   const auto lost = [&](const std::string& got) {
     note(*failure_, got);
     C10_THROW_ERROR(
-        DistBackendError, c10::str("rank ", rank_, ": ", caller, ": expected all ", workers_, " ranks to come to ", activity, " within ",
-                                   timeout_.count() / 1000, " s, got ", got));
+        DistBackendError, c10::str(
+                              "rank ", rank_, ": ", caller, ": expected all ", workers_, " ranks to come to ", activity, " within ",
+                              timeout_.count() / 1000, " s, got ", got));
   };
   std::unique_lock lock(signal->mutex);
   while (!signal->changed.wait_until(lock, std::min(next, deadline), [&] { return arrival->completed(); })) {
@@ -222,8 +227,7 @@ void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, 
 
 void GlooTransport::wait_idle() {
   if (completer_.wait_idle(Clock::now() + timeout_)) return;
-  C10_THROW_ERROR(
-      DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
+  C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
 }
 
 void GlooTransport::close() {

@@ -45,8 +45,9 @@ Transport::FuturePtr StreamTransport::issue(Bucket bucket, const Collective& col
     try {
       if (arrived.hasError()) {
         C10_THROW_ERROR(
-            DistBackendError, c10::str(who, ": expected the payloads of all ", workers, " ranks of step ", bucket.step, ", got ",
-                                       arrived.tryRetrieveErrorMessage()));
+            DistBackendError, c10::str(
+                                  who, ": expected the payloads of all ", workers, " ranks of step ", bucket.step, ", got ",
+                                  arrived.tryRetrieveErrorMessage()));
       }
       bucket.finish();
     } catch (...) {

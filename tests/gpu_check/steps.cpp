@@ -66,7 +66,9 @@ std::vector<uint8_t> gradient_of(int64_t numel, int64_t type, uint64_t seed) {
     if (type == 0) std::memcpy(bytes.data() + i * 8, &sum, 8);
     else if (type == 1) std::memcpy(bytes.data() + i * 4, &value, 4);
     // bf16 is the upper half; read as fp16 the same bits are numbers too, or now and then none.
-    else bytes[static_cast<size_t>(i * 2)] = static_cast<uint8_t>(bits >> 16), bytes[static_cast<size_t>(i * 2 + 1)] = static_cast<uint8_t>(bits >> 24);
+    else
+      bytes[static_cast<size_t>(i * 2)] = static_cast<uint8_t>(bits >> 16),
+                                    bytes[static_cast<size_t>(i * 2 + 1)] = static_cast<uint8_t>(bits >> 24);
   }
   return bytes;
 }
@@ -128,5 +130,7 @@ int main(int count, char** words) {
     std::fprintf(stderr, "steps: expected valid payloads, got status %llu\n", static_cast<unsigned long long>(found));
     return 1;
   }
-  std::printf("steps: %lld steps of %lld entries of type %lld\n", static_cast<long long>(steps), static_cast<long long>(numel), static_cast<long long>(type));
+  std::printf(
+      "steps: %lld steps of %lld entries of type %lld\n", static_cast<long long>(steps), static_cast<long long>(numel),
+      static_cast<long long>(type));
 }

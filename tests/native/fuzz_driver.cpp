@@ -20,7 +20,8 @@ namespace {
 std::vector<uint8_t> input;
 
 void write_input() {
-  std::ofstream("crash-input", std::ios::binary).write(reinterpret_cast<const char*>(input.data()), static_cast<std::streamsize>(input.size()));
+  std::ofstream("crash-input", std::ios::binary)
+      .write(reinterpret_cast<const char*>(input.data()), static_cast<std::streamsize>(input.size()));
   std::fprintf(stderr, "fuzz_payload: the input is in crash-input; fuzz_payload crash-input runs it again\n");
 }
 
@@ -65,6 +66,8 @@ int main(int count, char** arguments) {
     LLVMFuzzerTestOneInput(input.data(), input.size());
     ++runs;
   }
-  std::printf("fuzz_payload: seed %llu, %lld inputs, %lld accepted, %lld rejected, no finding\n", static_cast<unsigned long long>(seed), runs, accepted_inputs, runs - accepted_inputs);
+  std::printf(
+      "fuzz_payload: seed %llu, %lld inputs, %lld accepted, %lld rejected, no finding\n", static_cast<unsigned long long>(seed), runs,
+      accepted_inputs, runs - accepted_inputs);
   return accepted_inputs > 0 && accepted_inputs < runs ? 0 : 1;
 }

@@ -40,7 +40,8 @@ std::optional<std::vector<int64_t>> decode_plainly(const std::vector<uint8_t>& b
   const int64_t tiles = (numel + 65535) / 65536;
   if (read<uint32_t>(bytes, 0) != 0x6b707472 || read<uint16_t>(bytes, 4) != 1) return std::nullopt;
   if (bytes[6] != static_cast<uint8_t>(type) || bytes[7] != (bitmap ? 1 : 0)) return std::nullopt;
-  if (read<uint64_t>(bytes, 16) != static_cast<uint64_t>(numel) || read<uint64_t>(bytes, 24) != static_cast<uint64_t>(k)) return std::nullopt;
+  if (read<uint64_t>(bytes, 16) != static_cast<uint64_t>(numel) || read<uint64_t>(bytes, 24) != static_cast<uint64_t>(k))
+    return std::nullopt;
   if (read<uint64_t>(bytes, 40) > static_cast<uint64_t>(k)) return std::nullopt;
   if (read<uint32_t>(bytes, 56) > 1 || read<uint32_t>(bytes, 60) != 0) return std::nullopt;
   const int64_t support_at = (64 + 4 * tiles + 7) / 8 * 8;
@@ -74,7 +75,8 @@ std::optional<std::vector<int64_t>> decode_plainly(const std::vector<uint8_t>& b
 template <typename T>
 std::vector<uint8_t> make_payload(const PayloadLayout& layout, std::mt19937_64& random) {
   std::vector<T> values(layout.k);
-  for (T& value : values) value = Traits<T>::store(static_cast<typename Traits<T>::Accumulate>(static_cast<double>(random() % 2001) / 1000 - 1));
+  for (T& value : values)
+    value = Traits<T>::store(static_cast<typename Traits<T>::Accumulate>(static_cast<double>(random() % 2001) / 1000 - 1));
   std::vector<int64_t> indices;
   for (int64_t index = 0; index < layout.numel; ++index) {
     const auto wanted = static_cast<uint64_t>(layout.k) - indices.size();

@@ -23,12 +23,14 @@ void run_in_order(uint64_t seed) {
   {
     Completer completer;
     for (int i = 0; i < kTasks; ++i) {
-      completer.submit({.arrived = [&arrived, i] { return arrived[i].load(); },
-                        .deadline = Completer::Clock::now() + 60s,
-                        .complete = [&order, i](Completer::Outcome outcome, const std::string&) {
-                          CHECK(outcome == Completer::Outcome::kArrived);
-                          order.push_back(i);
-                        }});
+      completer.submit(
+          {.arrived = [&arrived, i] { return arrived[i].load(); },
+           .deadline = Completer::Clock::now() + 60s,
+           .complete =
+               [&order, i](Completer::Outcome outcome, const std::string&) {
+                 CHECK(outcome == Completer::Outcome::kArrived);
+                 order.push_back(i);
+               }});
       if (random() % 4 == 0) {
         peers.emplace_back([&arrived, i, wake = completer.waker()] {
           arrived[i] = true;
@@ -51,20 +53,21 @@ void run_in_order(uint64_t seed) {
 void run_with_doubts() {
   Completer completer;
   std::atomic<int> asked = 0, doubted = 0, arrived = 0;
-  completer.submit({.arrived = [] { return false; },
-                    .doubt = [&] { return ++asked < 3 ? "" : "nobody comes"; },
-                    .doubt_from = Completer::Clock::now() + 1ms,
-                    .doubt_every = 1ms,
-                    .deadline = Completer::Clock::now() + 60s,
-                    .complete = [&](Completer::Outcome outcome, const std::string& why) {
-                      doubted += outcome == Completer::Outcome::kDoubted && why == "nobody comes";
-                    }});
-  completer.submit({.arrived = [&] { return asked >= 6; },
-                    .doubt = [&] { return ++asked, ""; },
-                    .doubt_from = Completer::Clock::now(),
-                    .doubt_every = 1ms,
-                    .deadline = Completer::Clock::now() + 60s,
-                    .complete = [&](Completer::Outcome outcome, const std::string&) { arrived += outcome == Completer::Outcome::kArrived; }});
+  completer.submit(
+      {.arrived = [] { return false; },
+       .doubt = [&] { return ++asked < 3 ? "" : "nobody comes"; },
+       .doubt_from = Completer::Clock::now() + 1ms,
+       .doubt_every = 1ms,
+       .deadline = Completer::Clock::now() + 60s,
+       .complete = [&](Completer::Outcome outcome,
+                       const std::string& why) { doubted += outcome == Completer::Outcome::kDoubted && why == "nobody comes"; }});
+  completer.submit(
+      {.arrived = [&] { return asked >= 6; },
+       .doubt = [&] { return ++asked, ""; },
+       .doubt_from = Completer::Clock::now(),
+       .doubt_every = 1ms,
+       .deadline = Completer::Clock::now() + 60s,
+       .complete = [&](Completer::Outcome outcome, const std::string&) { arrived += outcome == Completer::Outcome::kArrived; }});
   CHECK(completer.wait_idle(Completer::Clock::now() + 60s));
   CHECK(doubted == 1 && arrived == 1);
   CHECK(completer.stop());  // something was given up that may still be going on
@@ -74,9 +77,10 @@ void run_past_the_deadline() {
   Completer completer;
   std::atomic<int> timed_out = 0;
   for (int i = 0; i < 20; ++i) {
-    completer.submit({.arrived = [] { return false; },
-                      .deadline = Completer::Clock::now() + 2ms,
-                      .complete = [&](Completer::Outcome outcome, const std::string&) { timed_out += outcome == Completer::Outcome::kTimedOut; }});
+    completer.submit(
+        {.arrived = [] { return false; },
+         .deadline = Completer::Clock::now() + 2ms,
+         .complete = [&](Completer::Outcome outcome, const std::string&) { timed_out += outcome == Completer::Outcome::kTimedOut; }});
   }
   CHECK(completer.wait_idle(Completer::Clock::now() + 60s));
   CHECK(timed_out == 20);
@@ -92,9 +96,10 @@ void stop_among_others() {
     std::vector<std::thread> peers;
     for (int peer = 0; peer < 3; ++peer) {
       peers.emplace_back([&] {
-        while (completer.submit({.arrived = [] { return true; },
-                                 .deadline = Completer::Clock::now() + 60s,
-                                 .complete = [&](Completer::Outcome, const std::string&) { ++completed; }})) {
+        while (completer.submit(
+            {.arrived = [] { return true; },
+             .deadline = Completer::Clock::now() + 60s,
+             .complete = [&](Completer::Outcome, const std::string&) { ++completed; }})) {
           ++submitted;
           completer.wait_idle(Completer::Clock::now());
           waker();
@@ -113,9 +118,10 @@ void stop_with_tasks_outstanding() {
   Completer completer;
   std::atomic<int> stopped = 0;
   for (int i = 0; i < 5; ++i) {
-    completer.submit({.arrived = [] { return false; },
-                      .deadline = Completer::Clock::now() + 60s,
-                      .complete = [&](Completer::Outcome outcome, const std::string&) { stopped += outcome == Completer::Outcome::kStopped; }});
+    completer.submit(
+        {.arrived = [] { return false; },
+         .deadline = Completer::Clock::now() + 60s,
+         .complete = [&](Completer::Outcome outcome, const std::string&) { stopped += outcome == Completer::Outcome::kStopped; }});
   }
   CHECK(completer.stop());
   CHECK(stopped == 5);

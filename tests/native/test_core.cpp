@@ -45,13 +45,26 @@ const std::vector<double>& pool_of(Values kind) {
   pool.resize(2 * kLargest);
   for (double& value : pool) {
     switch (kind) {
-      case kEqual: value = 1.0; break;
-      case kZero: value = random() % 2 ? 0.0 : -0.0; break;
-      case kSubnormal: value = normal(random) * 1e-40; break;
-      case kRepeated: value = random() % 100 ? 0.5 : normal(random); break;
-      case kHuge: value = normal(random) * 3e38; break;
-      case kNonFinite: value = random() % 50 ? normal(random) : (random() % 2 ? HUGE_VAL : std::nan("")); break;
-      default: value = normal(random);
+      case kEqual:
+        value = 1.0;
+        break;
+      case kZero:
+        value = random() % 2 ? 0.0 : -0.0;
+        break;
+      case kSubnormal:
+        value = normal(random) * 1e-40;
+        break;
+      case kRepeated:
+        value = random() % 100 ? 0.5 : normal(random);
+        break;
+      case kHuge:
+        value = normal(random) * 3e38;
+        break;
+      case kNonFinite:
+        value = random() % 50 ? normal(random) : (random() % 2 ? HUGE_VAL : std::nan(""));
+        break;
+      default:
+        value = normal(random);
     }
   }
   return pool;

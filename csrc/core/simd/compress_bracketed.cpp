@@ -153,9 +153,7 @@ class BracketedCompressor {
     kernels_.count_keys(range.keys(), range.size(), last_key, &above, &ties);
     int64_t ties_wanted = layout_.k - above;
     const ListArrays list = range.from(0);
-    const auto keep = [&](int64_t at) {
-      return list.keys[at] > last_key || (list.keys[at] == last_key && ties_wanted-- > 0);
-    };
+    const auto keep = [&](int64_t at) { return list.keys[at] > last_key || (list.keys[at] == last_key && ties_wanted-- > 0); };
     range.filter(keep, [&](int64_t block, int64_t at) {
       if (list.keys[at] > bracket_.high) take_back(block_at(block).tile * kTileEntries + list.offsets[at], list.values[at]);
     });
@@ -357,9 +355,7 @@ class BracketedCompressor {
     writer.set_header(header);
   }
 
-  bool is_chosen(uint32_t key, int64_t index) const {
-    return key > boundary_key_ || (key == boundary_key_ && index <= boundary_index_);
-  }
+  bool is_chosen(uint32_t key, int64_t index) const { return key > boundary_key_ || (key == boundary_key_ && index <= boundary_index_); }
 
   const CompressArguments& arguments_;
   const PayloadLayout& layout_;

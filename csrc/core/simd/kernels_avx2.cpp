@@ -49,9 +49,7 @@ struct Avx2 {
   static Floats load(const float* from) { return _mm256_loadu_ps(from); }
   static Floats load_first(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
   static Keys load_keys(const uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-  static Keys load_u16(const uint16_t* from) {
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  }
+  static Keys load_u16(const uint16_t* from) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
   static Keys load_first_u16(const uint16_t* from, int64_t count) {
     uint16_t copy[kLanes] = {};
     for (int64_t lane = 0; lane < count; ++lane) copy[lane] = from[lane];
@@ -83,9 +81,13 @@ struct Avx2 {
   static Keys smaller(Keys a, Keys b) { return _mm256_min_epi32(a, b); }
   static Keys larger(Keys a, Keys b) { return _mm256_max_epi32(a, b); }
   template <int kBits>
-  static Keys shift_left(Keys value) { return _mm256_slli_epi32(value, kBits); }
+  static Keys shift_left(Keys value) {
+    return _mm256_slli_epi32(value, kBits);
+  }
   template <int kBits>
-  static Keys shift_right(Keys value) { return _mm256_srli_epi32(value, kBits); }
+  static Keys shift_right(Keys value) {
+    return _mm256_srli_epi32(value, kBits);
+  }
 
   static Mask above(Keys a, Keys b) { return _mm256_cmpgt_epi32(a, b); }
   static Mask at_least(Keys a, Keys b) { return without(all_lanes(), above(b, a)); }

@@ -26,9 +26,7 @@ struct Avx512 {
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
   static Floats load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
   static Keys load_keys(const uint32_t* from) { return _mm512_loadu_si512(from); }
-  static Keys load_u16(const uint16_t* from) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  }
+  static Keys load_u16(const uint16_t* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
   static Keys load_first_u16(const uint16_t* from, int64_t count) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), from));
   }
@@ -36,16 +34,12 @@ struct Avx512 {
   static void store_first(float* to, int64_t count, Floats value) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
   static void store_where(float* to, Mask mask, Floats value) { _mm512_mask_storeu_ps(to, mask, value); }
   static void store_keys(uint32_t* to, Keys value) { _mm512_storeu_si512(to, value); }
-  static void store_u16(uint16_t* to, Keys value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(value));
-  }
+  static void store_u16(uint16_t* to, Keys value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(value)); }
   static void store_first_u16(uint16_t* to, int64_t count, Keys value) {
     _mm256_mask_storeu_epi16(to, first_lanes(count), _mm512_cvtepi32_epi16(value));
   }
   static void stream(float* to, Floats value) { _mm512_stream_ps(to, value); }
-  static void stream(uint16_t* to, Keys value) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(value));
-  }
+  static void stream(uint16_t* to, Keys value) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(value)); }
   static void finish_streaming() { _mm_sfence(); }
 
   static Floats sum(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -59,9 +53,13 @@ struct Avx512 {
   static Keys smaller(Keys a, Keys b) { return _mm512_min_epi32(a, b); }
   static Keys larger(Keys a, Keys b) { return _mm512_max_epi32(a, b); }
   template <int kBits>
-  static Keys shift_left(Keys value) { return _mm512_slli_epi32(value, kBits); }
+  static Keys shift_left(Keys value) {
+    return _mm512_slli_epi32(value, kBits);
+  }
   template <int kBits>
-  static Keys shift_right(Keys value) { return _mm512_srli_epi32(value, kBits); }
+  static Keys shift_right(Keys value) {
+    return _mm512_srli_epi32(value, kBits);
+  }
 
   static Mask at_least(Keys a, Keys b) { return _mm512_cmpge_epi32_mask(a, b); }
   static Mask above(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a, b); }

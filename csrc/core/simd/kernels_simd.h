@@ -17,26 +17,38 @@ constexpr uint32_t kNanKey = 0x7fc00000u;
 struct Float32 {
   using Stored = float;
   template <typename V>
-  static typename V::Floats load(const float* from) { return V::load(from); }
+  static typename V::Floats load(const float* from) {
+    return V::load(from);
+  }
   template <typename V>
-  static typename V::Floats load_first(const float* from, int64_t count) { return V::load_first(from, count); }
+  static typename V::Floats load_first(const float* from, int64_t count) {
+    return V::load_first(from, count);
+  }
   template <typename V>
   static typename V::Floats wire_of(typename V::Floats value) {
     return V::select(V::above(V::magnitude(value), V::keys(kInfinityKey)), V::as_floats(V::keys(kNanKey)), value);
   }
   template <typename V>
-  static typename V::Floats kept_of(typename V::Floats) { return V::floats(0.0f); }
+  static typename V::Floats kept_of(typename V::Floats) {
+    return V::floats(0.0f);
+  }
   template <typename V>
-  static void store(float* to, typename V::Floats wire) { V::store(to, wire); }
+  static void store(float* to, typename V::Floats wire) {
+    V::store(to, wire);
+  }
   template <typename V>
-  static void store_first(float* to, int64_t count, typename V::Floats wire) { V::store_first(to, count, wire); }
+  static void store_first(float* to, int64_t count, typename V::Floats wire) {
+    V::store_first(to, count, wire);
+  }
 };
 
 template <typename T>
 struct SixteenBits {
   using Stored = uint16_t;
   template <typename V>
-  static typename V::Floats load(const uint16_t* from) { return T::template widen<V>(V::load_u16(from)); }
+  static typename V::Floats load(const uint16_t* from) {
+    return T::template widen<V>(V::load_u16(from));
+  }
   template <typename V>
   static typename V::Floats load_first(const uint16_t* from, int64_t count) {
     return T::template widen<V>(V::load_first_u16(from, count));
@@ -55,15 +67,21 @@ struct SixteenBits {
     return V::difference(value, T::template widen<V>(wire_of<V>(value)));
   }
   template <typename V>
-  static void store(uint16_t* to, typename V::Keys wire) { V::store_u16(to, wire); }
+  static void store(uint16_t* to, typename V::Keys wire) {
+    V::store_u16(to, wire);
+  }
   template <typename V>
-  static void store_first(uint16_t* to, int64_t count, typename V::Keys wire) { V::store_first_u16(to, count, wire); }
+  static void store_first(uint16_t* to, int64_t count, typename V::Keys wire) {
+    V::store_first_u16(to, count, wire);
+  }
 };
 
 struct BFloat16 : SixteenBits<BFloat16> {
   static constexpr uint32_t kInfinity = 0x7f80u, kLargest = 0x7f7fu, kNan = 0x7fc0u;
   template <typename V>
-  static typename V::Floats widen(typename V::Keys stored) { return V::as_floats(V::template shift_left<16>(stored)); }
+  static typename V::Floats widen(typename V::Keys stored) {
+    return V::as_floats(V::template shift_left<16>(stored));
+  }
   // To nearest even; the sign is left out.
   template <typename V>
   static typename V::Keys round(typename V::Keys magnitude) {
@@ -75,9 +93,13 @@ struct BFloat16 : SixteenBits<BFloat16> {
 struct Float16 : SixteenBits<Float16> {
   static constexpr uint32_t kInfinity = 0x7c00u, kLargest = 0x7bffu, kNan = 0x7e00u;
   template <typename V>
-  static typename V::Floats widen(typename V::Keys stored) { return V::widen_half(stored); }
+  static typename V::Floats widen(typename V::Keys stored) {
+    return V::widen_half(stored);
+  }
   template <typename V>
-  static typename V::Keys round(typename V::Keys magnitude) { return V::round_to_half(V::as_floats(magnitude)); }
+  static typename V::Keys round(typename V::Keys magnitude) {
+    return V::round_to_half(V::as_floats(magnitude));
+  }
 };
 
 // Lists entries of vectors of accumulated values.
@@ -157,7 +179,8 @@ int64_t accumulate_block(const AccumulateArguments& arguments) {
       for (int64_t vector = 0; vector < kVectors; ++vector) lister.list(at + vector * V::kLanes);
       continue;
     }
-    if (V::bits(V::at_least(largest, unusual_from)) == 0) [[likely]] continue;
+    if (V::bits(V::at_least(largest, unusual_from)) == 0) [[likely]]
+      continue;
     unsigned vectors = 0;
     for (int64_t vector = 0; vector < kVectors; ++vector) {
       const bool any = V::bits(V::at_least(V::magnitude(accumulated[vector]), unusual_from)) != 0;
@@ -329,8 +352,15 @@ void write_average(const AverageArguments& arguments) {
 
 template <typename V, typename T>
 constexpr Kernels make_kernels() {
-  return {&accumulate_block<V, T, true>, &accumulate_block<V, T, false>, &count_keys<V>, &gather_keys<V>, &pack_block<V, T>,
-          &add_values<V, T>, &take_sums<V>, &write_average<V, T>};
+  return {
+      &accumulate_block<V, T, true>,
+      &accumulate_block<V, T, false>,
+      &count_keys<V>,
+      &gather_keys<V>,
+      &pack_block<V, T>,
+      &add_values<V, T>,
+      &take_sums<V>,
+      &write_average<V, T>};
 }
 
 }  // namespace

@@ -83,8 +83,7 @@ class ListedEntries {
   void grow_to(int64_t capacity) {
     capacity_ = capacity;
     Scratch memory(capacity * static_cast<int64_t>(sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t)));
-    const ListArrays arrays{
-        memory.array<float>(), memory.array<uint32_t>(capacity * 4), memory.array<uint16_t>(capacity * 8)};
+    const ListArrays arrays{memory.array<float>(), memory.array<uint32_t>(capacity * 4), memory.array<uint16_t>(capacity * 8)};
     copy(arrays_, size_, arrays);
     arrays_ = arrays;
     memory_ = std::move(memory);
