@@ -68,7 +68,7 @@ def to_state_dict(pieces, named_keys, header, *, step):
     for name, parameter, key in named_keys:
         if key not in pieces and not parameter.requires_grad:
             continue
-        entry = {"shape": list(parameter.shape)}
+        entry: dict[str, object] = {"shape": list(parameter.shape)}
         if key in pieces:
             _, residual, sent_index, sent_value, feedback, idle = pieces[key]
             entry["residual"] = in_shape_of(residual, parameter).contiguous()
@@ -167,7 +167,8 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
     if saved_world_size == world_size:
         who, state_dict = read(rank)
         return *from_state_dict(who, state_dict, named_keys, header), 0
-    sums, steps, dropped = {}, set(), 0
+    sums: dict[str, torch.Tensor] = {}
+    steps, dropped = set(), 0
     for saved, weight in shares(rank, world_size, saved_world_size):
         who, state_dict = read(saved)
         pieces, step = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
