@@ -187,6 +187,21 @@ def test_a_comparison_is_of_finished_runs_of_both_methods_of_one_length_at_the_s
     assert "51.50 ± 0.71" in found
 
 
+def test_an_end_of_training_is_held_against_none_at_the_seeds_that_all_ends_have(tmp_path):
+    log = tmp_path / "end_of_training" / "mlp.jsonl"
+    log.parent.mkdir()
+    with record.Recorder(log, seed=None, settings={"model": "mlp"}) as recorder:
+        for seed, nothing, gain in ((0, 0.50, 0.02), (1, 0.54, 0.03), (2, 0.52, 0.025), (3, 0.1, 0.8)):
+            recorder.write("run", optimizer="sgd", ending="nothing", seed=seed, accuracy=nothing)
+            if seed < 3:
+                recorder.write("run", optimizer="sgd", ending="flush", seed=seed, accuracy=nothing + gain)
+                recorder.write("run", optimizer="sgd", ending="dense", seed=seed, accuracy=nothing + gain * (seed - 1))
+    found, n, test, _ = cells_of("end-mlp-sgd", tmp_path)
+    assert found == "nothing 52.00 ± 2.00 %; points more than it: flush 2.50, dense 0.17" and n == "3"
+    assert test == "2 paired t-tests, uncorrected: p < 0.05 at flush"
+    assert [path.name for path in report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")] == ["end_of_training.svg"]
+
+
 def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):
     folder = tmp_path / "cifar10" / "density-0.001"
     for seed, (topk, regtopk) in enumerate(((0.50, 0.501), (0.52, 0.519), (0.51, 0.511))):
