@@ -16,7 +16,7 @@ CYCLES = 8  # each combination of what exits.py varies from cycle to cycle
 @pytest.mark.parametrize(
     "way, outcome",
     [
-        ("end_normally", "0 0"),
+        pytest.param("end_normally", "0 0", marks=pytest.mark.long),
         ("end_without_destroying_the_group", "0 0"),
         ("raise_in_forward", "1 1"),  # on one rank; the other's exchange fails when the connection closes
         ("end_with_an_exchange_pending", "0 0"),
