@@ -170,7 +170,8 @@ def workers(log):
     device, network, steps = ("cpu", "tiny", 2) if log.emulated else ("cuda", "resnet18", TIMED)
     for method in ("dense", "topk", "regtopk"):
         options = SimpleNamespace(
-            workers=8, learning_rate=0.01, momentum=0.0, device=device, method=method, density=0.001, mu=5.0, distortion="previous", local_steps=1
+            workers=8, optimizer="sgd", learning_rate=0.01, momentum=0.0, device=device, method=method, density=0.001, mu=5.0, distortion="previous",
+            local_steps=1,
         )  # fmt: skip
         job = LocalWorkers(options, make_model(network, 0).to(device), [RandomBatches(device, 20)] * 8)
         for step in range(1 if log.emulated else WARM):
