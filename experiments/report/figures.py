@@ -194,6 +194,7 @@ def draw_endings(evidence):
             axes.set_xticks(range(len(endings)), endings)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(title=model, ylabel="points more than nothing (test accuracy)")
     panels[0].legend()
     return figure
