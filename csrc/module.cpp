@@ -216,7 +216,7 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
       .def(
-          "residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm().item<double>(); }, release_gil())
+          "residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm(); }, release_gil())
       .def(
           "export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
       .def(
@@ -262,8 +262,7 @@ PYBIND11_MODULE(_C, module) {
           })
       .def("last_step", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).steps.step(); })
       .def(
-          "residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm().item<double>(); },
-          release_gil())
+          "residual_norm", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).residual_norm(); }, release_gil())
       .def(
           "export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())
       .def(

@@ -1,7 +1,6 @@
 #include "worker.h"
 
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -146,12 +145,16 @@ void Worker::publish_counts() {
   statistics.residual_dropped = store_.residual_dropped;
 }
 
-at::Tensor Worker::residual_norm() {
-  at::Tensor sum_of_squares = at::zeros({}, at::kDouble);
-  for (const auto& [key, piece] : copy_pieces()) {
-    sum_of_squares += at::linalg_vector_norm(piece.residual, 2, std::nullopt, false, at::kDouble).square().cpu();
+double Worker::residual_norm() {
+  Store::Garbage garbage;
+  const std::lock_guard lock(mutex_);
+  double sum_of_squares = 0;
+  for (const at::Tensor& residual : store_.residuals(report.counters(), garbage)) {
+    const double norm = at::linalg_vector_norm(residual, 2, std::nullopt, false, at::kDouble).item<double>();
+    sum_of_squares += norm * norm;
   }
-  return sum_of_squares.sqrt();
+  publish_counts();
+  return std::sqrt(sum_of_squares) / steps.scale();
 }
 
 Pieces Worker::copy_pieces() {

@@ -71,7 +71,7 @@ class Worker {
   void note_applied(const AppliedKeys& applied);
 
   // These are in units of the gradient before scaling. Between steps only.
-  at::Tensor residual_norm();  // in fp64; reads every residual
+  double residual_norm();  // taken in fp64; reads every residual
   Pieces copy_pieces();
   void replace_pieces(Pieces pieces, int64_t step);
   void clear(const std::vector<ParameterKey>& keys);

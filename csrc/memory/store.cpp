@@ -173,6 +173,23 @@ Pieces Store::copy_pieces(const at::Tensor& counters, Garbage& garbage) {
   return pieces;
 }
 
+std::vector<at::Tensor> Store::residuals(const at::Tensor& counters, Garbage& garbage) {
+  drop_the_gone(garbage);
+  std::vector<at::Tensor> residuals;
+  for (const auto& [key, piece] : waiting_) residuals.push_back(piece.residual);
+  for (const auto& plan : plans_) {
+    plan->settle(counters);
+    if (std::none_of(plan->owners.begin(), plan->owners.end(), [](const Owner& owner) { return owner.is_gone(); })) {
+      residuals.push_back(plan->residual);
+      continue;
+    }
+    for (const Piece& piece : plan->split()) {
+      if (!piece.owner.is_gone()) residuals.push_back(piece.residual);
+    }
+  }
+  return residuals;
+}
+
 void Store::multiply(double factor, bool feedback_too) {
   const auto scale = [&](at::Tensor& residual, at::Tensor& feedback) {
     if (residual.defined()) residual.mul_(factor);
