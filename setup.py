@@ -30,7 +30,7 @@ def find_torch():
         importlib.invalidate_caches()
         if importlib.util.find_spec("torch") is None:
             stop("torch in this environment", "none", "pip install torch, then pip install --no-build-isolation .")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), packages]))
+        os.environ["REGTOPK_TORCH_FOLDER"] = packages  # for CMake; pip's isolation takes this folder out of PYTHONPATH again
     import torch
 
     return torch.__version__
