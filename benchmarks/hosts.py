@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "benchmarks" / "results" / "hosts"
 BEGIN = "<!-- python -m benchmarks.hosts: begin -->"
 METHODS = {  # in the order of the columns
-    "none": "no exchange", "dense": "DDP alone", "bf16": "bf16 hook", "powersgd": "PowerSGD hook, rank 1", "chain": "Top-k in torch calls",
+    "none": "no exchange", "dense": "DDP alone", "bf16": "bf16 hook", "powersgd": "PowerSGD hook", "chain": "Top-k in torch calls",
     "topk": "Top-k", "regtopk": "RegTop-k",
 }  # fmt: skip
 
