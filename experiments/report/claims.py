@@ -183,25 +183,25 @@ def find_by_option(evidence, group, place):
     return Finding(text, len(common), test, runs)
 
 
-def endings_of(evidence, model, optimizer):
-    """Return {ending: its runs}, in the order in which they were run, at the seeds that all endings have; {} without any."""
-    runs = select(evidence.endings, model=model, optimizer=optimizer)
-    names = list(dict.fromkeys(run.options["ending"] for run in runs))
-    common = set.intersection(*({run.seed for run in select(runs, ending=name)} for name in names)) if names else set()
-    return {name: [run for run in select(runs, ending=name) if run.seed in common] for name in names} if common else {}
+def endings_of(runs):
+    """Return {ending: its runs}, "nothing" first as it is in the logs, at the seeds that all endings have."""
+    names = dict.fromkeys(run.options["ending"] for run in runs)
+    seeds = [{run.seed for run in select(runs, ending=name)} for name in names]
+    return {name: [run for run in select(runs, ending=name) if run.seed in set.intersection(*seeds)] for name in names}
 
 
 def find_endings(evidence, model, optimizer):
     """Find the accuracy that training without an ending came to, and what every ending adds to it."""
-    endings = endings_of(evidence, model, optimizer)
-    if not endings:
+    runs = select(evidence.endings, model=model, optimizer=optimizer)
+    if not runs:
         return None
-    nothing = values("accuracy", endings.pop("nothing"))
-    comparisons = {name: compare(values("accuracy", runs), nothing) for name, runs in endings.items()}
-    text = f"nothing {spread(nothing)} %; points more than it: " + ", ".join(f"{name} {number(each.mean, 2)}" for name, each in comparisons.items())
-    shown = ", ".join(name for name, each in comparisons.items() if each.shown) or "none"
-    test = f"{len(comparisons)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if len(nothing) > 1 else "none with one seed"
-    return Finding(text, len(nothing), test, select(evidence.endings, model=model, optimizer=optimizer))
+    gained = {name: values("accuracy", own) for name, own in endings_of(runs).items()}
+    nothing = gained.pop("nothing")
+    tests = {name: compare(own, nothing) for name, own in gained.items()}
+    text = f"nothing {spread(nothing)} %; points more than it: " + ", ".join(f"{name} {number(each.mean, 2)}" for name, each in tests.items())
+    shown = ", ".join(name for name, each in tests.items() if each.shown) or "none"
+    test = f"{len(tests)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if len(nothing) > 1 else "none with one seed"
+    return Finding(text, len(nothing), test, runs)
 
 
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.

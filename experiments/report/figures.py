@@ -174,30 +174,18 @@ def draw_by_option(runs, option):
     return draw_panels(title, [accuracy, displaced], logarithmic=True)
 
 
-def draw_endings(evidence):
-    """What every end of training adds to the accuracy of none, by optimizer, a panel per network; None without logs."""
-    models = list(dict.fromkeys(run.options["model"] for run in evidence.endings))
-    if not models:
-        return None
-    figure, panels = new_figure(len(models), "What to do at the end of training: mean and range over seeds", (5 * len(models), 3.6))
-    for axes, model in zip(panels, models):
-        for number, (optimizer, colour) in enumerate(zip(("sgd", "momentum", "adamw"), ("tab:red", "tab:blue", "tab:green"))):
-            endings = endings_of(evidence, model, optimizer)
-            if not endings:
-                continue
-            nothing = [run.value("accuracy") for run in endings.pop("nothing")]
-            gains = [[run.value("accuracy") - before for run, before in zip(runs, nothing)] for runs in endings.values()]
-            means = [fmean(gain) for gain in gains]
-            bars = [[mean - min(gain) for mean, gain in zip(means, gains)], [max(gain) - mean for mean, gain in zip(means, gains)]]
-            places = [place + 0.2 * (number - 1) for place in range(len(endings))]
-            axes.errorbar(places, means, bars, fmt="o", color=colour, capsize=3, markersize=4, label=optimizer)
-            axes.set_xticks(range(len(endings)), endings)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=1)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set(title=model, ylabel="points more than nothing (test accuracy)")
-    panels[0].legend()
-    return figure
+def draw_endings(axes, runs):
+    """Draw what every end of training adds to the accuracy of none, a point per seed."""
+    for number, (optimizer, colour) in enumerate({"sgd": "tab:red", "momentum": "tab:blue", "adamw": "tab:green"}.items()):
+        nothing, *ends = endings_of(select(runs, optimizer=optimizer)).items() or [("", [])]
+        for place, (_, own) in enumerate(ends):
+            gains = [run.value("accuracy") - before.value("accuracy") for run, before in zip(own, nothing[1])]
+            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colour, markersize=3, label=None if place else optimizer)
+        axes.set_xticks(range(len(ends)), [name for name, _ in ends])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=7)
 
 
 def make_figures(evidence):
@@ -218,8 +206,9 @@ def make_figures(evidence):
         panels = [(name, GAP, select(usual, **settings), by_density) for name, settings in zip(("heterogeneous, fp64", "homogeneous, fp64", "heterogeneous, fp32"), PROBLEMS)]
         yield "linear_regression_density", draw_panels(REGRESSION, panels)
         yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu), logarithmic=True)
-    if (figure := draw_endings(evidence)) is not None:
-        yield "end_of_training", figure
+    if evidence.endings:
+        panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), draw_endings) for model in ("mlp",)]
+        yield "end_of_training", draw_panels("What to do at the end of training, every seed", panels)
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
         if group == "density-0.001":  # the figure in README.md
