@@ -1,6 +1,5 @@
 #include "worker.h"
 
-#include <ATen/ops/linalg_vector_norm.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -148,13 +147,9 @@ void Worker::publish_counts() {
 double Worker::residual_norm() {
   Store::Garbage garbage;
   const std::lock_guard lock(mutex_);
-  double sum_of_squares = 0;
-  for (const at::Tensor& residual : store_.residuals(report.counters(), garbage)) {
-    const double norm = at::linalg_vector_norm(residual, 2, std::nullopt, false, at::kDouble).item<double>();
-    sum_of_squares += norm * norm;
-  }
+  const double norm = store_.residual_norm(report.counters(), garbage);
   publish_counts();
-  return std::sqrt(sum_of_squares) / steps.scale();
+  return norm / steps.scale();
 }
 
 Pieces Worker::copy_pieces() {

@@ -3,9 +3,11 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <unordered_set>
 #include <utility>
@@ -173,21 +175,25 @@ Pieces Store::copy_pieces(const at::Tensor& counters, Garbage& garbage) {
   return pieces;
 }
 
-std::vector<at::Tensor> Store::residuals(const at::Tensor& counters, Garbage& garbage) {
+double Store::residual_norm(const at::Tensor& counters, Garbage& garbage) {
   drop_the_gone(garbage);
-  std::vector<at::Tensor> residuals;
-  for (const auto& [key, piece] : waiting_) residuals.push_back(piece.residual);
+  double squares = 0;
+  const auto add = [&](const at::Tensor& residual) {
+    const double norm = at::linalg_vector_norm(residual, 2, std::nullopt, false, at::kDouble).item<double>();
+    squares += norm * norm;
+  };
+  for (const auto& [key, piece] : waiting_) add(piece.residual);
   for (const auto& plan : plans_) {
     plan->settle(counters);
     if (std::none_of(plan->owners.begin(), plan->owners.end(), [](const Owner& owner) { return owner.is_gone(); })) {
-      residuals.push_back(plan->residual);
+      add(plan->residual);
       continue;
     }
     for (const Piece& piece : plan->split()) {
-      if (!piece.owner.is_gone()) residuals.push_back(piece.residual);
+      if (!piece.owner.is_gone()) add(piece.residual);
     }
   }
-  return residuals;
+  return std::sqrt(squares);
 }
 
 void Store::multiply(double factor, bool feedback_too) {

@@ -43,8 +43,8 @@ class Store {
 
   // All pieces, settled, as copies, but those of parameters that are gone, which it drops.
   Pieces copy_pieces(const at::Tensor& counters, Garbage& garbage);
-  // All residuals, settled, where they are, but those of parameters that are gone.
-  std::vector<at::Tensor> residuals(const at::Tensor& counters, Garbage& garbage);
+  // The 2-norm, taken in fp64, of all residuals, settled, but those of parameters that are gone.
+  double residual_norm(const at::Tensor& counters, Garbage& garbage);
   // Multiplies all residuals, and the feedback where it is a gradient and not a ratio. Plans must be settled.
   void multiply(double factor, bool feedback_too);
   // Replaces everything by these pieces.
