@@ -1,6 +1,7 @@
 """A density that changes from step to step, a residual that decays, and first steps without compression."""
 
 import copy
+import gc
 import pickle
 import re
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 import torch
 from buckets import DTYPES, same_bits
-from given import ENTRIES, register
+from given import ENTRIES, Given, register
 from processes import run_workers
 from test_idle_parameters import SIZES, WORKERS, gradients_of
 from torch.nn.parallel import DistributedDataParallel
@@ -232,3 +233,25 @@ def test_a_state_says_and_carries_its_schedule():
             "RegTopKState(density=WarmupDensity(start=0.25, end=0.001, steps=4), mu=5.0, distortion='previous', decay=0.9, dense_steps=3)"
         )
     assert repr(rt.TopKState(0.01)) == "TopKState(density=0.01)"
+
+
+def disagree_twice(rank, entry):
+    """The messages of two steps, one after the other, in which the ranks' densities differ and have not changed in between."""
+    module, state = Given(100), rt.TopKState(lambda step: 0.1 if step < 1 else (0.2, 0.3)[rank])
+    messages = []
+    for _ in range(3):
+        ddp = DistributedDataParallel(module)  # one whose hook has raised takes no further step
+        register(ddp, state, entry)
+        try:
+            ddp([torch.ones(100)]).backward()
+        except ValueError as error:
+            messages.append(str(error))
+        del ddp
+        gc.collect()
+    return messages
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ranks_that_disagreed_are_asked_again(entry):
+    for messages in run_workers(disagree_twice, 2, entry, seconds=40):
+        assert [f"the same density of step {step} on every rank" in message for step, message in zip((1, 2), messages, strict=True)] == [True, True]

@@ -4,6 +4,7 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../exchange/agreement.h"
 #include "../exchange/dense.h"
@@ -21,7 +22,9 @@ Transport::FuturePtr completed(const at::Tensor& buffer) {
 }  // namespace
 
 DdpExchange::DdpExchange(Options options, std::shared_ptr<Clock> clock, Owner owner)
-    : worker_(std::make_shared<Worker>(std::move(options), "sparse_hook", std::move(clock))), owner_(std::move(owner)) {}
+    : worker_(std::make_shared<Worker>(std::move(options), "sparse_hook", std::move(clock))),
+      owner_(std::move(owner)),
+      agreed_density_(worker_->options.schedule ? std::numeric_limits<double>::quiet_NaN() : worker_->density()) {}
 
 DdpExchange::~DdpExchange() { close(); }
 
@@ -102,9 +105,7 @@ Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
 std::shared_ptr<Plan> DdpExchange::enter(const Bucket& bucket, const c10d::GradBucket& ddp_bucket) {
   // DDP has waited for all of the step before, unless one bucket's error let the user go on while others were pending: what
   // those take and return must not be mixed with what this step does.
-  const bool begins = worker_->begins_step(bucket);
-  if (begins) transport_->wait_idle();
-  const double density = worker_->density();
+  if (worker_->begins_step(bucket)) transport_->wait_idle();
   const auto owners = [&] {
     std::vector<regtopk::Owner> owners;
     for (const at::Tensor& parameter : ddp_bucket.getParameters()) owners.emplace_back(parameter);
@@ -118,8 +119,9 @@ std::shared_ptr<Plan> DdpExchange::enter(const Bucket& bucket, const c10d::GradB
     throw;
   }
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
-  if (begins && worker_->density() != density) {
+  if (worker_->density() != agreed_density_) {
     agree(*transport_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
+    agreed_density_ = worker_->density();
   }
   if (worker_->is_dense_step() != dense_step_) {
     dense_step_ = worker_->is_dense_step();

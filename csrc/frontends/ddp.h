@@ -61,6 +61,7 @@ class DdpExchange {
   Owner owner_;
   bool closed_ = false, dense_ = false;  // paused
   bool dense_step_ = false;              // of the last bucket
+  double agreed_density_;                // NaN before the first step of a schedule
   int64_t options_version_ = 0;
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
 };
