@@ -107,6 +107,13 @@ void close_all() {
   for (const auto& exchange : exchanges) exchange->close();
 }
 
+at::ScalarType dtype_of(const char* who, const py::object& dtype) {
+  if (!THPDtype_Check(dtype.ptr())) {
+    throw py::type_error(c10::str(who, ": expected a torch.dtype, got ", std::string(py::str(py::type::of(dtype).attr("__name__")))));
+  }
+  return reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+}
+
 py::dict statistics_of(Worker& worker) {
   worker.hear();
   const Statistics& statistics = worker.statistics;
@@ -170,12 +177,15 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "payload_bytes",
       [](int64_t numel, int64_t k, const py::object& dtype, int64_t spans) {
-        if (!THPDtype_Check(dtype.ptr())) {
-          throw py::type_error("payload_bytes: expected a torch.dtype, got " + std::string(py::str(py::type::of(dtype).attr("__name__"))));
-        }
-        return payload_bytes(numel, k, reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type, spans);
+        return payload_bytes(numel, k, dtype_of("payload_bytes", dtype), spans);
       },
       py::arg("numel"), py::arg("k"), py::arg("dtype"), py::arg("spans") = 0);
+  module.def(
+      "wire_bytes",
+      [](int64_t numel, int64_t k, const py::object& dtype, int64_t spans, const py::object& wire_dtype, bool elias_fano) {
+        return wire_bytes(numel, k, dtype_of("wire_bytes", dtype), spans, {dtype_of("wire_bytes", wire_dtype), elias_fano});
+      },
+      py::arg("numel"), py::arg("k"), py::arg("dtype"), py::arg("spans"), py::arg("wire_dtype"), py::arg("elias_fano") = false);
   // Reads REGTOPK_CPU on the first call; ValueError where it names no instruction set of this machine.
   module.def("cpu_variant", [] { return name_of(cpu_variant()); });
   module.def("set_cpu_variant", &set_cpu_variant);
@@ -187,11 +197,20 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      std::function<double(int64_t)> schedule) {
-            return Options{regularised, density, mu, std::move(distortion), decay, dense_steps, std::move(schedule)};
+                      const py::object& wire_dtype, bool elias_fano, std::function<double(int64_t)> schedule) {
+            return Options{
+                .regularised = regularised,
+                .density = density,
+                .mu = mu,
+                .distortion = std::move(distortion),
+                .decay = decay,
+                .dense_steps = dense_steps,
+                .wire_dtype = wire_dtype.is_none() ? std::nullopt : std::optional(dtype_of("Options", wire_dtype)),
+                .elias_fano = elias_fano,
+                .schedule = std::move(schedule)};
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
-          py::arg("dense_steps") = 0, py::arg("schedule") = py::none());
+          py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("schedule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 

@@ -5,6 +5,8 @@
 //   launch_aggregate  check · aggregate                       as regtopk::aggregate_
 //   launch_settle     settle                                  as regtopk::settle_, and without spans as regtopk::put_back_
 //   launch_judge      judge                                   as regtopk::judge_
+//   launch_to_wire    copy · narrow                           as regtopk::to_wire_
+//   launch_from_wire  copy · count · widen                    as regtopk::from_wire_
 //
 // step, plan, k and mu are arguments of the kernels: a captured graph replays those it was captured with.
 // A workspace begins with bytes that are zero before the first call that uses it, and that every call leaves zero, whatever
@@ -16,6 +18,7 @@
 #include "../csrc/core/payload.h"
 #include "../csrc/core/payload_status.h"
 #include "../csrc/core/score.h"
+#include "../csrc/core/wire.h"
 #if defined(REGTOPK_EMULATED)
 #include "simt.h"
 #else
@@ -100,6 +103,27 @@ struct AggregateLaunch {
 inline constexpr int64_t kAggregateZeroedBytes = 16;
 int64_t aggregate_workspace_bytes(const PayloadLayout& layout);
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream);
+
+// Layouts that belong together: WireLayout::of(layout, ...).
+struct ToWireLaunch {
+  PayloadLayout layout;
+  WireLayout wire;
+  uint8_t* payload = nullptr;  // in: as launch_compress wrote it; out: its values are what the wire carries
+  void* residual = nullptr;    // in and out: [J] of the accumulate type
+  uint8_t* bytes = nullptr;    // out: wire.bytes
+};
+cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream);
+
+struct FromWireLaunch {
+  PayloadLayout layout;
+  WireLayout wire;
+  const uint8_t* bytes = nullptr;  // in: [workers, wire.bytes], not trusted
+  int64_t workers = 0;
+  uint8_t* payloads = nullptr;     // out: [workers, layout.bytes]; without the magic number where the bytes are no wire form
+  void* workspace = nullptr;       // from_wire_workspace_bytes
+};
+int64_t from_wire_workspace_bytes(const PayloadLayout& layout, const WireLayout& wire, int64_t workers);
+cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t stream);
 
 struct SettleLaunch {
   uint8_t* sent = nullptr;     // in: an own payload; nothing returns where its header is not that of the bucket.

@@ -126,6 +126,10 @@ Workspaces& compress_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
 }
+Workspaces& from_wire_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
+}
 Workspaces& aggregate_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
@@ -198,7 +202,7 @@ void aggregate_cuda(
   AggregateLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, gradient.numel()))};
   const at::Device device = gradient.device();
   check_countable(who, gradient.numel());
-  check_payloads(who, payloads, arguments.layout);
+  check_rows(who, "payloads", payloads, arguments.layout.bytes);
   check_on_device(who, "payloads", payloads, device);
   arguments.workers = payloads.size(0);
   arguments.payloads = payloads.const_data_ptr<uint8_t>();
@@ -281,6 +285,56 @@ void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::Sc
   settle("put_back_", "payload", residual, payload, dtype, {});
 }
 
+void to_wire_cuda(
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& wire, at::ScalarType dtype, at::ScalarType wire_dtype,
+    bool elias_fano, int64_t k, int64_t spans) {
+  constexpr const char* who = "to_wire_";
+  const at::Device device = residual.device();
+  const auto [layout, wire_layout] = check_wire(who, residual.numel(), k, spans, dtype, {wire_dtype, elias_fano});
+  check_countable(who, residual.numel());
+  check_vector(who, "residual", residual, accumulate_dtype(dtype), residual.numel());
+  check_vector(who, "payload", payload, at::kByte, layout.bytes);
+  check_vector(who, "wire", wire, at::kByte, wire_layout.bytes);
+  check_on_device(who, "payload", payload, device);
+  check_on_device(who, "wire", wire, device);
+  const ToWireLaunch arguments{
+      .layout = layout,
+      .wire = wire_layout,
+      .payload = payload.mutable_data_ptr<uint8_t>(),
+      .residual = residual.mutable_data_ptr(),
+      .bytes = wire.mutable_data_ptr<uint8_t>()};
+  check_aligned(who, "payload", arguments.payload);
+  check_aligned(who, "wire", arguments.bytes);
+  const c10::cuda::CUDAGuard guard(device);
+  check_launched(who, launch_to_wire(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+}
+
+void from_wire_cuda(
+    const at::Tensor& wire, const at::Tensor& payloads, at::ScalarType dtype, at::ScalarType wire_dtype, bool elias_fano, int64_t numel,
+    int64_t k, int64_t spans) {
+  constexpr const char* who = "from_wire_";
+  const at::Device device = payloads.device();
+  const auto [layout, wire_layout] = check_wire(who, numel, k, spans, dtype, {wire_dtype, elias_fano});
+  check_countable(who, numel);
+  check_wire_rows(who, wire, wire_layout, payloads, layout);
+  check_on_device(who, "wire", wire, device);
+  FromWireLaunch arguments{
+      .layout = layout,
+      .wire = wire_layout,
+      .bytes = wire.const_data_ptr<uint8_t>(),
+      .workers = wire.size(0),
+      .payloads = payloads.mutable_data_ptr<uint8_t>()};
+  check_aligned(who, "wire", arguments.bytes);
+  check_aligned(who, "payloads", arguments.payloads);
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  const int64_t workspace_bytes = from_wire_workspace_bytes(layout, wire_layout, arguments.workers);
+  from_wire_workspaces().with(who, stream, workspace_bytes, 0, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_from_wire(arguments, stream);
+  });
+}
+
 // A change of layout is rare: through the host, which waits for the device.
 at::Tensor encode_cuda(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {
   return encode(indices.cpu(), values.cpu(), numel, step, plan, spans).to(indices.device());
@@ -301,6 +355,8 @@ TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
   library.impl("judge_", &judge_cuda);
   library.impl("settle_", &settle_cuda);
   library.impl("put_back_", &put_back_cuda);
+  library.impl("to_wire_", &to_wire_cuda);
+  library.impl("from_wire_", &from_wire_cuda);
   library.impl("encode", &encode_cuda);
   library.impl("decode", &decode_cuda);
 }

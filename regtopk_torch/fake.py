@@ -38,3 +38,13 @@ def _(indices, values, *, numel, step=0, plan=0, spans=0):
 @torch.library.register_fake("regtopk::decode")
 def _(payload, *, numel, k, dtype):
     return payload.new_empty(k, dtype=torch.int64), payload.new_empty(k, dtype=dtype)
+
+
+@torch.library.register_fake("regtopk::to_wire_")
+def _(residual, payload, wire, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::from_wire_")
+def _(wire, payloads, **options):
+    return None

@@ -15,7 +15,7 @@ class LocalExchange:
 
     Args:
         num_workers (int): N >= 1.
-        density (float or callable), decay, dense_steps: as for TopKState.
+        density (float or callable), decay, dense_steps, wire_dtype, index_code: as for TopKState.
         method (str): "regtopk" or "topk".
         mu, distortion: as for RegTopKState; Top-k ignores them.
 
@@ -23,10 +23,8 @@ class LocalExchange:
         TypeError, ValueError: an option out of range.
     """
 
-    def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", decay=1.0, dense_steps=0):
-        options = check_options(
-            "LocalExchange", method=method, density=density, mu=mu, distortion=distortion, decay=decay, dense_steps=dense_steps
-        )
+    def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", **common):
+        options = check_options("LocalExchange", method=method, density=density, mu=mu, distortion=distortion, **common)
         if isinstance(num_workers, bool) or not isinstance(num_workers, numbers.Integral) or num_workers < 1:
             raise ValueError(f"LocalExchange: expected num_workers to be an integer of at least 1, got {num_workers!r}")
         num_workers = int(num_workers)

@@ -2,15 +2,25 @@
 
 import math
 import numbers
+from typing import Any
+
+import torch
 
 from regtopk_torch import _C
 
 METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
+INDEX_CODES = ("offsets", "elias-fano")
+# What every method takes, by name, and what it is unless it is given.
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets"}
 
 
-def check_options(who, *, method, density, mu, distortion, decay=1.0, dense_steps=0):
+def check_options(who, *, method, density, mu, distortion, **common):
     """Return the options in the form of the extension; raise ValueError or TypeError that names `who` otherwise."""
+    unknown = [name for name in common if name not in COMMON]
+    if unknown:
+        raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
+    decay, dense_steps, wire_dtype, index_code = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) else [("density", density)])
@@ -29,9 +39,13 @@ def check_options(who, *, method, density, mu, distortion, decay=1.0, dense_step
         raise ValueError(f"{who}: expected 0 < decay <= 1, got decay={decay}; 1 forgets nothing")
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, numbers.Integral) or not 0 <= int(dense_steps) < 2**63:
         raise ValueError(f"{who}: expected dense_steps to be a number of steps, 0 or more, got {dense_steps!r}")
+    if wire_dtype is not None and wire_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16 or torch.float16, got {wire_dtype!r}")
+    if index_code not in INDEX_CODES:
+        raise ValueError(f"{who}: expected index_code {' or '.join(map(repr, INDEX_CODES))}, got {index_code!r}")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) else float(density), mu=float(mu), distortion=distortion,
-        decay=float(decay), dense_steps=int(dense_steps), schedule=_checked(who, density) if callable(density) else None,
+        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=wire_dtype, elias_fano=index_code == "elias-fano", schedule=_checked(who, density) if callable(density) else None,
     )  # fmt: skip
 
 

@@ -128,6 +128,7 @@ class Worker:
     mu: float | None = None
     distortion: str = "previous"
     decay: float = 1.0  # (+)
+    wire_dtype: torch.dtype | None = None  # (+) in which values travel, where it is narrower than the gradient's
     residual: torch.Tensor | None = None
     sent: Message | None = None
     feedback: torch.Tensor | None = None
@@ -156,6 +157,8 @@ class Worker:
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
         index = select(score, entries_to_send(self.density, gradient.numel()))  # line 6
         value = to_wire(accumulated[index], gradient.dtype)  # line 7
+        if self.wire_dtype is not None and self.wire_dtype.itemsize < gradient.dtype.itemsize:
+            value = to_wire(to_wire(value, torch.float32), self.wire_dtype).to(gradient.dtype)
 
         finite = accumulated.isfinite()
         kept = accumulated.clone()
@@ -264,28 +267,41 @@ class Exchange:
         return average if idle is None else torch.where(idle, torch.zeros_like(average), average)
 
 
-def encode(message, numel, *, step=0, plan=0):
-    """The payload's bytes, uint8: header, entries before each tile, offsets or bitmap, values; see csrc/core/payload.h."""
+def encode(message, numel, *, step=0, plan=0, elias_fano=False):
+    """The payload's bytes, uint8: header, entries before each tile, offsets or bitmap, values; see csrc/core/payload.h.
+
+    With values that a narrower dtype holds, or with `elias_fano`, in its wire form: csrc/core/wire.h.
+    """
     k, dtype = len(message.index), message.value.dtype
     bitmap = 16 * k > numel
+    starts = torch.searchsorted(message.index, torch.arange(-(-numel // TILE_ENTRIES)) * TILE_ENTRIES).to(torch.int32)
+    support = _packed(torch.zeros(numel, dtype=torch.int64).index_fill_(0, message.index, 1)) if bitmap else _bytes((message.index % TILE_ENTRIES).to(torch.uint16))
+    codes = [_padded(_bytes(starts)), _padded(support)]
+    if elias_fano:
+        low_bits = max(bits for bits in range(17) if bits == 0 or numel >> bits >= k)
+        high = torch.zeros(k + ((numel - 1) >> low_bits) + 1, dtype=torch.int64)
+        high[(message.index >> low_bits) + torch.arange(k)] = 1
+        shorter = [_padded(_packed((message.index[:, None] >> torch.arange(low_bits) & 1).flatten())), _padded(_packed(high))]
+        elias_fano = sum(map(len, shorter)) < sum(map(len, codes))
+        codes = shorter if elias_fano else codes
     flags = 1 if message.non_finite else 0
     header = struct.pack(
         "<IHBBQQQqQQII",
-        0x6B707472, 1, _WIRE_TYPES[dtype], int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
+        0x6B707472, 1, _WIRE_TYPES[dtype], 2 if elias_fano else int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
     )  # fmt: skip
-    tiles = -(-numel // TILE_ENTRIES)
-    starts = torch.searchsorted(message.index, torch.arange(tiles) * TILE_ENTRIES).to(torch.int32)
-    if bitmap:
-        bits = torch.zeros(-(-numel // 8) * 8, dtype=torch.int32)
-        bits[message.index] = 1
-        support = (bits.view(-1, 8) << torch.arange(8, dtype=torch.int32)).sum(1).to(torch.uint8)
-    else:
-        support = _bytes((message.index % TILE_ENTRIES).to(torch.uint16))
-    parts = [torch.tensor(list(header), dtype=torch.uint8)]
-    for part, multiple in ((_bytes(starts), 8), (support, 8), (_bytes(message.value), 16)):
-        parts.append(part)
-        parts.append(torch.zeros(-sum(map(len, parts)) % multiple, dtype=torch.uint8))
-    return torch.cat(parts)
+    bytes_so_far = torch.cat([torch.tensor(list(header), dtype=torch.uint8), *codes, _bytes(message.value)])
+    return _padded(bytes_so_far, 16)
+
+
+def _packed(bits):
+    """Bits, int64, as bytes, from the lowest bit on."""
+    padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.int64)
+    padded[: len(bits)] = bits
+    return (padded.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def _padded(part, multiple=8):
+    return torch.cat([part, torch.zeros(-len(part) % multiple, dtype=torch.uint8)])
 
 
 def _bytes(tensor):

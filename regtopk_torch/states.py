@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regtopk_torch import _C, checkpoint, groups
-from regtopk_torch.options import check_options
+from regtopk_torch.options import COMMON, check_options
 
 # States that share a GradScaler share its clock: what one of them finds to be void is void for all.
 _clocks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -37,9 +37,14 @@ class TopKState:
         decay (float): 0 < decay <= 1; what is held back is multiplied by it at the beginning of each step, a = decay * r + g,
             but for idle parameters. Below 1 it forgets: what was sent and kept is then less than what was given.
         dense_steps (int): the first steps go without compression, through a dense all-reduce.
+        wire_dtype (torch.dtype, optional): values travel as torch.float32, torch.bfloat16 or torch.float16 where that has fewer
+            bytes than the gradients' dtype, rounded to the nearest, finite ones to finite ones; what rounding cuts off stays in
+            the residual, and sent + kept is what was given.
+        index_code (str): how the places of the values travel. "offsets": 2 bytes each, at most a bit per gradient entry.
+            "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at density 0.001, 8.6 at 0.01.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
-    fp64 gradients; values travel in the gradients' dtype, and what rounding cuts off stays in the residual.
+    fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
 
     A step is void if any entry of any bucket's average is not finite: what was sent returns with the next step, but for the
     parameters that a torch optimizer has stepped on all the same. `skipped()` says the same of a finite step.
@@ -57,8 +62,8 @@ class TopKState:
 
     _method = "topk"
 
-    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, decay=1.0, dense_steps=0):
-        self._construct({"density": density, "decay": decay, "dense_steps": dense_steps}, process_group, grad_scaler)
+    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, **options):
+        self._construct({"density": density, **options}, process_group, grad_scaler)
 
     def _construct(self, given, process_group, grad_scaler):
         who = type(self).__name__
@@ -84,8 +89,7 @@ class TopKState:
         _states.add(self)
 
     def __repr__(self):
-        usual = {"decay": 1.0, "dense_steps": 0}
-        options = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if usual.get(name) != value)
+        options = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if name not in COMMON or COMMON[name] != value)
         return f"{type(self).__name__}({options})"
 
     @property
@@ -308,7 +312,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.
@@ -318,9 +322,8 @@ class RegTopKState(TopKState):
 
     _method = "regtopk"
 
-    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None, decay=1.0, dense_steps=0):
-        given = {"density": density, "mu": mu, "distortion": distortion, "decay": decay, "dense_steps": dense_steps}
-        self._construct(given, process_group, grad_scaler)
+    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None, **options):
+        self._construct({"density": density, "mu": mu, "distortion": distortion, **options}, process_group, grad_scaler)
 
     @property
     def mu(self):

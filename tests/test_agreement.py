@@ -35,6 +35,10 @@ def disagree(rank, case, entry):
         method = "topk" if odd and case == "method" else "regtopk"
         if case == "mu":
             state = rt.RegTopKState(0.05, mu=2.0 + rank)
+        elif case == "wire dtype":
+            state = rt.RegTopKState(0.05, wire_dtype=torch.bfloat16 if odd else None)
+        elif case == "index code":
+            state = rt.RegTopKState(0.05, index_code="elias-fano" if odd else "offsets")
         elif case == "distortion":
             state = rt.RegTopKState(0.05, distortion="current" if odd else "previous")
         else:
@@ -62,6 +66,8 @@ def disagree(rank, case, entry):
         ("method", "method", "RegTop-k", "Top-k"),
         ("mu", "mu", "2", "3"),
         ("distortion", "distortion", "previous", "current"),
+        ("wire dtype", "wire dtype", "the gradients'", "BFloat16"),
+        ("index code", "index code", "offsets", "elias-fano"),
         ("dtype", "gradient dtype", "Float", "Double"),
         ("step", "step", "0", "8"),
         ("pause", "mode", "sparse", r"dense \(paused\)"),

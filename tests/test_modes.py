@@ -130,9 +130,11 @@ class Mode:
     set_to_none: bool = True
     new_group_at: int = -1
     group: tuple = ()  # of these ranks; the others do nothing
+    state: dict = dataclasses.field(default_factory=dict)  # options of the state
 
 
 UNUSED = {"find_unused_parameters": True}
+NARROW = {"wire_dtype": torch.bfloat16, "index_code": "elias-fano"}
 COMPILED = {"bucket_cap_mb": 1}  # dynamo splits the graph by DDP's buckets and takes no less
 MODES = {
     "plain": Mode(),
@@ -172,6 +174,8 @@ MODES = {
     "300 parameters": Mode(lambda rank: ManyParameters()),
     "activation checkpointing": Mode(lambda rank: Checkpointed(False)),
     "re-entrant activation checkpointing": Mode(lambda rank: Checkpointed(True), {"static_graph": True}),
+    "narrow": Mode(state=NARROW),
+    "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": torch.float16}),
     "another process group": Mode(new_group_at=5),
     "subgroup": Mode(world_size=3, group=(0, 2)),
     "compiled inside": Mode(
@@ -193,7 +197,7 @@ def train(rank, name, method, entry):
     module = mode.model(rank)
     ddp = mode.wrap(module, **{"bucket_cap_mb": BUCKET_CAP_MB, "process_group": group, **mode.options})
     plain = ddp if isinstance(ddp, DistributedDataParallel) else ddp._orig_mod
-    state = make_state(method, 0.05, process_group=group)
+    state = make_state(method, 0.05, process_group=group, **mode.state)
     books = Books(module)
     if entry == "attach":
         rt.attach(plain, state)
@@ -236,7 +240,8 @@ def test_a_mode_equals_the_simulation_keeps_replicas_equal_and_loses_nothing(nam
     results = [both for both in run_workers(train_by_both_entries, mode.world_size, name, method) if both[0]]
     by_hook, attached = zip(*results, strict=True)
     check_replicas(by_hook, mode)
-    exchange = check_against_simulation([result[0] for result in by_hook], method)
+    exchange = rt.LocalExchange(len(results), 0.05, method=method, mu=1.0, **mode.state)
+    check_against_simulation([result[0] for result in by_hook], method, exchange)
     for rank, (one, other) in enumerate(results):
         assert other[1] == one[1], "attach and register_comm_hook give the same bits"
         for kept in (one[3], other[3]):

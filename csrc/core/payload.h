@@ -29,7 +29,7 @@ inline constexpr uint16_t kPayloadVersion = 1;
 inline constexpr int64_t kTileEntries = 65536;
 inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN
 
-enum class Support : uint8_t { kOffsets = 0, kBitmap = 1 };
+enum class Support : uint8_t { kOffsets = 0, kBitmap = 1, kEliasFano = 2 };  // the last on the wire alone: wire.h
 
 struct PayloadHeader {
   uint32_t magic;

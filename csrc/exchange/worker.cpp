@@ -27,6 +27,11 @@ int64_t Worker::entries_to_send(int64_t numel) const {
   return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
 }
 
+Wire Worker::wire_of(at::ScalarType gradient_dtype) const {
+  const at::ScalarType wanted = options.wire_dtype.value_or(gradient_dtype);
+  return {c10::elementSize(wanted) < c10::elementSize(gradient_dtype) ? wanted : gradient_dtype, options.elias_fano};
+}
+
 void Worker::check(const Bucket& bucket) const {
   // Inside these bounds a residual keeps its bits through changes of the scale by powers of two: its entries stay normal.
   constexpr double kLargest = 0x1p64;
@@ -74,7 +79,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     publish_counts();
   }
   plan->round = steps.round();
-  plan->set_k(entries_to_send(plan->numel));
+  plan->set_message(entries_to_send(plan->numel), wire_of(plan->layout.dtype));
   return plan;
 }
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -26,6 +27,8 @@ struct Options {
   std::string distortion = "previous";
   double decay = 1.0;       // of the residual, each step
   int64_t dense_steps = 0;  // the first ones, without compression
+  std::optional<at::ScalarType> wire_dtype;  // of the values that travel, where it has fewer bytes than the gradients'
+  bool elias_fano = false;  // the index code
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
 };
 
@@ -84,6 +87,7 @@ class Worker {
   void wait_for_report() const;
   double density_of(int64_t step) const;
   int64_t entries_to_send(int64_t numel) const;
+  Wire wire_of(at::ScalarType gradient_dtype) const;
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();
   bool feedback_has_scale() const { return options.regularised && options.distortion == "current"; }

@@ -65,11 +65,11 @@ DdpExchange::FuturePtr DdpExchange::run(c10d::GradBucket& ddp_bucket) {
     moved.fail = [] {};
     return transport_->all_reduce(std::move(moved));
   }
-  const at::Tensor payload = own_support::send(*worker_, *plan, buffer);
+  const own_support::Sent sent = own_support::send(*worker_, *plan, buffer);
   own_support::make_room(*worker_, *plan, /*rows=*/1);
-  moved.finish = [worker = worker_, plan, payload, buffer] { own_support::receive({{*worker, *plan, payload}}, plan->received, buffer); };
-  moved.fail = [worker = worker_, plan, payload] { own_support::fail(*worker, *plan, payload); };
-  return transport_->gather(payload, plan->received, std::move(moved));
+  moved.finish = [worker = worker_, plan, sent, buffer] { own_support::receive({{*worker, *plan, sent.payload}}, buffer); };
+  moved.fail = [worker = worker_, plan, sent] { own_support::fail(*worker, *plan, sent.payload); };
+  return transport_->gather(sent.message, plan->received, std::move(moved));
 }
 
 Bucket DdpExchange::bucket_of(const c10d::GradBucket& ddp_bucket) {
@@ -146,6 +146,8 @@ void DdpExchange::agree_on(const Bucket& bucket, int64_t hash, bool last) {
        {"density", round_trip(worker_->density())},
        {"decay", round_trip(options.decay)},
        {"dense_steps", std::to_string(options.dense_steps)},
+       {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
+       {"index code", options.elias_fano ? "elias-fano" : "offsets"},
        {"mu", options.regularised ? round_trip(options.mu) : "none"},
        {"distortion", options.regularised ? options.distortion : "none"},
        {"mode", !bucket.keeps ? "all-reduce of sparse tensors"

@@ -149,12 +149,12 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
   }
   std::vector<own_support::Receiver> receivers;
   for (int64_t rank = 0; rank < workers(); ++rank) {
-    const at::Tensor payload = own_support::send(worker(rank), *plans[rank], gradient_of(rank));
+    const own_support::Sent sent = own_support::send(worker(rank), *plans[rank], gradient_of(rank));
     if (rank == 0) own_support::make_room(worker(0), *plans.front(), workers());
-    plans.front()->received[rank].copy_(payload);
-    receivers.push_back({worker(rank), *plans[rank], payload});
+    plans.front()->received[rank].copy_(sent.message);
+    receivers.push_back({worker(rank), *plans[rank], sent.payload});
   }
-  own_support::receive(receivers, plans.front()->received, average);
+  own_support::receive(receivers, average);
 }
 
 }  // namespace regtopk

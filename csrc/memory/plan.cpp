@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/tensor.h>
+#include <c10/util/strides.h>
 
 #include <utility>
 
@@ -16,10 +17,13 @@ void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions&
   tensor = fits ? tensor.as_strided(shape, c10::contiguous_strides(shape)) : at::empty(shape, options);
 }
 
-void Plan::set_k(int64_t k) {
-  if (k == k_) return;
+void Plan::set_message(int64_t k, const Wire& wire) {
+  if (k == k_ && wire == wire_) return;
   k_ = k;
-  payload_bytes_ = regtopk::payload_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()));
+  wire_ = wire;
+  const int64_t spans = static_cast<int64_t>(layout.spans.size());
+  payload_bytes_ = regtopk::payload_bytes(numel, k, layout.dtype, spans);
+  wire_bytes_ = regtopk::wire_bytes(numel, k, layout.dtype, spans, wire);
 }
 
 at::Tensor Plan::next_payload() {

@@ -40,14 +40,20 @@ struct Plan {
   int64_t round = -1;     // of the last bucket exchanged on this plan
   int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
 
-  // Entries to send, from now on.
-  void set_k(int64_t k);
+  // Entries to send, and the form in which they travel, from now on.
+  void set_message(int64_t k, const Wire& wire);
   int64_t k() const { return k_; }
+  const Wire& wire() const { return wire_; }
   int64_t payload_bytes() const { return payload_bytes_; }
+  int64_t message_bytes() const { return has_wire_form() ? wire_bytes_ : payload_bytes_; }
+  // Or a payload travels as it is.
+  bool has_wire_form() const { return wire_.elias_fano || wire_.dtype != layout.dtype; }
 
   // The one of two own payloads that is not `sent`, which is still read while this one is written.
   at::Tensor next_payload();
-  at::Tensor received;         // [workers, bytes], where a transport puts everybody's payloads
+  at::Tensor message;          // its wire form, where it has one
+  at::Tensor received;         // [workers, bytes], where a transport puts everybody's messages
+  at::Tensor payloads;         // [workers, bytes], made of them; `received` itself where payloads travel as they are
   at::Tensor feedback_buffer;  // [rows, k]
 
   // One flag a span. A device takes them in without being waited for.
@@ -66,7 +72,8 @@ struct Plan {
   std::vector<Piece> split() const;
 
  private:
-  int64_t k_ = 0, payload_bytes_ = 0;
+  int64_t k_ = 0, payload_bytes_ = 0, wire_bytes_ = 0;
+  Wire wire_{};
   at::Tensor payloads_[2];
   std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule
   at::Tensor applied_;

@@ -56,7 +56,7 @@ void aggregate_cpu(
   constexpr const char* who = "aggregate_";
   const int64_t span_count = check_spans(who, spans_tensor, gradient.numel());
   AggregateArguments arguments{.layout = check_bucket(who, gradient, k, span_count)};
-  check_payloads(who, payloads, arguments.layout);
+  check_rows(who, "payloads", payloads, arguments.layout.bytes);
   arguments.workers = payloads.size(0);
   arguments.payloads = payloads.const_data_ptr<uint8_t>();
   arguments.distortion = distortion_of(who, distortion);

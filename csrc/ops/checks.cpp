@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "operators.h"
-
 #ifndef _OPENMP
 #error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
 #endif
@@ -90,12 +88,32 @@ void check_verdict(const char* who, const at::Tensor& verdict, int64_t round) {
 
 void check_counters(const char* who, const at::Tensor& counters) { check_vector(who, "counters", counters, at::kLong, 3); }
 
-void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout) {
-  TORCH_CHECK_TYPE(
-      payloads.scalar_type() == at::kByte, who, ": expected payloads of dtype Byte, got ", c10::toString(payloads.scalar_type()));
+void check_rows(const char* who, const char* name, const at::Tensor& rows, int64_t bytes) {
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, who, ": expected ", name, " of dtype Byte, got ", c10::toString(rows.scalar_type()));
   TORCH_CHECK_VALUE(
-      payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == layout.bytes && payloads.is_contiguous(), who,
-      ": expected payloads contiguous with shape [workers, ", layout.bytes, "], got shape ", payloads.sizes());
+      rows.dim() == 2 && rows.size(0) >= 1 && rows.size(1) == bytes && rows.is_contiguous(), who, ": expected ", name,
+      " contiguous with shape [workers, ", bytes, "], got shape ", rows.sizes());
+}
+
+std::pair<PayloadLayout, WireLayout> check_wire(
+    const char* who, int64_t numel, int64_t k, int64_t spans, at::ScalarType dtype, const Wire& wire) {
+  const ValueType type = value_type_of(who, dtype), wire_type = value_type_of(who, wire.dtype);
+  TORCH_CHECK_VALUE(
+      k >= 1 && k <= numel && k <= int64_t{UINT32_MAX} && spans >= 0, who, ": expected 1 <= k <= min(", numel,
+      " gradient entries, 2^32 - 1) and spans >= 0, got k=", k, " and spans=", spans);
+  TORCH_CHECK_VALUE(
+      wire_type == type || value_bytes(wire_type) < value_bytes(type), who, ": expected a wire_dtype that is ", c10::toString(dtype),
+      " or has fewer bytes, got ", c10::toString(wire.dtype));
+  const PayloadLayout layout(numel, k, type, spans);
+  return {layout, WireLayout::of(layout, wire_type, wire.elias_fano)};
+}
+
+void check_wire_rows(
+    const char* who, const at::Tensor& wire, const WireLayout& wire_layout, const at::Tensor& payloads, const PayloadLayout& layout) {
+  check_rows(who, "wire", wire, wire_layout.bytes);
+  check_rows(who, "payloads", payloads, layout.bytes);
+  TORCH_CHECK_VALUE(
+      wire.size(0) == payloads.size(0), who, ": expected wire of as many workers as payloads, ", payloads.size(0), ", got ", wire.size(0));
 }
 
 void check_feedback_rows(

@@ -6,11 +6,14 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../core/parallel.h"
 #include "../core/payload.h"
 #include "../core/score.h"
 #include "../core/spans.h"
+#include "../core/wire.h"
+#include "operators.h"
 
 namespace regtopk {
 
@@ -32,8 +35,14 @@ int64_t check_spans(const char* who, const std::optional<at::Tensor>& spans, int
 void check_flags(const char* who, const char* name, const at::Tensor& flags, int64_t spans);
 void check_verdict(const char* who, const at::Tensor& verdict, int64_t round);
 void check_counters(const char* who, const at::Tensor& counters);
-// The payloads of all workers, one a row.
-void check_payloads(const char* who, const at::Tensor& payloads, const PayloadLayout& layout);
+// What all workers have sent, one a row.
+void check_rows(const char* who, const char* name, const at::Tensor& rows, int64_t bytes);
+// Where a payload and its wire form have their parts. The wire's dtype is the gradients' or has fewer bytes.
+std::pair<PayloadLayout, WireLayout> check_wire(
+    const char* who, int64_t numel, int64_t k, int64_t spans, at::ScalarType dtype, const Wire& wire);
+// As many rows of one as of the other.
+void check_wire_rows(
+    const char* who, const at::Tensor& wire, const WireLayout& wire_layout, const at::Tensor& payloads, const PayloadLayout& layout);
 // Rows of feedback for the entries of ranks rank … rank + rows - 1 of `workers`.
 void check_feedback_rows(
     const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers);

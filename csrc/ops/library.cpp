@@ -8,6 +8,10 @@
 //   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
 //   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
 //
+// Between the two a payload may take a narrower form, core/wire.h: to_wire_ writes it, puts what the narrower values leave out
+// into the residual and leaves in the payload what the wire carries; from_wire_ makes payloads of the rows received. A row that
+// is none becomes one that aggregate_ rejects; on the CPU from_wire_ raises.
+//
 // Received payloads that are not valid: on the CPU aggregate_ raises. A device, which nobody waits for, makes the result NaN
 // and the round void, leaves idle as it was, and lowers `status`, int64 [1], -1 to begin with, to what was found, if that is
 // less as an unsigned number (core/payload_status.h): the lowest of all calls.
@@ -28,6 +32,13 @@ TORCH_LIBRARY(regtopk, library) {
       "settle_(Tensor(a!) residual, Tensor(b!) sent, Tensor spans, Tensor idle, Tensor verdict, Tensor? applied, Tensor(c!) counters, *, "
       "ScalarType dtype, int sent_round) -> ()");
   library.def("put_back_(Tensor(a!) residual, Tensor payload, *, ScalarType dtype) -> ()");
+  library.def(
+      "to_wire_(Tensor(a!) residual, Tensor(b!) payload, Tensor(c!) wire, *, ScalarType dtype, ScalarType wire_dtype, bool "
+      "elias_fano=False, "
+      "int k, int spans=0) -> ()");
+  library.def(
+      "from_wire_(Tensor wire, Tensor(a!) payloads, *, ScalarType dtype, ScalarType wire_dtype, bool elias_fano=False, int numel, int k, "
+      "int spans=0) -> ()");
   library.def("encode(Tensor indices, Tensor values, *, int numel, int step=0, int plan=0, int spans=0) -> Tensor");
   library.def("decode(Tensor payload, *, int numel, int k, ScalarType dtype) -> (Tensor indices, Tensor values)");
 }

@@ -63,6 +63,23 @@ void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::Scalar
   operation.call(residual, payload, dtype);
 }
 
+void to_wire_(
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& wire, const Wire& form, at::ScalarType dtype, int64_t k,
+    int64_t spans) {
+  static const auto operation =
+      find_operator<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t)>(
+          "regtopk::to_wire_");
+  operation.call(residual, payload, wire, dtype, form.dtype, form.elias_fano, k, spans);
+}
+
+void from_wire_(
+    const at::Tensor& wire, const at::Tensor& payloads, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans) {
+  static const auto operation =
+      find_operator<void(const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t, int64_t)>(
+          "regtopk::from_wire_");
+  operation.call(wire, payloads, dtype, form.dtype, form.elias_fano, numel, k, spans);
+}
+
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {
   static const auto operation =
       find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t)>("regtopk::encode");
@@ -80,6 +97,10 @@ int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t sp
       k >= 1 && k <= numel && k <= int64_t{UINT32_MAX}, "payload_bytes: expected 1 <= k <= min(numel, 2^32 - 1), got k=", k,
       " and numel=", numel);
   return PayloadLayout(numel, k, value_type_of("payload_bytes", dtype), spans).bytes;
+}
+
+int64_t wire_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form) {
+  return check_wire("wire_bytes", numel, k, spans, dtype, form).second.bytes;
 }
 
 std::string describe_status(int64_t status) {

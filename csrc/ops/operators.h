@@ -22,6 +22,13 @@ struct Shared {
   at::Tensor spans, idle, verdict;
 };
 
+// The form in which payloads travel: core/wire.h.
+struct Wire {
+  at::ScalarType dtype;  // of the values
+  bool elias_fano;
+  bool operator==(const Wire&) const = default;
+};
+
 // Which step of which plan a payload belongs to; see compress.h and core/deed.h.
 struct Stamp {
   int64_t step, plan, round;
@@ -41,6 +48,12 @@ void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
     const at::Tensor& counters, at::ScalarType dtype, int64_t sent_round);
 void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype);
+// The payload of k of the residual's entries to its wire form, and [N, bytes] of it to payloads.
+void to_wire_(
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& wire, const Wire& form, at::ScalarType dtype, int64_t k,
+    int64_t spans);
+void from_wire_(
+    const at::Tensor& wire, const at::Tensor& payloads, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans);
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
@@ -50,6 +63,8 @@ bool has_cuda_kernels();
 std::string describe_status(int64_t status);
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
+// And of its wire form.
+int64_t wire_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form);
 
 // Rounds that a verdict remembers.
 inline constexpr int64_t kVerdictRounds = 4096;

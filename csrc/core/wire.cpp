@@ -1,0 +1,177 @@
+#include "wire.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+namespace regtopk {
+namespace {
+
+// Sets bits of 64-bit words that other threads set bits of too, a word at a time.
+class BitSetter {
+ public:
+  explicit BitSetter(uint8_t* begin) : words_(reinterpret_cast<uint64_t*>(begin)) {}
+  ~BitSetter() { flush(); }
+  BitSetter(const BitSetter&) = delete;
+  BitSetter& operator=(const BitSetter&) = delete;
+
+  // `count` bits of a value that has no others.
+  void set(int64_t at, uint64_t value, int count) {
+    move_to(at / 64);
+    bits_ |= value << (at % 64);
+    if (at % 64 + count <= 64) return;
+    move_to(at / 64 + 1);
+    bits_ |= value >> (64 - at % 64);
+  }
+
+ private:
+  void move_to(int64_t word) {
+    if (word == word_) return;
+    flush();
+    word_ = word;
+  }
+  void flush() {
+    if (bits_ != 0) std::atomic_ref(words_[word_]).fetch_or(bits_, std::memory_order_relaxed);
+    bits_ = 0;
+  }
+
+  uint64_t* const words_;
+  int64_t word_ = 0;
+  uint64_t bits_ = 0;
+};
+
+// `count` bits, at most 16, from bit `at` of the low part on. The four bytes read reach into the high part at most.
+uint32_t read_low(const uint8_t* low, int64_t at, int count) {
+  uint32_t word;
+  std::memcpy(&word, low + at / 8, sizeof word);
+  return (word >> (at % 8)) & ((1u << count) - 1);
+}
+
+PayloadHeader wire_header(PayloadHeader header, const WireLayout& wire) {
+  header.value_type = wire.type;
+  header.support = wire.support;
+  return header;
+}
+
+std::optional<PayloadError> check_header(const PayloadHeader& header, const PayloadLayout& layout, const WireLayout& wire) {
+  const PayloadHeader wanted = wire_header(make_header(layout, header.step, header.plan), wire);
+  const std::pair<const char*, std::pair<uint64_t, uint64_t>> fields[] = {
+      {"magic", {wanted.magic, header.magic}},
+      {"version", {wanted.version, header.version}},
+      {"value type", {static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type)}},
+      {"support", {static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support)}},
+      {"numel", {wanted.numel, header.numel}},
+      {"k", {wanted.k, header.k}},
+      {"spans", {wanted.spans, header.spans}}};
+  for (const auto& [name, values] : fields) {
+    if (values.first != values.second) return PayloadError{name, std::to_string(values.first), std::to_string(values.second)};
+  }
+  return std::nullopt;
+}
+
+// Writes tile starts and support of what the code stands for.
+std::optional<PayloadError> decode(const PayloadLayout& layout, const WireLayout& wire, const uint8_t* bytes, uint8_t* payload) {
+  const uint8_t* const low = bytes + wire.index_at;
+  const int low_bits = wire.low_bits;
+  const bool bitmap = layout.support == Support::kBitmap;
+  uint32_t* const starts = reinterpret_cast<uint32_t*>(payload + layout.tile_starts_at);
+  uint16_t* const offsets = reinterpret_cast<uint16_t*>(payload + layout.support_at);
+  uint8_t* const bits_of = payload + layout.support_at;
+  const int64_t numel = layout.numel, k = layout.k, words = (wire.values_at - wire.high_at) / 8;
+  int64_t entry = 0, previous = -1, tile = -1, next_tile = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, bytes + wire.high_at + word * 8, 8);
+    for (; bits != 0; bits &= bits - 1, ++entry) {
+      if (entry == k) return PayloadError{"entries in the index code", std::to_string(k), "more"};
+      const int64_t index = (word * 64 + std::countr_zero(bits) - entry) << low_bits | read_low(low, entry * low_bits, low_bits);
+      if (index <= previous || index >= numel) {
+        return PayloadError{
+            "index of entry " + std::to_string(entry), "more than " + std::to_string(previous) + " and less than " + std::to_string(numel),
+            std::to_string(index)};
+      }
+      for (; index >= next_tile; next_tile += kTileEntries) starts[++tile] = static_cast<uint32_t>(entry);
+      if (bitmap) bits_of[index / 8] |= static_cast<uint8_t>(1u << (index % 8));
+      else offsets[entry] = static_cast<uint16_t>(index);
+      previous = index;
+    }
+  }
+  if (entry < k) return PayloadError{"entries in the index code", std::to_string(k), std::to_string(entry)};
+  while (++tile < layout.tiles) starts[tile] = static_cast<uint32_t>(entry);
+  return std::nullopt;
+}
+
+// Narrows the values of one tile, and gives what they leave out to the residual.
+template <typename T, typename W>
+void narrow_tile(const PayloadView& view, int64_t tile, T* values, W* narrow, T* residual) {
+  constexpr int64_t kAhead = 16;  // entries whose residuals, each a line of its own, are on their way
+  const bool has_offsets = view.layout().support == Support::kOffsets;
+  const uint16_t* const offsets = view.offsets();
+  const int64_t end = view.first_entry(tile + 1);
+  view.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+    if (has_offsets && entry + kAhead < end) __builtin_prefetch(residual + offsets[entry + kAhead], 1);
+    const T value = values[entry];
+    narrow[entry] = narrowed<W>(value);
+    values[entry] = Traits<W>::load(narrow[entry]);
+    if (value != 0 && is_finite(value)) residual[offset] = residual[offset] + value - values[entry];
+  });
+}
+
+}  // namespace
+
+void to_wire(
+    const PayloadLayout& layout, const WireLayout& wire, uint8_t* payload, void* residual, uint8_t* bytes,
+    const ParallelFor& parallel_for) {
+  const PayloadView view(payload, layout);
+  const PayloadHeader header = wire_header(view.header(), wire);
+  std::memcpy(bytes, &header, sizeof header);
+  std::memcpy(bytes + sizeof header, payload + sizeof header, wire.index_at - sizeof header);
+  if (wire.has_code()) std::memset(bytes + wire.index_at, 0, wire.values_at - wire.index_at);
+  else std::memcpy(bytes + wire.index_at, payload + wire.index_at, wire.values_at - wire.index_at);
+  with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+    using Accumulate = typename Traits<T>::Accumulate;
+    T* const values = reinterpret_cast<T*>(payload + layout.values_at);
+    W* const narrow = reinterpret_cast<W*>(bytes + wire.values_at);
+    Accumulate* const kept = static_cast<Accumulate*>(residual);
+    const int64_t values_end = wire.values_at + layout.k * static_cast<int64_t>(sizeof(W));
+    std::memset(bytes + values_end, 0, wire.bytes - values_end);
+    if constexpr (sizeof(T) == sizeof(W)) {
+      std::memcpy(narrow, values, layout.k * sizeof(T));
+      if (!wire.has_code()) return;
+    }
+    parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
+      BitSetter low(bytes + wire.index_at), high(bytes + wire.high_at);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        if (wire.has_code()) {
+          view.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+            const uint64_t index = static_cast<uint64_t>(tile * kTileEntries + offset);
+            low.set(entry * wire.low_bits, index & ((1ull << wire.low_bits) - 1), wire.low_bits);
+            high.set(static_cast<int64_t>(index >> wire.low_bits) + entry, 1, 1);
+          });
+        }
+        if constexpr (sizeof(W) < sizeof(T)) narrow_tile(view, tile, values, narrow, kept + tile * kTileEntries);
+      }
+    });
+  });
+}
+
+std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLayout& wire, const uint8_t* bytes, uint8_t* payload) {
+  PayloadHeader header;
+  std::memcpy(&header, bytes, sizeof header);
+  if (auto error = check_header(header, layout, wire)) return error;
+  return with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+    PayloadWriter<T> writer(payload, layout);  // zeroes all but the values
+    header.value_type = layout.type;
+    header.support = layout.support;
+    writer.set_header(header);
+    std::memcpy(payload + sizeof header, bytes + sizeof header, wire.index_at - sizeof header);
+    const W* const narrow = reinterpret_cast<const W*>(bytes + wire.values_at);
+    T* const values = writer.values();
+    for (int64_t entry = 0; entry < layout.k; ++entry) values[entry] = Traits<T>::store(Traits<W>::load(narrow[entry]));
+    if (wire.has_code()) return decode(layout, wire, bytes, payload);
+    std::memcpy(payload + wire.index_at, bytes + wire.index_at, wire.values_at - wire.index_at);
+    return std::optional<PayloadError>();
+  });
+}
+
+}  // namespace regtopk
