@@ -487,3 +487,65 @@ def test_schedules_run_blocks_in_different_orders(kernels):
         with kernels.schedule(**schedule):
             seen.add(kernels.fault("last_block_wins"))
     assert len(seen) >= 3
+
+
+WIRE_FORMS = [
+    (dtype, wire_dtype) for dtype in FLOATS for wire_dtype in FLOATS if wire_dtype == dtype or wire_dtype.itemsize < dtype.itemsize
+]  # fmt: skip
+
+
+def wire_case(kernels, numel, density, dtype, wire_dtype, elias_fano):
+    """(payload before, its wire form and payload and residual after it, as the reference has them; k)."""
+    gradient = next(gradients_of(numel, dtype))
+    given, worker = reference.Worker(density), reference.Worker(density, wire_dtype=wire_dtype)
+    before, message = given.compress(gradient), worker.compress(gradient)
+    narrow = reference.replace(message, value=message.value.to(wire_dtype))
+    encoded = [reference.encode(m, numel, step=3, plan=77) for m in (before, message)]
+    wire = reference.encode(narrow, numel, step=3, plan=77, elias_fano=elias_fano)
+    k = len(message.index)
+    assert kernels.wire_bytes(numel, k, dtype, wire_dtype, elias_fano=elias_fano) == len(wire)
+    return copied(encoded[0]), copied(given.residual), wire, encoded[1], worker.residual, k
+
+
+@pytest.mark.parametrize("dtype, wire_dtype", WIRE_FORMS)
+@pytest.mark.parametrize("order", ["ascending", "shuffled"])
+def test_the_wire_form_is_the_references_and_reads_back_as_the_payload(kernels, dtype, wire_dtype, order):
+    for numel, density in [(1, 1), (100, 0.1), (4097, 0.05), (65536, 0.2), (65537, 0.9), (70_000, 1e-4), (200_000, 0.002), (140_000, 0.1)]:
+        for elias_fano in (False, True):
+            payload, residual, wire, after, kept, k = wire_case(kernels, numel, density, dtype, wire_dtype, elias_fano)
+            form = {"k": k, "dtype": dtype, "wire_dtype": wire_dtype, "elias_fano": elias_fano}
+            written, again = aligned(len(wire), torch.uint8).fill_(0xEE), aligned(3 * len(after), torch.uint8).fill_(0xEE).view(3, -1)
+            with kernels.schedule(order, seed=numel, resident_blocks=3):
+                kernels.to_wire(residual, payload, written, **form)
+                kernels.from_wire(copied(wire.expand(3, -1)), again, numel=numel, **form)
+            assert torch.equal(written, wire)
+            assert torch.equal(payload, after) and same_bits(residual, kept)
+            assert torch.equal(again, after.expand(3, -1))
+
+
+@pytest.mark.parametrize("elias_fano", [False, True])
+def test_a_row_that_is_no_wire_form_becomes_a_payload_that_is_rejected(kernels, elias_fano):
+    numel, dtype, wire_dtype = 150_000, torch.float32, torch.bfloat16
+    *_, wire, after, _, k = wire_case(kernels, numel, 0.002, dtype, wire_dtype, elias_fano)
+    generator = torch.Generator().manual_seed(0)
+    end = len(wire) - 2 * k - 32  # of the code
+    for trial in range(40):
+        rows = wire.repeat(3, 1)
+        if trial < 4:
+            rows[1, (0, 6, 16, 24)[trial]] ^= 1
+        else:
+            for _ in range(trial % 3 + 1):
+                at = int(torch.randint(64, end, (1,), generator=generator))
+                rows[1, at] = int(torch.randint(0, 256, (1,), generator=generator)) if trial % 2 else 0xFF
+        payloads = aligned(3 * len(after), torch.uint8).view(3, -1)
+        kernels.from_wire(copied(rows), payloads, numel=numel, k=k, dtype=dtype, wire_dtype=wire_dtype, elias_fano=elias_fano)
+        status = kernels.aggregate(aligned(numel, dtype), payloads, k=k, step=3, plan=77)
+        assert torch.equal(payloads[0], after) and torch.equal(payloads[2], after)
+        valid = torch.equal(rows[1], wire) or (status == PAYLOADS_VALID and reads_as_valid(payloads[1], numel, k))
+        assert valid or status >> 8 == 1  # rank 1, in the first stage
+
+
+def reads_as_valid(payload, numel, k):
+    """Other entries than were sent, but in order and in the bucket: no receiver can tell."""
+    index, _ = torch.ops.regtopk.decode(payload, numel=numel, k=k, dtype=torch.float32)
+    return len(index) == k

@@ -72,6 +72,14 @@ struct JudgeCall {
   void* stream;
 };
 
+struct WireCall {
+  int64_t type, wire_type, elias_fano, numel, k, spans, workers;
+  uint8_t* payloads;
+  void* residual;
+  uint8_t* wire;
+  void *workspace, *stream;
+};
+
 int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type, int64_t spans);
 void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out);
 int64_t call_zeroed_bytes();
@@ -82,5 +90,9 @@ const char* call_compress(const CompressCall* call);
 const char* call_aggregate(const AggregateCall* call);
 const char* call_settle(const SettleCall* call);
 const char* call_judge(const JudgeCall* call);
+int64_t call_wire_bytes(const WireCall* call);
+int64_t call_from_wire_workspace(const WireCall* call);
+const char* call_to_wire(const WireCall* call);
+const char* call_from_wire(const WireCall* call);
 
 }  // extern "C"

@@ -58,6 +58,12 @@ SpansLaunch launch_of(const SpansCall& spans) {
 
 int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
 
+PayloadLayout payload_of(const WireCall& call) { return PayloadLayout(call.numel, call.k, static_cast<ValueType>(call.type), call.spans); }
+
+WireLayout wire_of(const WireCall& call) {
+  return WireLayout::of(payload_of(call), static_cast<ValueType>(call.wire_type), call.elias_fano != 0);
+}
+
 }  // namespace
 
 extern "C" {
@@ -194,6 +200,43 @@ const char* call_judge(const JudgeCall* call) {
   return run([&] {
     return launch_judge(
         {.values = call->values, .numel = call->numel, .type = type, .verdict = call->verdict, .round = call->round},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+int64_t call_wire_bytes(const WireCall* call) { return wire_of(*call).bytes; }
+
+int64_t call_from_wire_workspace(const WireCall* call) {
+  return from_wire_workspace_bytes(payload_of(*call), wire_of(*call), call->workers);
+}
+
+const char* call_to_wire(const WireCall* call) {
+  const PayloadLayout layout = payload_of(*call);
+  const WireLayout wire = wire_of(*call);
+  allow(call->payloads, layout.bytes, true);
+  allow(call->residual, layout.numel * accumulate_bytes(layout.type), true);
+  allow(call->wire, wire.bytes, true);
+  return run([&] {
+    return launch_to_wire(
+        {.layout = layout, .wire = wire, .payload = call->payloads, .residual = call->residual, .bytes = call->wire},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_from_wire(const WireCall* call) {
+  const PayloadLayout layout = payload_of(*call);
+  const WireLayout wire = wire_of(*call);
+  allow(call->payloads, call->workers * layout.bytes, true);
+  allow(call->wire, call->workers * wire.bytes, false);
+  allow(call->workspace, call_from_wire_workspace(call), true);
+  return run([&] {
+    return launch_from_wire(
+        {.layout = layout,
+         .wire = wire,
+         .bytes = call->wire,
+         .workers = call->workers,
+         .payloads = call->payloads,
+         .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));
   });
 }

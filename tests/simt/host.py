@@ -16,7 +16,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -85,16 +85,17 @@ def build_operators():
     from torch.utils import cpp_extension
 
     emulation = build()
-    sources = [ROOT / path for path in ("tests/simt/operators.cpp", "csrc/ops/checks.cpp", "csrc/ops/operators.cpp")]
-    shim = [*ROOT.glob("tests/simt/c10/cuda/*.h"), *ROOT.glob("csrc/ops/*.h"), ROOT / "cuda/operators.cpp"]
+    source = ROOT / "tests/simt/operators.cpp"
+    read = [*ROOT.glob("tests/simt/c10/cuda/*.h"), ROOT / "cuda/operators.cpp"]
+    read += [ROOT / "csrc/ops" / name for name in ("checks.h", "checks.cpp", "operators.h", "operators.cpp")]
     flags = [*FLAGS, "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", torch.__version__]
-    library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [*sources, *shim])}.so"
+    library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [source, *read])}.so"
     if not library.exists():
         linked = library.with_suffix(f".{os.getpid()}")
         torch_at = [f"-L{path}" for path in cpp_extension.library_paths()]
         subprocess.run(
             [os.environ.get("CXX", "g++"), *flags[:-1], f"-I{ROOT / 'tests/simt'}", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-             "-shared", "-o", str(linked), *map(str, sources), str(emulation), *torch_at, "-ltorch_cpu", "-lc10"],
+             "-shared", "-o", str(linked), str(source), str(emulation), *torch_at, "-ltorch_cpu", "-lc10"],
             check=True, stdout=sys.stderr,
         )  # fmt: skip
         linked.rename(library)
@@ -126,6 +127,14 @@ class _Judge(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("values", ctypes.c_void_p), ("verdict", ctypes.c_void_p),
         ("round", ctypes.c_int64), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Wire(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("wire_type", ctypes.c_int64), ("elias_fano", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64),
+        ("spans", ctypes.c_int64), ("workers", ctypes.c_int64), ("payloads", ctypes.c_void_p), ("residual", ctypes.c_void_p),
+        ("wire", ctypes.c_void_p), ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -208,9 +217,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_from_wire_workspace"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -344,6 +353,29 @@ class Kernels:
         with self._operands(tensor, verdict) as (tensor, verdict):
             call = _Judge(VALUE_TYPES[tensor.dtype], tensor.numel(), _pointer(tensor), _entry(verdict, round), round, self._stream())
             self._raise(self._library.call_judge(ctypes.byref(call)))
+
+    def wire_bytes(self, numel, k, dtype, wire_dtype, *, elias_fano=False, spans=0):
+        return self._library.call_wire_bytes(ctypes.byref(_Wire(VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans)))
+
+    def to_wire(self, residual, payload, wire, *, k, dtype, wire_dtype, elias_fano=False, spans=0):
+        """As regtopk::to_wire_; `residual`, `payload` and `wire` are written."""
+        with self._operands(residual, payload, wire) as (residual, payload, wire):
+            call = _Wire(
+                VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, residual.numel(), k, spans, 1, _pointer(payload), _pointer(residual),
+                _pointer(wire), None, self._stream(),
+            )  # fmt: skip
+            self._raise(self._library.call_to_wire(ctypes.byref(call)))
+
+    def from_wire(self, wire, payloads, *, numel, k, dtype, wire_dtype, elias_fano=False, spans=0):
+        """As regtopk::from_wire_; `payloads` is written, without a magic number where a row is no wire form."""
+        with self._operands(wire, payloads) as (wire, payloads):
+            call = _Wire(
+                VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans, len(wire), _pointer(payloads), None, _pointer(wire),
+                None, self._stream(),
+            )  # fmt: skip
+            workspace = self._workspace(self._library.call_from_wire_workspace(ctypes.byref(call)), 0)
+            call.workspace = _pointer(workspace)
+            self._raise(self._library.call_from_wire(ctypes.byref(call)))
 
     @staticmethod
     def _raise(error):

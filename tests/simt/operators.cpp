@@ -1,5 +1,6 @@
 // The CUDA operators as they are, cuda/operators.cpp, over the emulated kernels and in the place of the CPU operators: what
-// exchanges CPU tensors then takes the device's path. Loaded by a test, after the extension.
+// exchanges CPU tensors then takes the device's path. Loaded by a test, after the extension. One file: it takes as long to
+// compile as torch's headers do to read.
 #include <torch/library.h>
 
 #include <string>
@@ -9,6 +10,8 @@
 #define TORCH_LIBRARY_IMPL(name, key, library) \
   template <typename Library>                  \
   void register_operators(Library library)
+#include "../../csrc/ops/checks.cpp"
+#include "../../csrc/ops/operators.cpp"
 #include "../../cuda/operators.cpp"
 #pragma pop_macro("TORCH_LIBRARY_IMPL")
 
