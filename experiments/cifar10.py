@@ -39,6 +39,11 @@ def parse(arguments):
     add("--density", "fraction of the gradient entries each worker sends (%(default)s)", type=float, default=0.001)
     add("--mu", "RegTop-k's mu, no unit (%(default)s)", type=float, default=5.0)
     add("--distortion", "RegTop-k's form (%(default)s)", choices=("previous", "current"), default="previous")
+    add("--decay", "of what is held back, each step (%(default)g: it is kept)", type=float, default=1.0)
+    add("--dense-steps", "first steps, without compression (%(default)s)", type=int, default=0, metavar="STEPS")
+    add("--warmup-steps", "first steps, in which the density falls from 0.25 to --density (%(default)s)", type=int, default=0, metavar="STEPS")
+    add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
     add("--model", "(%(default)s)", choices=MODELS, default="resnet18")
     add("--workers", "in this process (2), or what torchrun has started; make hands it to torchrun as --nproc-per-node", type=int, metavar="N")
     add("--steps", "exchanges (%(default)s)", type=int, default=1000)
@@ -75,6 +80,8 @@ def parse(arguments):
     check(
         parser, options, *((name, lambda value: value >= 1, "at least 1") for name in counts),
         *((name, lambda value: value > 0, "a number above 0") for name in ("learning_rate", "concentration", "bucket_cap_mb", "timeout")),
+        *((name, lambda value: value >= 0, "at least 0") for name in ("dense_steps", "warmup_steps")),
+        ("decay", lambda value: 0 < value <= 1, "0 < decay <= 1"),
         ("batch_size", lambda value: value >= 2, "at least 2, which BatchNorm needs"),
         ("momentum", lambda value: 0 <= value < 1, "0 <= momentum < 1"),
         ("seed", lambda value: value >= 0, "at least 0"),
@@ -107,6 +114,10 @@ def name_run(options):
         parts.append(f"d{options.density:g}")
     if options.method == "regtopk":
         parts.append(f"mu{options.mu:g}" + ("" if options.distortion == "previous" else f"-{options.distortion}"))
+    if options.method != "dense":
+        usual = (("decay", 1.0), ("dense_steps", 0), ("warmup_steps", 0))
+        parts += [f"{name.split('_')[0]}{getattr(options, name):g}" for name, value in usual if getattr(options, name) != value]
+        parts += [part for part in (options.wire_dtype, options.index_code) if part not in ("fp32", "offsets")]
     if options.partition != "iid":
         parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
     if options.local_steps > 1:

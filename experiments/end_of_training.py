@@ -36,7 +36,7 @@ class Training:
         self._options, self._dataset = options, dataset
         self._job = argparse.Namespace(
             model=options.model, workers=options.workers, method="topk", density=options.density, mu=1.0, distortion="previous", local_steps=1,
-            batch_size=options.batch_size, partition="iid", seed=seed, device="cpu", optimizer=kind, learning_rate=self._rate, momentum=momentum,
+            decay=1.0, dense_steps=0, warmup_steps=0, wire_dtype="fp32", index_code="offsets", batch_size=options.batch_size, partition="iid", seed=seed, device="cpu", optimizer=kind, learning_rate=self._rate, momentum=momentum,
         )  # fmt: skip
         self.tail = max(2, options.steps // 10)
         workers = self._make_workers()

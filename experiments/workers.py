@@ -23,6 +23,13 @@ def add(earlier, later):
     return {name: earlier[name] + later[name] for name in later} if earlier else later
 
 
+def compression_of(options):
+    """Return the density and the other options that both methods have, as `rt.TopKState` takes them."""
+    density = rt.WarmupDensity(max(0.25, options.density), options.density, options.warmup_steps) if options.warmup_steps else options.density
+    wire_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.wire_dtype]
+    return density, {"decay": options.decay, "dense_steps": options.dense_steps, "wire_dtype": wire_dtype, "index_code": options.index_code}
+
+
 class Workers:
     """What both forms share: `model` with its `optimizer`, and how the state of the run is saved. Every method is a collective."""
 
@@ -62,10 +69,11 @@ class DistributedWorkers(Workers):
     def __init__(self, options, model, batches):
         super().__init__(options, model)
         self._batches, self._device = batches[dist.get_rank()], options.device
+        density, common = compression_of(options)
         if options.method == "topk":
-            self._state = rt.TopKState(options.density)
+            self._state = rt.TopKState(density, **common)
         elif options.method == "regtopk":
-            self._state = rt.RegTopKState(options.density, mu=options.mu, distortion=options.distortion)
+            self._state = rt.RegTopKState(density, mu=options.mu, distortion=options.distortion, **common)
         self._ddp = DistributedDataParallel(model, bucket_cap_mb=options.bucket_cap_mb)
         if self._state is not None:
             self._ddp.register_comm_hook(self._state, rt.sparse_hook)
@@ -103,8 +111,9 @@ class LocalWorkers(Workers):
         # Gradients stay where they are, unless this build cannot exchange them there.
         self._exchanged_on = options.device if rt.has_cuda_kernels() else "cpu"
         if options.method != "dense":
-            settings = {"method": options.method, "mu": options.mu, "distortion": options.distortion}
-            self.exchange = rt.LocalExchange(len(batches), options.density, **settings)
+            density, common = compression_of(options)
+            settings = {"method": options.method, "mu": options.mu, "distortion": options.distortion, **common}
+            self.exchange = rt.LocalExchange(len(batches), density, **settings)
 
     def step(self, step):
         """Take step number `step`, counted from 0, and return the training losses of all workers, in nats."""
