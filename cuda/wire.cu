@@ -202,7 +202,7 @@ class Decode {
 };
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(kThreads) widen_kernel(const __grid_constant__ WidenDevice device) {
+__global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constant__ WidenDevice device) {
   REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
   const BlockGroup<kThreads> group{scratch};
   const uint32_t row = blockIdx.x / device.chunks, chunk = blockIdx.x % device.chunks;
