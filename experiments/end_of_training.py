@@ -13,13 +13,12 @@ taken once for every ending, each from the same weights, optimizer and residuals
 Options that take several values make a sweep; with --out one that was killed goes on when the same command is given again.
 """
 
-import argparse
 import copy
 import math
 import sys
 from pathlib import Path
 
-from experiments import sweeps
+from experiments import cifar10, sweeps
 from runlog.command import check, make_parser
 
 ENDINGS = ("nothing", "flush", "flush-decayed", "dense", "all", "rising")
@@ -34,10 +33,10 @@ class Training:
     def __init__(self, options, dataset, optimizer, seed):
         kind, self._rate, momentum = OPTIMIZERS[optimizer]
         self._options, self._dataset = options, dataset
-        self._job = argparse.Namespace(
-            model=options.model, workers=options.workers, method="topk", density=options.density, mu=1.0, distortion="previous", local_steps=1,
-            decay=1.0, dense_steps=0, warmup_steps=0, wire_dtype="fp32", index_code="offsets", batch_size=options.batch_size, partition="iid", seed=seed, device="cpu", optimizer=kind, learning_rate=self._rate, momentum=momentum,
-        )  # fmt: skip
+        self._job = cifar10.parse(["--method", "topk", "--device", "cpu"])
+        for name in ("model", "workers", "density", "batch_size"):
+            setattr(self._job, name, getattr(options, name))
+        self._job.seed, self._job.optimizer, self._job.learning_rate, self._job.momentum = seed, kind, self._rate, momentum
         self.tail = max(2, options.steps // 10)
         workers = self._make_workers()
         for step in range(options.steps - self.tail):

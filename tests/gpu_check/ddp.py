@@ -162,17 +162,13 @@ class RandomBatches:
 
 def workers(log):
     """Steps a second of 8 workers of the experiments' network in one process."""
-    from types import SimpleNamespace
-
+    from experiments import cifar10
     from experiments.models import make_model
     from experiments.workers import LocalWorkers
 
     device, network, steps = ("cpu", "tiny", 2) if log.emulated else ("cuda", "resnet18", TIMED)
     for method in ("dense", "topk", "regtopk"):
-        options = SimpleNamespace(
-            workers=8, optimizer="sgd", learning_rate=0.01, momentum=0.0, device=device, method=method, density=0.001, mu=5.0, distortion="previous",
-            local_steps=1,
-        )  # fmt: skip
+        options = cifar10.parse(["--workers", "8", "--method", method, "--device", device])
         job = LocalWorkers(options, make_model(network, 0).to(device), [RandomBatches(device, 20)] * 8)
         for step in range(1 if log.emulated else WARM):
             job.step(step)

@@ -4,6 +4,7 @@ The emulation is compiled with g++. For a GPU the same launchers are compiled wi
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -61,11 +62,12 @@ def build_for_gpu(architecture, nvcc="nvcc"):
 
 
 def build():
-    """Return the path of the compiled emulation; compile it (about 10 s) if a source has changed."""
+    """Return the path of the compiled emulation; compile it (about 30 s) if a source has changed."""
     sources = [ROOT / "cuda" / f"{name}.cu" for name in KERNELS] + [ROOT / path for path in HOST_SOURCES]
     library = BUILD / f"libregtopk_simt-{_digest(FLAGS, sources)}.so"
-    if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+    with _alone():
+        if library.exists():
+            return library
         objects = []
         for path in sources:
             objects.append(str(BUILD / f"{path.stem}-{os.getpid()}.o"))
@@ -74,10 +76,19 @@ def build():
             subprocess.run(command, check=True, stdout=sys.stderr)
         linked = library.with_suffix(f".{os.getpid()}")
         subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-o", str(linked), *objects], check=True)
-        linked.rename(library)  # another process never sees half of it
+        linked.rename(library)  # whoever is ended meanwhile leaves no half of it
         for path in [*objects, *(old for old in BUILD.glob("libregtopk_simt-*.so") if old != library)]:
             os.unlink(path)
     return library
+
+
+@contextmanager
+def _alone():
+    """One process builds, others that want the same wait for it; a lock ends with its process."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_operators():
