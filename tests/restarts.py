@@ -45,7 +45,7 @@ def run(rank, directory, steps, every, before_step):
 def main():
     directory, steps, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # starts are apart on a busy machine
     rank = dist.get_rank()
     restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     progress = os.open(directory / "progress", os.O_WRONLY)

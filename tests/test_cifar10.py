@@ -21,7 +21,7 @@ from runlog import record  # noqa: E402
 from torchvision_here import needs_torchvision  # noqa: E402
 
 SHORT = ["--model", "tiny", "--data", "digits", "--batch-size", "8", "--density", "0.1", "--mu", "1", "--evaluate-every", "4", "--record-every", "2",
-         "--threads", "1", "--timeout", "60"]  # fmt: skip
+         "--threads", "1", "--timeout", "180"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = str(ROOT / "experiments" / "cifar10.py")
 TIMES = re.compile("seconds")
@@ -48,7 +48,7 @@ def environment():
 
 def run_torchrun(folder, *options):
     command = [*TORCHRUN, SCRIPT, *SHORT, "--folder", str(folder), *options]
-    ended = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=240, env=environment())
+    ended = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=480, env=environment())
     assert ended.returncode == 0, ended.stderr
     return ended
 

@@ -166,5 +166,5 @@ def test_every_command_has_a_usage_line_of_its_own_and_prints_its_help():
     assert len(found) >= 7
     for path in found:
         module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__main__")
-        ended = subprocess.run([sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run([sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
         assert ended.returncode == 0 and re.match(rf"usage: python -m {re.escape(module)} (\S.*)?\[options\]\n\n\w", ended.stdout), ended.stdout

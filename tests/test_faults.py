@@ -66,7 +66,7 @@ def test_a_job_whose_workers_are_killed_ends_with_the_bits_of_an_undisturbed_one
     ((expected, _), *_) = run_workers(undisturbed, WORKERS, tmp_path / "undisturbed", steps)
     os.mkfifo(tmp_path / "progress")
     pipe = os.open(tmp_path / "progress", os.O_RDWR | os.O_NONBLOCK)
-    deadline = time.monotonic() + 60 + 15 * kills
+    deadline = time.monotonic() + 120 + 90 * kills  # a start takes 10 s, on a busy machine 40: this is against hanging
     environment = {**os.environ, **RESTARTING, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
     command += ["--max-restarts", str(kills), str(TESTS / "restarts.py"), str(tmp_path), str(steps), str(EVERY)]
@@ -138,7 +138,7 @@ def stop_rank_1(rank, moment, directory):
     ],
 )
 def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment, message):
-    (succeeded, result), (_, other) = run_workers_and_report(stop_rank_1, 2, moment, tmp_path, seconds=30)
+    (succeeded, result), (_, other) = run_workers_and_report(stop_rank_1, 2, moment, tmp_path)
     assert succeeded, result
     error, seconds = result
     assert message in error
@@ -153,7 +153,7 @@ def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment,
 def test_created_trained_and_destroyed_again_and_again_a_process_does_not_grow(cycles):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     command = [sys.executable, str(TESTS / "cycles.py"), str(cycles)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + cycles)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240 + cycles)
     assert ended.returncode == 0, ended.stderr[-3000:]
     results = json.loads(ended.stdout.splitlines()[-1])
     assert len(results) == 2

@@ -74,7 +74,7 @@ def test_at_density_0_6_regtop_k_goes_on_where_top_k_and_the_printed_form_stop()
 
 def command(*options):
     ended = subprocess.run(
-        [sys.executable, "-m", "experiments.linear_regression", *options], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "experiments.linear_regression", *options], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines()

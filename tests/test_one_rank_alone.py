@@ -57,7 +57,7 @@ def act_alone(rank, entry, method, what, directory):
 @pytest.mark.parametrize("method", ["topk", "regtopk"])
 @pytest.mark.parametrize("what", ["reset", "load_state_dict", "pause"])
 def test_what_one_rank_does_alone_is_an_error_on_every_rank_that_names_the_rank_and_the_call(what, method, entry):
-    for rank, (kind, message, seconds) in enumerate(run_workers(act_alone, 2, entry, method, what, None, seconds=30)):
+    for rank, (kind, message, seconds) in enumerate(run_workers(act_alone, 2, entry, method, what, None)):
         assert kind in (ValueError, dist.DistBackendError), message
         assert message.startswith(f"rank {rank}: sparse_hook: expected ")
         assert what in message and "rank 1" in message
@@ -66,7 +66,7 @@ def test_what_one_rank_does_alone_is_an_error_on_every_rank_that_names_the_rank_
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_save_on_one_rank_alone_is_an_error_in_words_on_both(tmp_path, entry):
-    results = run_workers(act_alone, 2, entry, "topk", "save", tmp_path / "checkpoint", seconds=30)
+    results = run_workers(act_alone, 2, entry, "topk", "save", tmp_path / "checkpoint")
     for rank, (kind, message, seconds) in enumerate(results):
         assert kind is not None and f"rank {rank}" in message and "expected" in message and "save" in message
         assert seconds < WITHIN
@@ -133,7 +133,7 @@ def train_in_a_subgroup(rank, entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_state_works_in_a_subgroup_where_a_rank_has_made_one_more_group_than_its_partner(entry):
-    one, two, _ = run_workers(train_in_a_subgroup, 3, entry, seconds=25)
+    one, two, _ = run_workers(train_in_a_subgroup, 3, entry)
     assert all(map(torch.equal, one, two)) and any(gradient.any() for gradient in one)
 
 
@@ -154,7 +154,7 @@ def make_a_state_on_one_rank(rank, entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_state_on_one_rank_only_is_an_error_in_words_within_the_timeout(entry):
-    (kind, message, seconds), _ = run_workers(make_a_state_on_one_rank, 2, entry, seconds=60)
+    (kind, message, seconds), _ = run_workers(make_a_state_on_one_rank, 2, entry)
     assert kind in (ValueError, RuntimeError, dist.DistBackendError), message  # not the store's own
     assert message.startswith("rank 0: sparse_hook: expected ")
     assert seconds < SHORT.total_seconds() + WITHIN
@@ -175,6 +175,6 @@ def use_a_state_of_another_group(rank, entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_state_of_another_group_than_the_models_is_refused(entry):
-    for rank, (kind, message, _) in enumerate(run_workers(use_a_state_of_another_group, 2, entry, seconds=40)):
+    for rank, (kind, message, _) in enumerate(run_workers(use_a_state_of_another_group, 2, entry)):
         assert kind is ValueError, message
         assert f"expected a state for the model's ranks [0, 1], got one for [{rank}]" in message

@@ -253,5 +253,5 @@ def disagree_twice(rank, entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_ranks_that_disagreed_are_asked_again(entry):
-    for messages in run_workers(disagree_twice, 2, entry, seconds=40):
+    for messages in run_workers(disagree_twice, 2, entry):
         assert [f"the same density of step {step} on every rank" in message for step, message in zip((1, 2), messages, strict=True)] == [True, True]

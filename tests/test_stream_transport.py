@@ -93,5 +93,5 @@ def close_meanwhile(rank, path):
 
 
 def test_after_close_a_bucket_is_an_error(backend):
-    for message, gone in run_workers(close_meanwhile, 2, backend, seconds=40):
+    for message, gone in run_workers(close_meanwhile, 2, backend):
         assert "expected an open exchange, got one that was closed" in message and gone

@@ -50,7 +50,7 @@ def construct_on_one_rank(rank, entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_constructing_a_state_is_no_collective(entry):
-    (opened_0, gradient_0), (opened_1, gradient_1) = run_workers(construct_on_one_rank, 2, entry, seconds=40)
+    (opened_0, gradient_0), (opened_1, gradient_1) = run_workers(construct_on_one_rank, 2, entry)
     assert not opened_0 and not opened_1
     assert torch.equal(gradient_0, gradient_1) and gradient_0.any()
 
@@ -191,7 +191,7 @@ def read_statistics_meanwhile(rank, what):
 
 @pytest.mark.parametrize("what", ["reset", "flush", "load", "next exchange"])
 def test_statistics_are_read_in_another_thread_while_parameters_are_let_go_of(what):
-    ((reads, hangs),) = run_workers(read_statistics_meanwhile, 1, what, seconds=40)
+    ((reads, hangs),) = run_workers(read_statistics_meanwhile, 1, what)
     assert reads > 0 and not hangs
 
 
@@ -221,7 +221,7 @@ def read_statistics_while_pending(rank, folder):
 
 
 def test_statistics_do_not_wait_for_an_exchange_that_is_pending(tmp_path):
-    (pending, none) = run_workers(read_statistics_while_pending, 2, tmp_path, seconds=20)
+    (pending, none) = run_workers(read_statistics_while_pending, 2, tmp_path)
     assert none == [] and len(pending) == 1
     done, steps = pending[0]
     assert not done and steps in (3, 4)

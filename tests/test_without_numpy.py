@@ -23,7 +23,7 @@ JOB = textwrap.dedent("""
     rank, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     store = dist.FileStore(folder + "/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     try:
         torch.zeros(1).numpy()
     except RuntimeError as error:
@@ -69,7 +69,7 @@ def test_without_numpy_a_job_trains_saves_loads_and_flushes(tmp_path):
     ]
     try:
         for rank in ranks:
-            output, errors = rank.communicate(timeout=100)
+            output, errors = rank.communicate(timeout=240)
             assert rank.returncode == 0 and output.endswith("done\n"), errors[-3000:]
     finally:
         for rank in ranks:
