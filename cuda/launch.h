@@ -111,7 +111,9 @@ struct ToWireLaunch {
   uint8_t* payload = nullptr;  // in: as launch_compress wrote it; out: its values are what the wire carries
   void* residual = nullptr;    // in and out: [J] of the accumulate type
   uint8_t* bytes = nullptr;    // out: wire.bytes
+  void* workspace = nullptr;   // to_wire_workspace_bytes
 };
+int64_t to_wire_workspace_bytes(const PayloadLayout& layout, const WireLayout& wire);
 cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream);
 
 struct FromWireLaunch {

@@ -126,6 +126,10 @@ Workspaces& compress_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
 }
+Workspaces& to_wire_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
+}
 Workspaces& from_wire_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
@@ -297,7 +301,7 @@ void to_wire_cuda(
   check_vector(who, "wire", wire, at::kByte, wire_layout.bytes);
   check_on_device(who, "payload", payload, device);
   check_on_device(who, "wire", wire, device);
-  const ToWireLaunch arguments{
+  ToWireLaunch arguments{
       .layout = layout,
       .wire = wire_layout,
       .payload = payload.mutable_data_ptr<uint8_t>(),
@@ -306,7 +310,11 @@ void to_wire_cuda(
   check_aligned(who, "payload", arguments.payload);
   check_aligned(who, "wire", arguments.bytes);
   const c10::cuda::CUDAGuard guard(device);
-  check_launched(who, launch_to_wire(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  to_wire_workspaces().with(who, stream, to_wire_workspace_bytes(layout, wire_layout), 0, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_to_wire(arguments, stream);
+  });
 }
 
 void from_wire_cuda(

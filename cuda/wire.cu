@@ -2,7 +2,9 @@
 // when payloads have come. Everything here is of the size of the payloads; the gradient is not touched.
 //
 //   to_wire     copy (header, exchange part; zeros) · narrow     a warp owns a block tile, as in settle
+//               and of two bits measure before                   a block owns a payload tile
 //   from_wire   copy · count · widen                             a block owns 8,192 bits of a row's high part
+//               and of two bits spread behind, once tile starts are written
 #include "../csrc/core/wire.h"
 
 #include <algorithm>
@@ -16,6 +18,7 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kWarps = kThreads / kWarpThreads;
+struct TwoBits {};  // in the place of the wire's type
 constexpr uint32_t kEntriesOfBlock = 4096;  // widened by a block where there is no code
 
 // What is the same in both forms, word by word, and zeros where bits are to be set or nothing is.
@@ -67,6 +70,67 @@ void launch_copy(CopyDevice& device, int64_t rows, cudaStream_t stream) {
   REGTOPK_LAUNCH((copy_kernel<T>), static_cast<unsigned>(rows * device.blocks_of_row), kThreads, stream, device);
 }
 
+// Of two bits: what the values of a tile have in common, by one block, and the levels on the wire.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    measure_kernel(const PayloadLayout layout, Global<const uint8_t> payload, Global<TileMeasure> measures, Global<Level<T>> levels) {
+  REGTOPK_SHARED(TileMeasure, measure);
+  REGTOPK_SHARED(unsigned long long, largest);
+  REGTOPK_SHARED(uint32_t, infinite);
+  const uint32_t tile = blockIdx.x;
+  const PayloadReader<T> reader(payload, layout);
+  const uint32_t begin = reader.first_entry(tile), end = reader.first_entry(tile + 1);
+  const auto magnitude_of = [&](uint32_t entry) { return std::abs(static_cast<double>(Traits<T>::load(reader.value(entry)))); };
+  const auto add = [](uint64_t& sum, uint64_t value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&sum), static_cast<unsigned long long>(value));
+  };
+  if (threadIdx.x == 0) {
+    measure = TileMeasure{};
+    largest = 0;
+    infinite = 0;
+  }
+  __syncthreads();
+  for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
+    const double magnitude = magnitude_of(entry);
+    if (is_finite(magnitude)) atomicMax(&largest, std::bit_cast<unsigned long long>(magnitude));  // in the order of the numbers
+    else atomicOr(&infinite, 1u);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    measure.finite = infinite == 0;
+    measure.exponent = TileMeasure::exponent_of(std::bit_cast<double>(largest));
+  }
+  __syncthreads();
+  if (measure.finite) {
+    for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
+      const uint64_t m = measure.fixed(magnitude_of(entry));
+      add(measure.sum, m);
+      atomicAdd(m > 0 ? &measure.count : &measure.zeros, 1u);
+    }
+    __syncthreads();
+    for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
+      const uint64_t m = measure.fixed(magnitude_of(entry));
+      if (m == 0) continue;
+      TileMeasure::Side& side = measure.is_high(m) ? measure.high : measure.low;
+      add(side.sum, m);
+      atomicMin(reinterpret_cast<unsigned long long*>(&side.smallest), static_cast<unsigned long long>(m));
+      atomicMax(reinterpret_cast<unsigned long long*>(&side.largest), static_cast<unsigned long long>(m));
+      atomicAdd(&side.count, 1u);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  measures.store(tile, measure);
+  levels.store(tile * 2, measure.template stored<Level<T>>(measure.low_level()));
+  levels.store(tile * 2 + 1, measure.template stored<Level<T>>(measure.high_level()));
+}
+
+template <typename T>
+__device__ T value_of_code(Global<const Level<T>> levels, uint32_t tile, uint32_t code) {
+  const float level = to_float(levels.load(tile * 2 + (code >> 1)));
+  return Traits<T>::store((code & 1) != 0 ? -level : level);
+}
+
 template <typename T>
 struct NarrowDevice {
   PayloadLayout layout;
@@ -75,6 +139,7 @@ struct NarrowDevice {
   Global<T> values;  // of the payload
   Global<typename Traits<T>::Accumulate> residual;
   Global<uint8_t> bytes;
+  Global<const TileMeasure> measures;  // of two bits
 };
 
 // A bit or some of an entry may share a word with those of others: each is set by itself.
@@ -82,6 +147,22 @@ __device__ inline void set_bits_at(Global<uint32_t> words, uint64_t at, uint32_t
   const unsigned shift = at % 32;
   if (const uint32_t low = bits << shift) words.set_bits(at / 32, low);
   if (const uint32_t high = shift == 0 ? 0 : bits >> (32 - shift)) words.set_bits(at / 32 + 1, high);
+}
+
+template <typename T>
+__device__ void code(const NarrowDevice<T>& device, uint32_t entry, uint32_t index, T value) {
+  const uint32_t tile = index / kTileEntries;
+  const TileMeasure measure = device.measures.load(tile);
+  const auto loaded = Traits<T>::load(value);
+  const uint64_t m = is_finite(loaded) && measure.finite ? measure.fixed(std::abs(static_cast<double>(loaded))) : 0;
+  const uint32_t code = two_bits(m > 0 && loaded < 0, measure.is_high(m));
+  set_bits_at(device.bytes.template at_byte<uint32_t>(device.wire.codes_at), uint64_t{entry} * 2, code);
+  const T sent = value_of_code<T>(device.bytes.template at_byte<const Level<T>>(device.wire.values_at), tile, code);
+  device.values.store(entry, sent);
+  if (loaded == 0 || !is_finite(loaded)) return;
+  auto kept = device.residual.load(index) + loaded;
+  if (measure.finite) kept = kept - Traits<T>::load(sent);
+  device.residual.store(index, kept);
 }
 
 template <typename T, typename W>
@@ -105,16 +186,20 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(const __grid_constant_
         set_bits_at(low, uint64_t{entry} * wire.low_bits, index & ((1u << wire.low_bits) - 1));
         set_bits_at(device.bytes.template at_byte<uint32_t>(wire.high_at), uint64_t{index >> wire.low_bits} + entry, 1);
       }
-      const Global<W> narrow = device.bytes.template at_byte<W>(wire.values_at);
       const T value = device.values.load(entry);
-      if constexpr (sizeof(W) < sizeof(T)) {
-        const W sent = narrowed<W>(value);
-        const T again = static_cast<T>(Traits<W>::load(sent));
-        narrow.store(entry, sent);
-        device.values.store(entry, again);
-        if (value != 0 && is_finite(value)) device.residual.store(index, device.residual.load(index) + value - again);
+      if constexpr (std::is_same_v<W, TwoBits>) {
+        code(device, entry, index, value);
       } else {
-        narrow.store(entry, value);
+        const Global<W> narrow = device.bytes.template at_byte<W>(wire.values_at);
+        if constexpr (sizeof(W) < sizeof(T)) {
+          const W sent = narrowed<W>(value);
+          const T again = static_cast<T>(Traits<W>::load(sent));
+          narrow.store(entry, sent);
+          device.values.store(entry, again);
+          if (value != 0 && is_finite(value)) device.residual.store(index, device.residual.load(index) + value - again);
+        } else {
+          narrow.store(entry, value);
+        }
       }
     }
   }
@@ -220,19 +305,53 @@ __global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constan
     if (chunk == device.chunks - 1 && before + of_chunk != layout.k) valid = false;
     if (!valid) device.row_of_payloads(row).at_byte<uint32_t>(0).store(0, 0);
   }
-  const Global<const W> narrow = device.row_of_wire(row).template at_byte<const W>(device.wire.values_at);
-  const Global<T> values = device.row_of_payloads(row).template at_byte<T>(layout.values_at);
-  for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < layout.k; entry += int64_t{device.chunks} * kThreads) {
-    const W value = narrow.load(entry);
-    if constexpr (sizeof(W) < sizeof(T)) values.store(entry, static_cast<T>(Traits<W>::load(value)));
-    else values.store(entry, value);
+  if constexpr (!std::is_same_v<W, TwoBits>) {
+    const Global<const W> narrow = device.row_of_wire(row).template at_byte<const W>(device.wire.values_at);
+    const Global<T> values = device.row_of_payloads(row).template at_byte<T>(layout.values_at);
+    for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < layout.k; entry += int64_t{device.chunks} * kThreads) {
+      const W value = narrow.load(entry);
+      if constexpr (sizeof(W) < sizeof(T)) values.store(entry, static_cast<T>(Traits<W>::load(value)));
+      else values.store(entry, value);
+    }
   }
+}
+
+// Of two bits: the values that codes stand for. A tile begins where the payload, which may be one that nobody accepts, says.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ WidenDevice device) {
+  const uint32_t row = blockIdx.x / device.chunks, chunk = blockIdx.x % device.chunks;
+  const PayloadReader<T> reader(device.row_of_payloads(row), device.layout);
+  const Global<const Level<T>> levels = device.row_of_wire(row).template at_byte<const Level<T>>(device.wire.values_at);
+  const Global<const uint32_t> codes = device.row_of_wire(row).template at_byte<const uint32_t>(device.wire.codes_at);
+  const Global<T> values = device.row_of_payloads(row).template at_byte<T>(device.layout.values_at);
+  for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < device.layout.k; entry += int64_t{device.chunks} * kThreads) {
+    uint32_t tile = 0, end = static_cast<uint32_t>(device.layout.tiles);
+    while (end - tile > 1) {
+      const uint32_t middle = tile + (end - tile) / 2;
+      if (reader.first_entry(middle) <= entry) tile = middle;
+      else end = middle;
+    }
+    values.store(entry, value_of_code<T>(levels, tile, codes.load(entry / 16) >> (entry % 16 * 2) & 3));
+  }
+}
+
+// As with_wire_types, and (T, TwoBits).
+template <typename Function>
+cudaError_t with_forms(ValueType payload, ValueType wire, const Function& function) {
+  if (wire == ValueType::kTwoBits) return with_value_type(payload, [&]<typename T>(T) { return function(T{}, TwoBits{}); });
+  return with_wire_types(payload, wire, function);
 }
 
 uint32_t chunks_of(const PayloadLayout& layout, const WireLayout& wire) {
   const int64_t chunks = wire.has_code() ? ((wire.values_at - wire.high_at) / 4 + kThreads - 1) / kThreads
                                          : (layout.k + kEntriesOfBlock - 1) / kEntriesOfBlock;
   return static_cast<uint32_t>(chunks);
+}
+
+// A launch after another, none after an error.
+bool launched(cudaError_t& error) {
+  error = launch_error();
+  return error == cudaSuccess;
 }
 
 bool is_misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; }
@@ -243,27 +362,41 @@ cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream) {
   const PayloadLayout& layout = arguments.layout;
   const WireLayout& wire = arguments.wire;
   if (layout.numel > kMaxEntries || is_misaligned(arguments.payload) || is_misaligned(arguments.bytes)) return cudaErrorInvalidValue;
-  return with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+  return with_forms(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
     CopyDevice copy(wire.index_at, wire.has_code(), wire.values_at);
+    if (wire.has_levels()) copy.zero_until = wire.bytes;
     copy.from = Global<const uint8_t>(arguments.payload);
     copy.to = Global(arguments.bytes);
     copy.from_bytes = layout.bytes;
     copy.to_bytes = wire.bytes;
-    copy.values_end = wire.values_at + layout.k * static_cast<int64_t>(sizeof(W));
+    copy.values_end = wire.has_levels() ? wire.bytes : wire.values_at + layout.k * static_cast<int64_t>(sizeof(W));
     copy.form = form_of(wire.type, wire.support);
     launch_copy<T>(copy, 1, stream);
-    if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+    cudaError_t error;
+    if (!launched(error)) return error;
+    const Global measures(static_cast<TileMeasure*>(arguments.workspace));
+    if constexpr (std::is_same_v<W, TwoBits>) {
+      REGTOPK_LAUNCH(
+          (measure_kernel<T>), static_cast<unsigned>(layout.tiles), kThreads, stream, layout, Global<const uint8_t>(arguments.payload),
+          measures, Global(arguments.bytes).template at_byte<Level<T>>(wire.values_at));
+      if (!launched(error)) return error;
+    }
     const NarrowDevice<T> device{
         .layout = layout,
         .wire = wire,
         .payload = Global<const uint8_t>(arguments.payload),
         .values = Global(reinterpret_cast<T*>(arguments.payload + layout.values_at)),
         .residual = Global(static_cast<typename Traits<T>::Accumulate*>(arguments.residual)),
-        .bytes = Global(arguments.bytes)};
+        .bytes = Global(arguments.bytes),
+        .measures = measures};
     constexpr int64_t kEntries = int64_t{PayloadReader<T>::kEntries} * kWarps;
     REGTOPK_LAUNCH((narrow_kernel<T, W>), static_cast<unsigned>((layout.numel + kEntries - 1) / kEntries), kThreads, stream, device);
     return launch_error();
   });
+}
+
+int64_t to_wire_workspace_bytes(const PayloadLayout& layout, const WireLayout& wire) {
+  return wire.has_levels() ? layout.tiles * static_cast<int64_t>(sizeof(TileMeasure)) : kAlignment;
 }
 
 int64_t from_wire_workspace_bytes(const PayloadLayout& layout, const WireLayout& wire, int64_t workers) {
@@ -274,7 +407,7 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
   const PayloadLayout& layout = arguments.layout;
   const WireLayout& wire = arguments.wire;
   if (layout.numel > kMaxEntries || is_misaligned(arguments.payloads) || is_misaligned(arguments.bytes)) return cudaErrorInvalidValue;
-  return with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+  return with_forms(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
     CopyDevice copy(wire.index_at, wire.has_code(), layout.values_at);
     copy.from = Global(arguments.bytes);
     copy.to = Global(arguments.payloads);
@@ -287,7 +420,8 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
     copy.is_trusted = false;
     copy.form = form_of(layout.type, layout.support);
     launch_copy<T>(copy, arguments.workers, stream);
-    if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+    cudaError_t error;
+    if (!launched(error)) return error;
     const WidenDevice device{
         .layout = layout,
         .wire = wire,
@@ -298,9 +432,15 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
     const unsigned blocks = static_cast<unsigned>(arguments.workers * device.chunks);
     if (wire.has_code()) {
       REGTOPK_LAUNCH((count_kernel<T>), blocks, kThreads, stream, device);
-      if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
+      if (!launched(error)) return error;
     }
-    REGTOPK_LAUNCH((widen_kernel<T, W>), blocks, kThreads, stream, device);
+    if (wire.has_code() || !wire.has_levels()) {
+      REGTOPK_LAUNCH((widen_kernel<T, W>), blocks, kThreads, stream, device);
+      if (!launched(error)) return error;
+    }
+    if constexpr (std::is_same_v<W, TwoBits>) {
+      REGTOPK_LAUNCH((spread_kernel<T>), blocks, kThreads, stream, device);
+    }
     return launch_error();
   });
 }

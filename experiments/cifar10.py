@@ -42,7 +42,7 @@ def parse(arguments):
     add("--decay", "of what is held back, each step (%(default)g: it is kept)", type=float, default=1.0)
     add("--dense-steps", "first steps, without compression (%(default)s)", type=int, default=0, metavar="STEPS")
     add("--warmup-steps", "first steps, in which the density falls from 0.25 to --density (%(default)s)", type=int, default=0, metavar="STEPS")
-    add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "2bit"), default="fp32")
     add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
     add("--model", "(%(default)s)", choices=MODELS, default="resnet18")
     add("--workers", "in this process (2), or what torchrun has started; make hands it to torchrun as --nproc-per-node", type=int, metavar="N")

@@ -39,13 +39,13 @@ def check_options(who, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected 0 < decay <= 1, got decay={decay}; 1 forgets nothing")
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, numbers.Integral) or not 0 <= int(dense_steps) < 2**63:
         raise ValueError(f"{who}: expected dense_steps to be a number of steps, 0 or more, got {dense_steps!r}")
-    if wire_dtype is not None and wire_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16 or torch.float16, got {wire_dtype!r}")
+    if not (wire_dtype is None or isinstance(wire_dtype, (str, torch.dtype)) and wire_dtype in (torch.float32, torch.bfloat16, torch.float16, "2bit")):
+        raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16 or '2bit', got {wire_dtype!r}")
     if index_code not in INDEX_CODES:
         raise ValueError(f"{who}: expected index_code {' or '.join(map(repr, INDEX_CODES))}, got {index_code!r}")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) else float(density), mu=float(mu), distortion=distortion,
-        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=wire_dtype, elias_fano=index_code == "elias-fano", schedule=_checked(who, density) if callable(density) else None,
+        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", schedule=_checked(who, density) if callable(density) else None,
     )  # fmt: skip
 
 

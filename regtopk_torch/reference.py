@@ -109,6 +109,52 @@ def to_wire(values, dtype):
     return torch.where(values.isnan(), torch.tensor(math.nan, dtype=dtype), rounded)
 
 
+def two_bits(index, value):
+    """Values as two bits each carry them, shape [k], with the codes [k] and the levels [tiles, 2]; csrc/core/two_bits.h (+)."""
+    half = torch.float16 if value.dtype == torch.float16 else torch.bfloat16
+    sent, codes, levels = torch.empty_like(value), torch.zeros(len(value), dtype=torch.int64), {}
+    tiles = index // TILE_ENTRIES
+    for tile in tiles.unique().tolist():
+        where = (tiles == tile).nonzero().flatten()
+        values = [float(v) for v in value[where]]
+        if not all(map(math.isfinite, values)):
+            levels[tile], sides = [math.nan, math.nan], [(0, False)] * len(values)
+        else:
+            exponent = max(math.frexp(max(map(abs, values)))[1] - 1, -923)
+            units = [math.floor(math.ldexp(abs(v), 40 - exponent)) if v else 0 for v in values]
+            present = [m for m in units if m]
+            count, total = len(present), sum(present)
+            high = [m > 0 and m * count >= total for m in units]
+            by_side = [[m for m, is_high in zip(units, high, strict=True) if m and is_high == side] for side in (False, True)]
+            levels[tile] = [_stored(_level_of(side), exponent, half) for side in by_side]
+            if count < len(units):
+                levels[tile][0] = 0.0
+            sides = [(int(m > 0 and v < 0), is_high) for m, v, is_high in zip(units, values, high, strict=True)]
+        codes[where] = torch.tensor([negative + 2 * is_high for negative, is_high in sides])
+        sent[where] = torch.tensor([(-1.0 if negative else 1.0) * levels[tile][is_high] for negative, is_high in sides], dtype=torch.float64).to(value.dtype)
+    return sent, codes, levels
+
+
+def _level_of(side):
+    """The mean in the tile's units, at most 7/4 of the smallest, with 8 bits of which none is finer than the largest resolves."""
+    if not side:
+        return 0
+    level = min(sum(side) // len(side), min(side) + min(side) // 2 + min(side) // 4)
+    cut = max(level.bit_length() - 8, max(side).bit_length() - 22, 0)
+    return level >> cut << cut
+
+
+def _stored(level, exponent, dtype):
+    """The largest value of `dtype` that is not above it; 0 where fp32 does not reach it."""
+    exact = math.ldexp(level, exponent - 40) if level.bit_length() + exponent - 40 <= 1024 else math.inf
+    if exact > torch.finfo(torch.float32).max:
+        return 0.0
+    stored = to_wire(torch.tensor(exact, dtype=torch.float32), dtype)
+    if float(stored) > exact:
+        stored = (stored.view(torch.int16) - 1).view(dtype)
+    return float(stored)
+
+
 @dataclass
 class Message:
     """What one worker sends for one bucket in one step."""
@@ -128,7 +174,7 @@ class Worker:
     mu: float | None = None
     distortion: str = "previous"
     decay: float = 1.0  # (+)
-    wire_dtype: torch.dtype | None = None  # (+) in which values travel, where it is narrower than the gradient's
+    wire_dtype: torch.dtype | str | None = None  # (+) in which values travel, where it is narrower than the gradient's; or "2bit"
     residual: torch.Tensor | None = None
     sent: Message | None = None
     feedback: torch.Tensor | None = None
@@ -157,12 +203,15 @@ class Worker:
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
         index = select(score, entries_to_send(self.density, gradient.numel()))  # line 6
         value = to_wire(accumulated[index], gradient.dtype)  # line 7
-        if self.wire_dtype is not None and self.wire_dtype.itemsize < gradient.dtype.itemsize:
+        if self.wire_dtype == "2bit":
+            value = two_bits(index, value)[0]
+        elif self.wire_dtype is not None and self.wire_dtype.itemsize < gradient.dtype.itemsize:
             value = to_wire(to_wire(value, torch.float32), self.wire_dtype).to(gradient.dtype)
 
         finite = accumulated.isfinite()
         kept = accumulated.clone()
-        kept[index] -= value.to(wide)  # line 8
+        applied = value.isfinite() if self.wire_dtype == "2bit" else torch.ones(len(value), dtype=torch.bool)
+        kept[index[applied]] -= value[applied].to(wide)  # line 8
         self.residual = torch.where(finite, kept, self.residual)  # (+) an entry that is not finite keeps what it had
         self.residual[idle] = waiting
 
@@ -267,10 +316,11 @@ class Exchange:
         return average if idle is None else torch.where(idle, torch.zeros_like(average), average)
 
 
-def encode(message, numel, *, step=0, plan=0, elias_fano=False):
+def encode(message, numel, *, step=0, plan=0, elias_fano=False, coded=None):
     """The payload's bytes, uint8: header, entries before each tile, offsets or bitmap, values; see csrc/core/payload.h.
 
-    With values that a narrower dtype holds, or with `elias_fano`, in its wire form: csrc/core/wire.h.
+    With values that a narrower dtype holds, with `elias_fano`, or with the codes and levels of `two_bits`, in its wire form:
+    csrc/core/wire.h.
     """
     k, dtype = len(message.index), message.value.dtype
     bitmap = 16 * k > numel
@@ -287,10 +337,14 @@ def encode(message, numel, *, step=0, plan=0, elias_fano=False):
     flags = 1 if message.non_finite else 0
     header = struct.pack(
         "<IHBBQQQqQQII",
-        0x6B707472, 1, _WIRE_TYPES[dtype], 2 if elias_fano else int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
+        0x6B707472, 1, 4 if coded else _WIRE_TYPES[dtype], 2 if elias_fano else int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
     )  # fmt: skip
-    bytes_so_far = torch.cat([torch.tensor(list(header), dtype=torch.uint8), *codes, _bytes(message.value)])
-    return _padded(bytes_so_far, 16)
+    values = _bytes(message.value)
+    if coded is not None:
+        half = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        levels = torch.tensor([coded[1].get(tile, [0.0, 0.0]) for tile in range(-(-numel // TILE_ENTRIES))]).to(half)
+        values = torch.cat([_padded(_bytes(levels).flatten()), _padded(_packed((coded[0][:, None] >> torch.arange(2) & 1).flatten()))])
+    return _padded(torch.cat([torch.tensor(list(header), dtype=torch.uint8), *codes, values]), 16)
 
 
 def _packed(bits):

@@ -37,9 +37,11 @@ class TopKState:
         decay (float): 0 < decay <= 1; what is held back is multiplied by it at the beginning of each step, a = decay * r + g,
             but for idle parameters. Below 1 it forgets: what was sent and kept is then less than what was given.
         dense_steps (int): the first steps go without compression, through a dense all-reduce.
-        wire_dtype (torch.dtype, optional): values travel as torch.float32, torch.bfloat16 or torch.float16 where that has fewer
-            bytes than the gradients' dtype, rounded to the nearest, finite ones to finite ones; what rounding cuts off stays in
-            the residual, and sent + kept is what was given.
+        wire_dtype (torch.dtype or "2bit", optional): values travel as torch.float32, torch.bfloat16 or torch.float16 where that
+            has fewer bytes than the gradients' dtype, rounded to the nearest, finite ones to finite ones. "2bit" sends the sign and
+            one of two levels: of each 65,536 consecutive gradient entries, the mean magnitude of those sent that are at least as
+            large as their mean, and that of the others, each at most 7/4 of the smallest that it stands for. What is not sent
+            stays in the residual, and sent + kept is what was given, exactly.
         index_code (str): how the places of the values travel. "offsets": 2 bytes each, at most a bit per gradient entry.
             "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at density 0.001, 8.6 at 0.01.
 

@@ -175,7 +175,7 @@ MODES = {
     "activation checkpointing": Mode(lambda rank: Checkpointed(False)),
     "re-entrant activation checkpointing": Mode(lambda rank: Checkpointed(True), {"static_graph": True}),
     "narrow": Mode(state=NARROW),
-    "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": torch.float16}),
+    "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": "2bit"}),
     "another process group": Mode(new_group_at=5),
     "subgroup": Mode(world_size=3, group=(0, 2)),
     "compiled inside": Mode(

@@ -9,9 +9,7 @@ import regtopk_torch as rt
 from regtopk_torch import _C, reference
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FORMS = [
-    (dtype, wire_dtype) for dtype in FLOATS for wire_dtype in FLOATS if wire_dtype == dtype or wire_dtype.itemsize < dtype.itemsize
-]  # fmt: skip
+FORMS = [(dtype, wire) for dtype in FLOATS for wire in [*FLOATS, torch.bits2x4] if wire == dtype or wire.itemsize < dtype.itemsize]
 ops = torch.ops.regtopk
 
 
@@ -29,19 +27,29 @@ def heavy_tailed(numel, dtype, seed=0):
     return (torch.randn(numel, generator=generator) * torch.exp(3 * torch.randn(numel, generator=generator))).to(dtype)
 
 
+def expected_wire(message, gradient, numel, wire_dtype, elias_fano):
+    if wire_dtype != torch.bits2x4:
+        narrow, coded = reference.replace(message, value=message.value.to(wire_dtype)), None
+    else:
+        _, *coded = reference.two_bits(message.index, gradient[message.index])
+        narrow = message
+    return reference.encode(narrow, numel, step=3, plan=77, elias_fano=elias_fano, coded=coded)
+
+
 @pytest.mark.parametrize("dtype, wire_dtype", FORMS)
 @pytest.mark.parametrize("elias_fano", [False, True])
 def test_the_wire_form_is_the_references_and_reads_back_as_the_payload(dtype, wire_dtype, elias_fano):
     for numel in (1, 7, 100, 4097, 65536, 65537, 300_000):
         for density in (1e-5, 1e-3, 0.01, 0.1, 0.2, 0.9, 1.0):
             gradient, k = heavy_tailed(numel, dtype), reference.entries_to_send(density, numel)
-            worker = reference.Worker(density, wire_dtype=wire_dtype)
+            if wire_dtype == torch.bits2x4 and k > 20_000:
+                continue  # one by one in the reference
+            worker = reference.Worker(density, wire_dtype="2bit" if wire_dtype == torch.bits2x4 else wire_dtype)
             message = worker.compress(gradient)
             payload, residual = compressed(gradient, k)
             wire = torch.full((_C.wire_bytes(numel, k, dtype, 0, wire_dtype, elias_fano),), 0xEE, dtype=torch.uint8)
             ops.to_wire_(residual, payload, wire, dtype=dtype, wire_dtype=wire_dtype, elias_fano=elias_fano, k=k)
-            narrow = reference.replace(message, value=message.value.to(wire_dtype))
-            assert torch.equal(wire, reference.encode(narrow, numel, step=3, plan=77, elias_fano=elias_fano))
+            assert torch.equal(wire, expected_wire(message, gradient, numel, wire_dtype, elias_fano))
             assert torch.equal(payload, reference.encode(message, numel, step=3, plan=77))
             assert torch.equal(residual, worker.residual)
             again = torch.full((2, len(payload)), 0xEE, dtype=torch.uint8)
@@ -49,7 +57,7 @@ def test_the_wire_form_is_the_references_and_reads_back_as_the_payload(dtype, wi
             assert torch.equal(again, torch.stack([payload, payload]))
 
 
-@pytest.mark.parametrize("dtype, wire_dtype", [form for form in FORMS if form[0] != form[1]])
+@pytest.mark.parametrize("dtype, wire_dtype", [form for form in FORMS if form[0] != form[1] and form[1] != torch.bits2x4])
 def test_sent_and_kept_is_what_was_given(dtype, wire_dtype):
     gradient = heavy_tailed(100_000, dtype)
     gradient[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e6 if wire_dtype == torch.float16 else torch.finfo(dtype).max], dtype=torch.float64)
@@ -64,6 +72,52 @@ def test_sent_and_kept_is_what_was_given(dtype, wire_dtype):
     assert torch.equal(total[3:], gradient[3:]) and torch.equal(residual[:3], torch.zeros(3, dtype=residual.dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one giant", "with zeros", "tiny", "equal", "fp16's end"])
+def test_two_bits_lose_nothing(dtype, kind):
+    numel, k = 200_000, 30_000
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(5)).to(dtype)
+    if kind == "heavy-tailed":
+        gradient = heavy_tailed(numel, dtype).nan_to_num(posinf=6e4, neginf=-6e4)
+    elif kind == "one giant":
+        gradient[7] = 6e4
+        gradient = torch.where(torch.arange(numel) == 7, gradient, gradient * 1e-3)
+    elif kind == "with zeros":
+        gradient[: numel - 3000] = 0
+    elif kind == "tiny":
+        gradient = (gradient.double() * torch.finfo(dtype).smallest_normal * 4).to(dtype)
+    elif kind == "equal":
+        gradient = torch.where(gradient < 0, -0.3, 0.3).to(dtype)
+    elif kind == "fp16's end":
+        gradient = (gradient * 20_000).clamp(-65504, 65504)
+    payload, residual = compressed(gradient, k)
+    wire = torch.empty(_C.wire_bytes(numel, k, dtype, 0, torch.bits2x4), dtype=torch.uint8)
+    ops.to_wire_(residual, payload, wire, dtype=dtype, wire_dtype=torch.bits2x4, k=k)
+    index, value = ops.decode(payload, numel=numel, k=k, dtype=dtype)
+    total = residual.double()
+    total[index] += value.double()  # in fp64 the sum of two fp32 of a kind is exact
+    assert torch.equal(total, gradient.double())
+    assert value.abs().unique().numel() <= 2 * 4 + 1
+    if kind == "with zeros":
+        assert not value[gradient[index] == 0].any() and value.any()
+    elif (kind, dtype) != ("tiny", torch.float64):  # levels have fp32's range; what is sent is of the order of what was given
+        assert (0.05 if kind == "heavy-tailed" else 0.5) < value.double().abs().sum() / gradient[index].double().abs().sum() <= 1.0 + 1e-6
+
+
+def test_a_tile_that_is_not_finite_is_sent_as_nan_and_kept():
+    gradient = heavy_tailed(200_000, torch.float32)
+    gradient[70_000] = torch.inf
+    payload, residual = compressed(gradient, 5000)
+    wire = torch.empty(_C.wire_bytes(200_000, 5000, torch.float32, 0, torch.bits2x4), dtype=torch.uint8)
+    ops.to_wire_(residual, payload, wire, dtype=torch.float32, wire_dtype=torch.bits2x4, k=5000)
+    index, value = ops.decode(payload, numel=200_000, k=5000, dtype=torch.float32)
+    of_tile = index // 65536 == 1
+    assert value[of_tile].isnan().all() and value[~of_tile].isfinite().all()
+    second = torch.arange(65536, 131072)
+    second = second[second != 70_000]
+    assert torch.equal(residual[second], gradient[second])
+
+
 @pytest.mark.parametrize("density, bits", [(1e-3, 12.1), (1e-2, 8.7)])
 def test_an_index_takes_no_more_bits_than_promised(density, bits):
     numel = 10_000_000
@@ -71,6 +125,7 @@ def test_an_index_takes_no_more_bits_than_promised(density, bits):
     of_values = 16 * k
     assert (8 * _C.wire_bytes(numel, k, torch.float32, 0, torch.bfloat16, True) - of_values) / k <= bits
     assert _C.wire_bytes(numel, k, torch.float32, 0, torch.bfloat16) / k <= 4.1
+    assert _C.wire_bytes(numel, k, torch.float32, 0, torch.bits2x4) / k <= 2.4
 
 
 def damaged(wire, at, value):
@@ -103,7 +158,7 @@ def test_damaged_bytes_are_an_error_that_names_rank_and_field():
 def test_whatever_the_bytes_reading_them_is_an_error_or_gives_a_valid_payload(data):
     numel = data.draw(st.integers(1, 200_000), label="numel")
     k = data.draw(st.integers(1, min(numel, 3000)), label="k")
-    form = {"dtype": torch.float32, "wire_dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16])), "elias_fano": data.draw(st.booleans())}
+    form = {"dtype": torch.float32, "wire_dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.bits2x4])), "elias_fano": data.draw(st.booleans())}
     payload, residual = compressed(heavy_tailed(numel, torch.float32), k)
     wire = torch.empty(_C.wire_bytes(numel, k, torch.float32, 0, form["wire_dtype"], form["elias_fano"]), dtype=torch.uint8)
     ops.to_wire_(residual, payload, wire, k=k, **form)
@@ -122,7 +177,7 @@ def test_whatever_the_bytes_reading_them_is_an_error_or_gives_a_valid_payload(da
 
 @pytest.mark.parametrize("method", ["topk", "regtopk"])
 @pytest.mark.parametrize("index_code", ["offsets", "elias-fano"])
-@pytest.mark.parametrize("wire_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wire_dtype", [torch.bfloat16, torch.float16, "2bit"])
 def test_steps_of_an_exchange_equal_the_reference(method, index_code, wire_dtype):
     sizes = [3000, 50, 7000]
     mu = 2.0 if method == "regtopk" else None
@@ -142,13 +197,13 @@ def test_steps_of_an_exchange_equal_the_reference(method, index_code, wire_dtype
         for rank, worker in enumerate(twin.workers):
             kept = torch.cat([residual for _, residual in sorted(exchange.residuals(rank).items())])
             assert torch.equal(kept, worker.settled())
-    bytes_of = _C.wire_bytes(sum(sizes), 201, torch.float32, 3, wire_dtype, index_code == "elias-fano")
+    bytes_of = _C.wire_bytes(sum(sizes), 201, torch.float32, 3, torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, index_code == "elias-fano")
     assert exchange.stats(0)["bytes_sent"] == 12 * 2 * bytes_of
 
 
 def test_options_that_are_none_are_errors_in_words():
     for given, message in [
-        ({"wire_dtype": torch.int8}, "expected wire_dtype to be None, torch.float32, torch.bfloat16 or torch.float16, got torch.int8"),
+        ({"wire_dtype": torch.int8}, "expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16 or '2bit', got torch.int8"),
         ({"index_code": "huffman"}, "expected index_code 'offsets' or 'elias-fano', got 'huffman'"),
     ]:
         with pytest.raises(ValueError, match=message):

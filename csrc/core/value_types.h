@@ -19,8 +19,8 @@
 
 namespace regtopk {
 
-// Stored in the payload header: the numbers are part of the format.
-enum class ValueType : uint8_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// Stored in the payload header: the numbers are part of the format. Two bits are a form on the wire alone: two_bits.h.
+enum class ValueType : uint8_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kTwoBits = 4 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -123,6 +123,8 @@ inline int64_t value_bytes(ValueType type) {
     case ValueType::kBFloat16:
     case ValueType::kFloat16:
       return 2;
+    default:
+      break;
   }
   throw std::invalid_argument("value_bytes: expected a known value type");
 }
@@ -139,6 +141,8 @@ decltype(auto) with_value_type(ValueType type, Function&& function) {
       return function(BFloat16{});
     case ValueType::kFloat16:
       return function(Half{});
+    default:
+      break;
   }
   throw std::invalid_argument("with_value_type: expected a known value type");
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <utility>
+#include <vector>
 
 namespace regtopk {
 namespace {
@@ -101,19 +102,96 @@ std::optional<PayloadError> decode(const PayloadLayout& layout, const WireLayout
   return std::nullopt;
 }
 
-// Narrows the values of one tile, and gives what they leave out to the residual.
-template <typename T, typename W>
-void narrow_tile(const PayloadView& view, int64_t tile, T* values, W* narrow, T* residual) {
-  constexpr int64_t kAhead = 16;  // entries whose residuals, each a line of its own, are on their way
+// What the values of a tile have in common; units[i] = m of value i, where all are finite.
+template <typename T>
+TileMeasure measured(const T* values, int64_t count, std::vector<uint64_t>& units) {
+  TileMeasure tile;
+  const auto magnitude_of = [&](int64_t i) { return std::abs(static_cast<double>(Traits<T>::load(values[i]))); };
+  double largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double magnitude = magnitude_of(i);
+    tile.finite &= is_finite(magnitude);
+    largest = std::max(largest, magnitude);
+  }
+  if (!tile.finite) return tile;
+  tile.exponent = TileMeasure::exponent_of(largest);
+  units.resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    units[i] = tile.fixed(magnitude_of(i));
+    tile.sum += units[i];
+    tile.count += units[i] > 0;
+  }
+  tile.zeros = static_cast<uint32_t>(count) - tile.count;
+  TileMeasure::Side sides[2];  // no branch: which side a value is on cannot be foreseen
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t m = units[i];
+    if (m == 0) continue;
+    TileMeasure::Side& side = sides[tile.is_high(m)];
+    side.sum += m;
+    side.smallest = std::min(side.smallest, m);
+    side.largest = std::max(side.largest, m);
+    ++side.count;
+  }
+  tile.low = sides[0];
+  tile.high = sides[1];
+  return tile;
+}
+
+// What each code of a tile stands for.
+template <typename T>
+struct CodeValues {
+  T of[4];
+  CodeValues(Level<T> low, Level<T> high)
+      : of{Traits<T>::store(to_float(low)), Traits<T>::store(-to_float(low)), Traits<T>::store(to_float(high)),
+           Traits<T>::store(-to_float(high))} {}
+};
+
+// Calls function(entry, offset, residual of the entry) for each entry of a tile; residuals, each a line of its own, are on their way
+// some entries ahead.
+template <typename Accumulate, typename Function>
+void for_each_residual(const PayloadView& view, int64_t tile, Accumulate* residual, const Function& function) {
+  constexpr int64_t kAhead = 16;
+  residual += tile * kTileEntries;
   const bool has_offsets = view.layout().support == Support::kOffsets;
   const uint16_t* const offsets = view.offsets();
   const int64_t end = view.first_entry(tile + 1);
   view.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
     if (has_offsets && entry + kAhead < end) __builtin_prefetch(residual + offsets[entry + kAhead], 1);
+    function(entry, residual[offset]);
+  });
+}
+
+// Narrows the values of one tile, and gives what they leave out to the residual.
+template <typename T, typename W>
+void narrow_tile(const PayloadView& view, int64_t tile, T* values, W* narrow, T* residual) {
+  for_each_residual(view, tile, residual, [&](int64_t entry, T& kept) {
     const T value = values[entry];
     narrow[entry] = narrowed<W>(value);
     values[entry] = Traits<W>::load(narrow[entry]);
-    if (value != 0 && is_finite(value)) residual[offset] = residual[offset] + value - values[entry];
+    if (value != 0 && is_finite(value)) kept = kept + value - values[entry];
+  });
+}
+
+// The same in two bits.
+template <typename T>
+void code_tile(
+    const PayloadView& view, int64_t tile, T* values, Level<T>* levels, BitSetter& codes, typename Traits<T>::Accumulate* residual,
+    std::vector<uint64_t>& units) {
+  const int64_t begin = view.first_entry(tile);
+  const TileMeasure measure = measured(values + begin, view.first_entry(tile + 1) - begin, units);
+  levels[tile * 2] = measure.template stored<Level<T>>(measure.low_level());
+  levels[tile * 2 + 1] = measure.template stored<Level<T>>(measure.high_level());
+  const CodeValues<T> code_values(levels[tile * 2], levels[tile * 2 + 1]);
+  for_each_residual(view, tile, residual, [&](int64_t entry, auto& kept) {
+    const auto value = Traits<T>::load(values[entry]);
+    const uint64_t m = measure.finite ? units[entry - begin] : 0;
+    const uint32_t code = two_bits(m > 0 && value < 0, measure.is_high(m));
+    codes.set(entry * 2, code, 2);
+    values[entry] = code_values.of[code];
+    if (value == 0 || !is_finite(value)) return;
+    kept = kept + value;
+    // Of a tile that is not finite nothing is applied: its round is void.
+    if (measure.finite) kept = kept - Traits<T>::load(values[entry]);
   });
 }
 
@@ -128,6 +206,30 @@ void to_wire(
   std::memcpy(bytes + sizeof header, payload + sizeof header, wire.index_at - sizeof header);
   if (wire.has_code()) std::memset(bytes + wire.index_at, 0, wire.values_at - wire.index_at);
   else std::memcpy(bytes + wire.index_at, payload + wire.index_at, wire.values_at - wire.index_at);
+  const auto write_code = [&](int64_t tile, BitSetter& low, BitSetter& high) {
+    if (!wire.has_code()) return;
+    view.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
+      const uint64_t index = static_cast<uint64_t>(tile * kTileEntries + offset);
+      low.set(entry * wire.low_bits, index & ((1ull << wire.low_bits) - 1), wire.low_bits);
+      high.set(static_cast<int64_t>(index >> wire.low_bits) + entry, 1, 1);
+    });
+  };
+  if (wire.has_levels()) {
+    std::memset(bytes + wire.values_at, 0, wire.bytes - wire.values_at);
+    return with_value_type(layout.type, [&]<typename T>(T) {
+      T* const values = reinterpret_cast<T*>(payload + layout.values_at);
+      parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
+        BitSetter low(bytes + wire.index_at), high(bytes + wire.high_at), codes(bytes + wire.codes_at);
+        std::vector<uint64_t> units;
+        for (int64_t tile = begin; tile < end; ++tile) {
+          write_code(tile, low, high);
+          code_tile(
+              view, tile, values, reinterpret_cast<Level<T>*>(bytes + wire.values_at), codes,
+              static_cast<typename Traits<T>::Accumulate*>(residual), units);
+        }
+      });
+    });
+  }
   with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
     using Accumulate = typename Traits<T>::Accumulate;
     T* const values = reinterpret_cast<T*>(payload + layout.values_at);
@@ -142,14 +244,8 @@ void to_wire(
     parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
       BitSetter low(bytes + wire.index_at), high(bytes + wire.high_at);
       for (int64_t tile = begin; tile < end; ++tile) {
-        if (wire.has_code()) {
-          view.for_each_entry(tile, [&](int64_t entry, int64_t offset) {
-            const uint64_t index = static_cast<uint64_t>(tile * kTileEntries + offset);
-            low.set(entry * wire.low_bits, index & ((1ull << wire.low_bits) - 1), wire.low_bits);
-            high.set(static_cast<int64_t>(index >> wire.low_bits) + entry, 1, 1);
-          });
-        }
-        if constexpr (sizeof(W) < sizeof(T)) narrow_tile(view, tile, values, narrow, kept + tile * kTileEntries);
+        write_code(tile, low, high);
+        if constexpr (sizeof(W) < sizeof(T)) narrow_tile(view, tile, values, narrow, kept);
       }
     });
   });
@@ -159,18 +255,32 @@ std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLay
   PayloadHeader header;
   std::memcpy(&header, bytes, sizeof header);
   if (auto error = check_header(header, layout, wire)) return error;
-  return with_wire_types(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+  return with_value_type(layout.type, [&]<typename T>(T) -> std::optional<PayloadError> {
     PayloadWriter<T> writer(payload, layout);  // zeroes all but the values
     header.value_type = layout.type;
     header.support = layout.support;
     writer.set_header(header);
     std::memcpy(payload + sizeof header, bytes + sizeof header, wire.index_at - sizeof header);
-    const W* const narrow = reinterpret_cast<const W*>(bytes + wire.values_at);
+    if (!wire.has_code()) std::memcpy(payload + wire.index_at, bytes + wire.index_at, wire.values_at - wire.index_at);
+    else if (auto error = decode(layout, wire, bytes, payload)) return error;
     T* const values = writer.values();
-    for (int64_t entry = 0; entry < layout.k; ++entry) values[entry] = Traits<T>::store(Traits<W>::load(narrow[entry]));
-    if (wire.has_code()) return decode(layout, wire, bytes, payload);
-    std::memcpy(payload + wire.index_at, bytes + wire.index_at, wire.values_at - wire.index_at);
-    return std::optional<PayloadError>();
+    if (!wire.has_levels()) {
+      with_wire_types(layout.type, wire.type, [&]<typename U, typename W>(U, W) {
+        const W* const narrow = reinterpret_cast<const W*>(bytes + wire.values_at);
+        for (int64_t entry = 0; entry < layout.k; ++entry) values[entry] = Traits<T>::store(Traits<W>::load(narrow[entry]));
+      });
+      return std::nullopt;
+    }
+    const PayloadView view(payload, layout);
+    const Level<T>* const levels = reinterpret_cast<const Level<T>*>(bytes + wire.values_at);
+    const uint8_t* const codes = bytes + wire.codes_at;
+    int64_t entry = 0;
+    for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+      const CodeValues<T> code_values(levels[tile * 2], levels[tile * 2 + 1]);
+      const int64_t end = tile + 1 < layout.tiles ? std::min(view.first_entry(tile + 1), layout.k) : layout.k;
+      for (; entry < end; ++entry) values[entry] = code_values.of[codes[entry / 4] >> (entry % 4 * 2) & 3];
+    }
+    return std::nullopt;
   });
 }
 

@@ -95,15 +95,19 @@ void check_rows(const char* who, const char* name, const at::Tensor& rows, int64
       " contiguous with shape [workers, ", bytes, "], got shape ", rows.sizes());
 }
 
+ValueType wire_type_of(const char* who, at::ScalarType dtype) {
+  return dtype == at::ScalarType::Bits2x4 ? ValueType::kTwoBits : value_type_of(who, dtype);
+}
+
 std::pair<PayloadLayout, WireLayout> check_wire(
     const char* who, int64_t numel, int64_t k, int64_t spans, at::ScalarType dtype, const Wire& wire) {
-  const ValueType type = value_type_of(who, dtype), wire_type = value_type_of(who, wire.dtype);
+  const ValueType type = value_type_of(who, dtype), wire_type = wire_type_of(who, wire.dtype);
   TORCH_CHECK_VALUE(
       k >= 1 && k <= numel && k <= int64_t{UINT32_MAX} && spans >= 0, who, ": expected 1 <= k <= min(", numel,
       " gradient entries, 2^32 - 1) and spans >= 0, got k=", k, " and spans=", spans);
   TORCH_CHECK_VALUE(
-      wire_type == type || value_bytes(wire_type) < value_bytes(type), who, ": expected a wire_dtype that is ", c10::toString(dtype),
-      " or has fewer bytes, got ", c10::toString(wire.dtype));
+      wire_type == type || c10::elementSize(wire.dtype) < c10::elementSize(dtype), who, ": expected a wire_dtype that is ",
+      c10::toString(dtype), " or has fewer bytes, got ", c10::toString(wire.dtype));
   const PayloadLayout layout(numel, k, type, spans);
   return {layout, WireLayout::of(layout, wire_type, wire.elias_fano)};
 }

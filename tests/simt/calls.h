@@ -91,6 +91,7 @@ const char* call_aggregate(const AggregateCall* call);
 const char* call_settle(const SettleCall* call);
 const char* call_judge(const JudgeCall* call);
 int64_t call_wire_bytes(const WireCall* call);
+int64_t call_to_wire_workspace(const WireCall* call);
 int64_t call_from_wire_workspace(const WireCall* call);
 const char* call_to_wire(const WireCall* call);
 const char* call_from_wire(const WireCall* call);

@@ -206,6 +206,8 @@ const char* call_judge(const JudgeCall* call) {
 
 int64_t call_wire_bytes(const WireCall* call) { return wire_of(*call).bytes; }
 
+int64_t call_to_wire_workspace(const WireCall* call) { return to_wire_workspace_bytes(payload_of(*call), wire_of(*call)); }
+
 int64_t call_from_wire_workspace(const WireCall* call) {
   return from_wire_workspace_bytes(payload_of(*call), wire_of(*call), call->workers);
 }
@@ -216,9 +218,15 @@ const char* call_to_wire(const WireCall* call) {
   allow(call->payloads, layout.bytes, true);
   allow(call->residual, layout.numel * accumulate_bytes(layout.type), true);
   allow(call->wire, wire.bytes, true);
+  allow(call->workspace, call_to_wire_workspace(call), true);
   return run([&] {
     return launch_to_wire(
-        {.layout = layout, .wire = wire, .payload = call->payloads, .residual = call->residual, .bytes = call->wire},
+        {.layout = layout,
+         .wire = wire,
+         .payload = call->payloads,
+         .residual = call->residual,
+         .bytes = call->wire,
+         .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));
   });
 }

@@ -20,7 +20,7 @@ BUILD = ROOT / "build" / "simt"
 KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
-VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4}
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-lineinfo", "-Xcompiler", "-fPIC"]
 DISTORTIONS = {"previous": 0, "current": 1}
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
@@ -230,7 +230,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library or build()))
         for name in ("call_compress", "call_aggregate", "call_settle", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_from_wire_workspace"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -375,6 +375,8 @@ class Kernels:
                 VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, residual.numel(), k, spans, 1, _pointer(payload), _pointer(residual),
                 _pointer(wire), None, self._stream(),
             )  # fmt: skip
+            workspace = self._workspace(self._library.call_to_wire_workspace(ctypes.byref(call)), 0)
+            call.workspace = _pointer(workspace)
             self._raise(self._library.call_to_wire(ctypes.byref(call)))
 
     def from_wire(self, wire, payloads, *, numel, k, dtype, wire_dtype, elias_fano=False, spans=0):

@@ -13,14 +13,14 @@ inline const Kernels* kernels_for(ValueType type) {
   if (variant == CpuVariant::kScalar) return nullptr;
   const bool wide = variant == CpuVariant::kAvx512;
   switch (type) {
-    case ValueType::kFloat64:
-      return nullptr;
     case ValueType::kFloat32:
       return wide ? &kAvx512Float32 : &kAvx2Float32;
     case ValueType::kBFloat16:
       return wide ? &kAvx512BFloat16 : &kAvx2BFloat16;
     case ValueType::kFloat16:
       return wide ? &kAvx512Float16 : &kAvx2Float16;
+    default:
+      return nullptr;
   }
 #endif
   static_cast<void>(type);
