@@ -36,12 +36,17 @@ def committed():
 
 
 def test_the_documents_say_what_the_committed_logs_show():
-    assert claims.fill_table(DOCUMENT, committed()) == DOCUMENT
-    assert claims.fill_findings(FINDINGS, committed()) == FINDINGS
-    assert len(re.findall(r"^\* \[.*\): .*\d", FINDINGS, re.MULTILINE)) == 13
-    assert claims.NOT_RUN not in DOCUMENT + FINDINGS
-    with pytest.raises(ValueError, match="fill_table: expected a row for each of "):
-        claims.fill_table(DOCUMENT.replace('id="tiny-mu"', 'id="other"'), committed())
+    assert claims.fill(DOCUMENT, committed()) == DOCUMENT
+    assert claims.fill(FINDINGS, committed()) == FINDINGS
+
+
+def test_every_claim_has_a_row_and_every_end_of_training_a_line_in_the_findings():
+    names = sorted(claims.claims_of(committed()))
+    assert sorted(re.findall(r'^\| <a id="([^"]+)">', DOCUMENT, re.MULTILINE)) == names
+    lines = re.findall(r"^\* \[[^]]+\]\(\S+#([^)]+)\): .*\d", FINDINGS, re.MULTILINE)
+    ends = [name for name in names if name.startswith("end-")]
+    assert len(ends) >= 3 and sorted(name for name in lines if name.startswith("end-")) == ends
+    assert len(lines) == len(set(lines)) == 10 + len(ends)
 
 
 def test_the_readme_s_sentences_are_what_the_committed_logs_show():
@@ -78,7 +83,9 @@ def test_every_committed_log_is_of_a_clean_commit_and_of_the_data_set_and_finish
             parts = [header, *(line for line in records if line["event"] == "resume")]
             assert all(part["commit"] and part["dirty"] is False for part in parts), path
             if path.parent.name == "cifar10":
-                assert header["data"] == data.CIFAR10_NAME and logs.finished_run(header, records), path
+                assert header["data"] == data.CIFAR10_NAME and logs.finished_run(header, records, path)
+    for group, runs in committed().cifar10.items():
+        assert len({run.result["step"] for run in runs}) == 1, group
 
 
 def test_every_figure_is_drawn_again_from_the_committed_logs(tmp_path):
@@ -161,45 +168,62 @@ def write_run(folder, method, seed, accuracy, *, finished=True, density=0.001, m
 
 
 def cells_of(name, results):
-    """Return (found, n, test, log) of a row."""
-    return claims.find_cells(name, logs.Evidence(results))[:4]
+    """Return (found, n, test, log, figure) of a row."""
+    row = claims.fill(f'| <a id="{name}"></a>claim | `command` | expected |', logs.Evidence(results))
+    assert row.startswith(f'| <a id="{name}"></a>claim | `command` | expected | ') and row.endswith(" |")
+    return row.removesuffix(" |").split(" | ")[claims.STATED :]
 
 
-def test_claims_without_logs_say_not_run_yet(tmp_path):
-    for name in claims.CLAIMS:
-        assert cells_of(name, tmp_path) == [claims.NOT_RUN, "0", claims.NOT_RUN, ""]
+def line_of(name, results):
+    return claims.fill(f"* [claim](README.md#{name}): earlier", logs.Evidence(results))
+
+
+def test_without_logs_nothing_is_drawn_and_a_claim_is_an_error(tmp_path):
     assert report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures") == []
+    for name in claims.CLAIMS:
+        with pytest.raises((LookupError, ValueError)):
+            cells_of(name, tmp_path)
 
 
-def test_a_comparison_is_of_finished_runs_of_both_methods_of_one_length_at_the_same_seeds(tmp_path):
+def test_a_comparison_is_of_both_methods_at_the_same_seeds(tmp_path):
     folder = tmp_path / "cifar10" / "density-0.001"
-    for seed, finished in ((0, True), (1, True), (2, False)):
-        write_run(folder, "topk", seed, 0.5 + seed / 100, finished=finished)
-    write_run(folder, "regtopk", 2, 0.9)  # its partner has not finished
-    write_run(folder, "regtopk", 0, 0.9, steps=50)
-    assert cells_of("density-0.001", tmp_path)[0] == claims.NOT_RUN
+    for seed in (0, 1):
+        write_run(folder, "topk", seed, 0.5 + seed / 100)
+    write_run(folder, "regtopk", 2, 0.9)  # without a partner
+    with pytest.raises(KeyError, match="0.001, 5.0"):
+        cells_of("density-0.001", tmp_path)
     write_run(folder, "regtopk", 1, 0.52)
     expected = ["after 100 steps RegTop-k 52.00 %, Top-k 51.00 %", "1", "none with one seed; difference 1.00 points", "[density-0.001](results/cifar10/density-0.001.jsonl)"]
-    assert cells_of("density-0.001", tmp_path) == expected
+    assert cells_of("density-0.001", tmp_path) == [*expected, "[figure](figures/cifar10_density-0.001.svg)"]
     write_run(folder, "regtopk", 0, 0.51)
-    found, n, test, _ = cells_of("density-0.001", tmp_path)
+    found, n, test, *_ = cells_of("density-0.001", tmp_path)
     assert n == "2" and test.startswith("none: every difference is 1.00 points")
     assert "51.50 ± 0.71" in found
+    write_run(folder, "topk", 2, 0.5, finished=False)
+    with pytest.raises(ValueError, match="expected a finished run in cifar10/density-0.001.jsonl, got a log that does not end with a result"):
+        logs.Evidence(tmp_path)
 
 
 def test_an_end_of_training_is_held_against_none_at_the_seeds_that_all_ends_have(tmp_path):
-    log = tmp_path / "end_of_training" / "mlp.jsonl"
-    log.parent.mkdir()
-    with record.Recorder(log, seed=None, settings={"model": "mlp"}) as recorder:
-        for seed, nothing, gain in ((0, 0.50, 0.02), (1, 0.54, 0.03), (2, 0.52, 0.025), (3, 0.1, 0.8)):
-            recorder.write("run", optimizer="sgd", ending="nothing", seed=seed, accuracy=nothing)
-            if seed < 3:
-                recorder.write("run", optimizer="sgd", ending="flush", seed=seed, accuracy=nothing + gain)
-                recorder.write("run", optimizer="sgd", ending="dense", seed=seed, accuracy=nothing + gain * (seed - 1))
-    found, n, test, _ = cells_of("end-mlp-sgd", tmp_path)
-    assert found == "nothing 52.00 ± 2.00 %; points more than it: flush 2.50, dense 0.17" and n == "3"
-    assert test == "2 paired t-tests, uncorrected: p < 0.05 at flush"
-    assert [path.name for path in report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")] == ["end_of_training.svg"]
+    folder = tmp_path / "end_of_training"
+    folder.mkdir()
+    for model, optimizer, better in (("mlp", "sgd", 0.0), ("resnet18", "adamw", 0.2)):
+        with record.Recorder(folder / f"{model}.jsonl", seed=None, settings={"model": model}) as recorder:
+            for seed, nothing, gain in ((0, 0.50, 0.02), (1, 0.54, 0.03), (2, 0.52, 0.025), (3, 0.1, 0.8)):
+                nothing += better
+                recorder.write("run", optimizer=optimizer, ending="nothing", seed=seed, accuracy=nothing)
+                if seed < 3:
+                    recorder.write("run", optimizer=optimizer, ending="flush", seed=seed, accuracy=nothing + gain)
+                    recorder.write("run", optimizer=optimizer, ending="dense", seed=seed, accuracy=nothing + gain * (seed - 1))
+    for name, nothing in (("end-mlp-sgd", "52.00"), ("end-resnet18-adamw", "72.00")):
+        found, n, test, log, figure = cells_of(name, tmp_path)
+        assert found == f"nothing {nothing} ± 2.00 %; points more than it: flush 2.50, dense 0.17" and n == "3"
+        assert test == "2 paired t-tests, uncorrected: p < 0.05 at flush"
+        model = name.split("-")[1]
+        assert log == f"[{model}](results/end_of_training/{model}.jsonl)" and figure == "[figure](figures/end_of_training.svg)"
+    assert claims.claims_of(logs.Evidence(tmp_path)).keys() - claims.CLAIMS.keys() == {"end-mlp-sgd", "end-resnet18-adamw"}
+    (drawn,) = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
+    assert drawn.name == "end_of_training.svg" and all(f">{text}<" in drawn.read_text() for text in ("mlp", "resnet18", "sgd", "adamw", "flush", "dense"))
 
 
 def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):
@@ -207,10 +231,10 @@ def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):
     for seed, (topk, regtopk) in enumerate(((0.50, 0.501), (0.52, 0.519), (0.51, 0.511))):
         write_run(folder, "topk", seed, topk)
         write_run(folder, "regtopk", seed, regtopk)
-    found, n, test, _ = cells_of("density-0.001", tmp_path)
+    found, n, test, *_ = cells_of("density-0.001", tmp_path)
     assert found == "after 100 steps RegTop-k 51.03 ± 0.90 %, Top-k 51.00 ± 1.00 %" and n == "3"
     assert test.endswith("8 points lie outside the interval")
-    assert f"{found}; no difference shown (paired t: " in claims.fill_findings(FINDINGS, logs.Evidence(tmp_path))
+    assert line_of("density-0.001", tmp_path).startswith(f"* [claim](README.md#density-0.001): {found}; no difference shown (paired t: ")
     drawn = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
     assert [path.name for path in drawn] == ["cifar10_density-0.001.svg", "cifar10_density-0.001_bytes.svg"]
 
@@ -220,7 +244,7 @@ def test_densities_are_compared_one_by_one_and_p_is_corrected_for_their_number(t
         for density in (0.1, 0.3):
             write_run(tmp_path / "cifar10" / "tiny-density", "topk", seed, 0.5 + 0.01 * seed, density=density)
             write_run(tmp_path / "cifar10" / "tiny-density", "regtopk", seed, 0.5 + 0.012 * seed + density / 10, density=density, displaced=20)
-    found, _, test, _ = cells_of("tiny-density", tmp_path)
+    found, _, test, *_ = cells_of("tiny-density", tmp_path)
     assert "0.1: 1.20 (displaced 20.0 %); 0.3: 3.20 (displaced 20.0 %)" in found
     smallest, corrected = map(float, re.fullmatch(r"2 paired t-tests: smallest p (\S+), corrected for their number (\S+)", test).groups())
     assert corrected == pytest.approx(2 * smallest, rel=0.05)
@@ -228,7 +252,7 @@ def test_densities_are_compared_one_by_one_and_p_is_corrected_for_their_number(t
 
 def test_where_labels_are_unevenly_shared_out_the_training_loss_is_stated_too(tmp_path):
     for method, accuracy in (("topk", 0.30), ("regtopk", 0.31), ("dense", 0.40)):
-        write_run(tmp_path / "cifar10" / "partition-labels", method, 0, accuracy)
+        write_run(tmp_path / "cifar10" / "partition-labels", method, 0, accuracy, density=0.01)
     expected = "after 100 steps RegTop-k 31.00 %, Top-k 30.00 %, dense 40.00 %; training loss RegTop-k 1.69, Top-k 1.70, dense 1.60"
     assert cells_of("partition-labels", tmp_path)[0] == expected
 
@@ -241,9 +265,10 @@ def test_densities_in_groups_of_their_own_are_compared_where_the_shortest_run_en
     write_run(folder / "density-0.001-long", "topk", 0, 0.9, steps=400)  # differs in more than the density
     write_run(folder / "density-0.1", "regtopk", 0, 0.35, density=0.1)
     write_run(folder / "density-0.1", "regtopk", 0, 0.99, density=0.1, mu=50)
-    assert cells_of("density-0.1", tmp_path)[0] == claims.NOT_RUN
+    with pytest.raises(KeyError, match="0.1, 5.0"):
+        cells_of("density-0.1", tmp_path)
     write_run(folder / "density-0.1", "topk", 0, 0.3, density=0.1)
-    found, _, _, links = cells_of("density-0.1", tmp_path)
+    found, _, _, links, _ = cells_of("density-0.1", tmp_path)
     assert found == "after 100 steps RegTop-k 35.00 %, Top-k 30.00 %, dense 40.00 %"
     assert links == "[density-0.001](results/cifar10/density-0.001.jsonl), [density-0.1](results/cifar10/density-0.1.jsonl)"
     # The made-up records at half time displace nothing; the result of the run that ends there does.
@@ -291,7 +316,7 @@ def test_the_command_prints_the_table_of_a_run_and_draws_it_and_names_one_that_h
     assert rows["entries sent twice running"] == "10.00% of those sent" and rows["entries displaced"] == "5.000% of those sent"
     (tmp_path / "log.jsonl").unlink()
     write_run(tmp_path / "log", "regtopk", 0, 0.6, finished=False)
-    with pytest.raises(SystemExit, match="read_run: expected a finished run in .*, got a log that does not end with a result"):
+    with pytest.raises(SystemExit, match="finished_run: expected a finished run in .*, got a log that does not end with a result"):
         report.main([str(tmp_path)])
 
 

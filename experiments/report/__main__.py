@@ -8,7 +8,7 @@ curves in one figure, curves.svg in the first of them.
 import sys
 from pathlib import Path
 
-from experiments.report.claims import fill_findings, fill_table
+from experiments.report.claims import fill
 from experiments.report.figures import draw_runs, make_figures, save
 from experiments.report.logs import Evidence, read_run
 from experiments.report.table import format_table
@@ -34,8 +34,8 @@ def main(arguments=None):
             return
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    evidence, documents = Evidence(), {ROOT / "experiments" / "README.md": fill_table, ROOT / "docs" / "findings.md": fill_findings}
-    for path, fill in documents.items():
+    evidence, documents = Evidence(), (ROOT / "experiments" / "README.md", ROOT / "docs" / "findings.md")
+    for path in documents:
         path.write_text(fill(path.read_text(encoding="utf-8"), evidence), encoding="utf-8")
     print(*documents, *draw_all(evidence), sep="\n")
 

@@ -1,4 +1,4 @@
-"""Find what the logs show of each claim in experiments/README.md, which states the claim, the command and what is expected."""
+"""Find what the logs show of each claim, and fill it into the documents, which state the claim."""
 
 import re
 from dataclasses import dataclass
@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from experiments.report.logs import BY_DENSITY, SCRIPT_MU, pair, select
-from experiments.report.paired_test import SIGNIFICANT, compare, number, spread
+from experiments.report.logs import BY_DENSITY, SCRIPT_MU, at_common_seeds, pair, select
+from experiments.report.paired_test import compare, describe_several, number, spread
 
-NOT_RUN = "not run yet"
 STATED = 3  # cells of a row that the document itself states: claim, command, expected
 PAPER_GAIN = 8.0  # points
 MU = 4.0  # the authors' for the linear regression
@@ -40,16 +39,14 @@ def mean(name, runs, digits):
 
 
 def find_toy_topk(evidence):
-    for run in select(evidence.toy, method="topk"):
-        losses = run.value("losses")
-        return Finding(f"loss {min(losses):.4f}…{max(losses):.4f} over {len(losses) - 1} steps", 1, "none: nothing is random", [run])
+    runs = select(evidence.toy, method="topk")
+    losses = runs[0].value("losses")
+    return Finding(f"loss {min(losses):.4f}…{max(losses):.4f} over {len(losses) - 1} steps", 1, "none: nothing is random", runs)
 
 
 def find_toy_regtopk(evidence):
-    dense, runs, parts = select(evidence.toy, method="dense"), select(evidence.toy, method="regtopk"), []
-    if not dense or not runs:
-        return None
-    expected = dense[0].value("losses")
+    dense, runs = (select(evidence.toy, method=method) for method in ("dense", "regtopk"))
+    expected, parts = dense[0].value("losses"), []
     for run in runs:
         apart = [abs(loss / wanted - 1) for loss, wanted in zip(run.value("losses"), expected)]
         near = next((step for step in range(len(apart)) if max(apart[step:]) < 0.05), None)
@@ -58,11 +55,9 @@ def find_toy_regtopk(evidence):
     return Finding(f"dense {expected[50]:.4f} at step 50; {'; '.join(parts)}", 1, "none: nothing is random", runs)
 
 
-def find_gap(evidence, density, settings=HETEROGENEOUS, wanted=PREVIOUS, name="RegTop-k"):
-    """Compare the final gap with Top-k's at one density; None without both."""
-    regtopk, topk = pair(select(evidence.regression, **settings, density=density), wanted, TOPK)
-    if not topk:
-        return None
+def find_gap(evidence, density, wanted=PREVIOUS, name="RegTop-k"):
+    """Compare the final gap with Top-k's at one density."""
+    regtopk, topk = pair(select(evidence.regression, **HETEROGENEOUS, density=density), wanted, TOPK)
     gaps, others = values("log10_gap", regtopk), values("log10_gap", topk)
     comparison = compare(gaps, others)
     text = f"{name} {spread(gaps, 1)} ({number(min(gaps), 1)}…{number(max(gaps), 1)}), Top-k {spread(others, 1)}"
@@ -71,31 +66,21 @@ def find_gap(evidence, density, settings=HETEROGENEOUS, wanted=PREVIOUS, name="R
 
 def find_gaps(evidence, settings, only=None):
     """List RegTop-k's and Top-k's mean final gap at every density that both have, or at those of `only`."""
-    densities = sorted({run.options["density"] for run in select(evidence.regression, **settings, **TOPK)})
-    found = {density: find_gap(evidence, density, settings) for density in densities if only is None or density in only}
-    found = {f"{density:g}": finding for density, finding in found.items() if finding}
-    if not found:
-        return None
-    gaps = {density: [mean("log10_gap", select(finding.runs, **wanted), 1) for wanted in (PREVIOUS, TOPK)] for density, finding in found.items()}
-    tested = [finding for finding in found.values() if finding.comparison.p is not None]
-    shown = ", ".join(density for density, finding in found.items() if finding.comparison.shown) or "none"
-    test = f"{len(tested)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if tested else "none with one seed"
-    text = "; ".join(f"{density}: {' against '.join(pair)}" for density, pair in gaps.items())
-    return Finding(text, min(finding.n for finding in found.values()), test, [run for finding in found.values() for run in finding.runs])
+    pairs = pairs_of(select(evidence.regression, **settings))
+    pairs = {f"{density:g}": both for (density, mu), both in pairs.items() if mu == MU and (only is None or density in only)}
+    text = "; ".join(f"{density}: {' against '.join(mean('log10_gap', runs, 1) for runs in both)}" for density, both in pairs.items())
+    test = describe_several({density: compare(*(values("log10_gap", runs) for runs in both)) for density, both in pairs.items()})
+    return Finding(text, min(len(topk) for _, topk in pairs.values()), test, [run for both in pairs.values() for runs in both for run in runs])
 
 
 def find_jump(evidence):
     """Find how low the gap of RegTop-k at density 0.6 was before the last step, and how it ended."""
-    runs, lowest, steps, highest = select(evidence.regression, **HETEROGENEOUS, **PREVIOUS, density=0.6), [], [], []
-    if not runs:
-        return None
-    for run in runs:
-        curve = [point for point in run.value("curve") if point[1] is not None]
-        index = min(range(len(curve)), key=lambda i: curve[i][1])
-        steps.append(curve[index][0])
-        lowest.append(curve[index][1])
-        highest.append(max(gap for _, gap in curve[index:]))
-    text = f"lowest {spread(lowest, 1)} at steps {min(steps)}…{max(steps)}; after that back up to {spread(highest, 1)}; "
+    runs = select(evidence.regression, **HETEROGENEOUS, **PREVIOUS, density=0.6)
+    curves = [[point for point in run.value("curve") if point[1] is not None] for run in runs]
+    lowest = [min(curve, key=lambda point: point[1]) for curve in curves]
+    highest = [max(gap for step, gap in curve if step >= start) for curve, (start, _) in zip(curves, lowest)]
+    steps = [step for step, _ in lowest]
+    text = f"lowest {spread((gap for _, gap in lowest), 1)} at steps {min(steps)}…{max(steps)}; after that back up to {spread(highest, 1)}; "
     return Finding(f"{text}{spread(values('log10_gap', runs), 1)} at the last step", len(runs), "none", runs)
 
 
@@ -107,13 +92,11 @@ def find_mu(evidence, density):
         if len(by_mu) > 2:
             parts.append(f"{distortion}: " + ", ".join(f"{mu:g}: {mean('log10_gap', some, 1)}" for mu, some in by_mu.items()))
             runs, n = [*runs, *own], [*n, *map(len, by_mu.values())]
-    return Finding(f"mean gap by mu, {'; '.join(parts)}", min(n), "none; bars in the figure", runs) if parts else None
+    return Finding(f"mean gap by mu, {'; '.join(parts)}", min(n), "none; bars in the figure", runs)
 
 
 def find_genie(evidence):
     runs, dense = (select(evidence.regression, **HETEROGENEOUS, method=method) for method in ("genie", "dense"))
-    if not runs or not dense:
-        return None
     gaps, densities = values("log10_gap", runs), sorted({run.options["density"] for run in runs})
     text = f"{number(min(gaps), 1)}…{number(max(gaps), 1)} at densities {densities[0]:g}…{densities[-1]:g}"
     return Finding(f"{text}, dense {spread(values('log10_gap', dense), 1)}", len(dense), "none", runs)
@@ -126,21 +109,13 @@ def pairs_of(runs):
     return {key: both for key, both in found.items() if both[0]}
 
 
-def choose_pair(runs, density=None):
-    """Return the pair with the script's mu, and this density where the group has several; ([], []) without one."""
-    return next((both for (of, mu), both in pairs_of(runs).items() if mu == SCRIPT_MU and density in (None, of)), ([], []))
+def find_accuracy(evidence, group, density, against=None, loss=False):
+    """Compare RegTop-k's test accuracy with Top-k's, mu that of the authors' script, over the seeds that both have in a group.
 
-
-def find_accuracy(evidence, group, density=None, against=None, loss=False):
-    """Compare RegTop-k's test accuracy with Top-k's over the seeds that both have in a group; None without one.
-
-    `density`: where the group has several. `against`: a gain in points that the test cell holds against the interval.
-    `loss`: state the training loss too.
+    `against`: a gain in points that the test cell holds against the interval. `loss`: state the training loss too.
     """
-    runs = evidence.cifar10.get(group, [])
-    regtopk, topk = choose_pair(runs, density)
-    if not topk:
-        return None
+    runs = evidence.cifar10[group]
+    regtopk, topk = pairs_of(runs)[density, SCRIPT_MU]
     dense = [run for run in select(runs, method="dense") if run.seed in {other.seed for other in topk}]
     methods = {"RegTop-k": regtopk, "Top-k": topk} | ({"dense": dense} if len(dense) == len(topk) else {})
     text = f"after {runs[0].length} " + ", ".join(f"{name} {spread(values('accuracy', some))} %" for name, some in methods.items())
@@ -153,11 +128,9 @@ def find_accuracy(evidence, group, density=None, against=None, loss=False):
     return Finding(text, comparison.n, test, [run for some in methods.values() for run in some], comparison)
 
 
-def find_overlap(evidence, group):
+def find_overlap(evidence, group, density):
     """Find how much was sent twice running and displaced: without either, the two methods are one."""
-    regtopk, topk = choose_pair(evidence.cifar10.get(group, []))
-    if not topk:
-        return None
+    regtopk, topk = pairs_of(evidence.cifar10[group])[density, SCRIPT_MU]
     twice, again, displaced = (spread(values(name, runs)) for name, runs in (("repeated", topk), ("repeated", regtopk), ("displaced", regtopk)))
     text = f"of what it sent, Top-k had sent {twice} % the step before, RegTop-k {again} %; RegTop-k displaced {displaced} %"
     return Finding(text, len(topk), "none", [*regtopk, *topk])
@@ -165,43 +138,33 @@ def find_overlap(evidence, group):
 
 def find_by_option(evidence, group, place):
     """List RegTop-k minus Top-k in points by density (place 0 of a pair) or mu (place 1), over the seeds of all of them."""
-    runs = evidence.cifar10.get(group, [])
-    pairs = sorted(pairs_of(runs).items(), key=lambda item: item[0][place])
-    common = set.intersection(*({run.seed for run in both[0]} for _, both in pairs)) if pairs else set()
-    if len(pairs) < 2 or not common:
-        return None
-    parts, chances = [], []
-    for options, both in pairs:
-        regtopk, topk = ([run for run in some if run.seed in common] for some in both)
-        comparison = compare(values("accuracy", regtopk), values("accuracy", topk))
-        parts.append(f"{options[place]:g}: {number(comparison.mean, 2)} (displaced {mean('displaced', regtopk, 1)} %)")
-        chances += [comparison.p] if comparison.p is not None else []
-    text = f"after {runs[0].length} RegTop-k minus Top-k in points by {('density', 'mu')[place]}, {'; '.join(parts)}"
+    runs = evidence.cifar10[group]
+    pairs = pairs_of(runs)
+    groups = at_common_seeds([some for both in pairs.values() for some in both])
+    tests = [compare(values("accuracy", regtopk), values("accuracy", topk)) for regtopk, topk in zip(groups[::2], groups[1::2])]
+    parts = [f"{of[place]:g}: {number(test.mean, 2)} (displaced {mean('displaced', own, 1)} %)" for of, test, own in zip(pairs, tests, groups[::2])]
+    chances = [test.p for test in tests if test.p is not None]
     test = "none with one seed"
     if chances:
         test = f"{len(chances)} paired t-tests: smallest p {min(chances):.2g}, corrected for their number {min(1.0, len(chances) * min(chances)):.2g}"
-    return Finding(text, len(common), test, runs)
+    text = f"after {runs[0].length} RegTop-k minus Top-k in points by {('density', 'mu')[place]}, {'; '.join(parts)}"
+    return Finding(text, len(groups[0]), test, runs)
 
 
 def endings_of(runs):
     """Return {ending: its runs}, "nothing" first as it is in the logs, at the seeds that all endings have."""
     names = dict.fromkeys(run.options["ending"] for run in runs)
-    seeds = [{run.seed for run in select(runs, ending=name)} for name in names]
-    return {name: [run for run in select(runs, ending=name) if run.seed in set.intersection(*seeds)] for name in names}
+    return dict(zip(names, at_common_seeds([select(runs, ending=name) for name in names])))
 
 
 def find_endings(evidence, model, optimizer):
     """Find the accuracy that training without an ending came to, and what every ending adds to it."""
     runs = select(evidence.endings, model=model, optimizer=optimizer)
-    if not runs:
-        return None
-    gained = {name: values("accuracy", own) for name, own in endings_of(runs).items()}
-    nothing = gained.pop("nothing")
-    tests = {name: compare(own, nothing) for name, own in gained.items()}
-    text = f"nothing {spread(nothing)} %; points more than it: " + ", ".join(f"{name} {number(each.mean, 2)}" for name, each in tests.items())
-    shown = ", ".join(name for name, each in tests.items() if each.shown) or "none"
-    test = f"{len(tests)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if len(nothing) > 1 else "none with one seed"
-    return Finding(text, len(nothing), test, runs)
+    endings = endings_of(runs)
+    nothing = endings.pop("nothing")
+    tests = {name: compare(values("accuracy", own), values("accuracy", nothing)) for name, own in endings.items()}
+    gains = ", ".join(f"{name} {number(test.mean, 2)}" for name, test in tests.items())
+    return Finding(f"nothing {spread(values('accuracy', nothing))} %; points more than it: {gains}", len(nothing), describe_several(tests), runs)
 
 
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
@@ -216,50 +179,44 @@ CLAIMS = {
     "fig-2-genie": ("linear_regression_density", find_genie),
     "fig-2-homogeneous": ("linear_regression_density", partial(find_gaps, settings=HOMOGENEOUS)),
     "fig-2-fp32": ("linear_regression_density", partial(find_gaps, settings=SINGLE)),
-    "density-0.001": ("cifar10_density-0.001", partial(find_accuracy, group="density-0.001", against=PAPER_GAIN)),
-    "density-0.001-overlap": ("cifar10_density-0.001", partial(find_overlap, group="density-0.001")),
+    "density-0.001": ("cifar10_density-0.001", partial(find_accuracy, group="density-0.001", density=0.001, against=PAPER_GAIN)),
+    "density-0.001-overlap": ("cifar10_density-0.001", partial(find_overlap, group="density-0.001", density=0.001)),
     **{f"density-{text}": (f"cifar10_density-{text}", partial(find_accuracy, group=BY_DENSITY, density=float(text))) for text in ("0.0001", "0.01", "0.1")},
     BY_DENSITY: (f"cifar10_{BY_DENSITY}_by_density", partial(find_by_option, group=BY_DENSITY, place=0)),
     "density-0.01-mu": ("cifar10_density-0.01_by_mu", partial(find_by_option, group="density-0.01", place=1)),
     "tiny-density": ("cifar10_tiny-density_by_density", partial(find_by_option, group="tiny-density", place=0)),
     "tiny-mu": ("cifar10_tiny-mu_by_mu", partial(find_by_option, group="tiny-mu", place=1)),
-    **{group: (f"cifar10_{group}", partial(find_accuracy, group=group)) for group in ("density-0.001-long", "mobilenet_v2", "vgg11_bn", "local-40")},
-    **{f"{kind}-{labels}": (f"cifar10_{kind}-{labels}", partial(find_accuracy, group=f"{kind}-{labels}", loss=True))
-       for kind in ("partition", "tiny") for labels in ("labels", "dirichlet")},
-    **{f"end-mlp-{optimizer}": ("end_of_training", partial(find_endings, model="mlp", optimizer=optimizer)) for optimizer in ("sgd", "momentum", "adamw")},
+    **{group: (f"cifar10_{group}", partial(find_accuracy, group=group, density=density))
+       for group, density in (("density-0.001-long", 0.001), ("mobilenet_v2", 0.01), ("vgg11_bn", 0.01), ("local-40", 0.0001))},
+    **{f"{kind}-{labels}": (f"cifar10_{kind}-{labels}", partial(find_accuracy, group=f"{kind}-{labels}", density=density, loss=True))
+       for kind, density in (("partition", 0.01), ("tiny", 0.1)) for labels in ("labels", "dirichlet")},
 }  # fmt: skip
 
 
-def find_cells(name, evidence):
-    """Return the cells of a claim's row that the logs decide: found, n, test, log and figure."""
-    figure, find = CLAIMS[name]
-    finding = find(evidence)
-    if finding is None:
-        return [NOT_RUN, "0", NOT_RUN, "", ""]
-    logs = ", ".join(f"[{Path(log).stem}](results/{log})" for log in sorted({run.log for run in finding.runs}))
-    return [finding.found, str(finding.n), finding.test, logs, f"[figure](figures/{figure}.svg)"]
+def claims_of(evidence):
+    """Return CLAIMS, and a claim for each model and optimizer whose ends of training are in the evidence."""
+    ends = dict.fromkeys((run.options["model"], run.options["optimizer"]) for run in evidence.endings)
+    found = {f"end-{model}-{optimizer}": partial(find_endings, model=model, optimizer=optimizer) for model, optimizer in ends}
+    return CLAIMS | {name: ("end_of_training", find) for name, find in found.items()}
 
 
-def fill_table(document, evidence):
-    """Return the document with what the logs show in the row of every claim; ValueError where it has not one row for each."""
-    names = re.findall(r'^\| <a id="([^"]+)">', document, re.MULTILINE)
-    if sorted(names) != sorted(CLAIMS):
-        raise ValueError(f"fill_table: expected a row for each of {sorted(CLAIMS)}, got {sorted(names)}")
+def fill(document, evidence):
+    """Return the document with what the logs show in every row of its tables that begins with a claim's anchor, and in every line
+    of its lists that begins with a link to one."""
 
-    def fill(row):
-        cells = [cell.strip() for cell in row[0].strip("|").split(" | ")[:STATED]]
-        return "| " + " | ".join([*cells, *find_cells(row[1], evidence)]) + " |"
+    def fill_row(row):
+        figure, find = claims_of(evidence)[row[1]]
+        finding = find(evidence)
+        stated = [cell.strip() for cell in row[0].strip("|").split(" | ")[:STATED]]
+        logs = ", ".join(f"[{Path(log).stem}](results/{log})" for log in sorted({run.log for run in finding.runs}))
+        cells = [*stated, finding.found, str(finding.n), finding.test, logs, f"[figure](figures/{figure}.svg)"]
+        return f"| {' | '.join(cells)} |"
 
-    return re.sub(r'^\| <a id="([^"]+)">.*$', fill, document, flags=re.MULTILINE)
-
-
-def fill_findings(document, evidence):
-    """Return the document with what the logs show in every line of its lists that begins with a link to a claim's row."""
-
-    def fill(line):
-        finding = CLAIMS[line[2]][1](evidence) or Finding(NOT_RUN, 0, "none", [])
+    def fill_line(line):
+        finding = claims_of(evidence)[line[2]][1](evidence)
         verdict = "" if finding.comparison is None or finding.comparison.shown else "; no difference shown"
         test = "" if finding.test == "none" else f" ({finding.test}; n = {finding.n})"
         return f"{line[1]} {finding.found}{verdict}{test}."
 
-    return re.sub(r"^(\* \[[^]]+\]\(\S+#([^)]+)\):).*$", fill, document, flags=re.MULTILINE)
+    document = re.sub(r'^\| <a id="([^"]+)">.*$', fill_row, document, flags=re.MULTILINE)
+    return re.sub(r"^(\* \[[^]]+\]\(\S+#([^)]+)\):).*$", fill_line, document, flags=re.MULTILINE)

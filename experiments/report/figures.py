@@ -1,11 +1,10 @@
 """Draw figures from logs alone, as SVG; the same logs give the same files: no date, no random identifiers."""
 
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, endings_of
-from experiments.report.logs import select
+from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
 COLOURS = {"dense": "black", "genie": "tab:green", "topk": "tab:red", "regtopk": "tab:blue", "current": "tab:orange"}
@@ -18,25 +17,20 @@ REGRESSION = "Linear regression, 20 workers, 2,500 steps: mean and range over se
 
 def new_figure(columns, title, size):
     """Return (figure, axes side by side); size in inches."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "regtopk_torch", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3})
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    rcParams.update({"svg.hashsalt": "regtopk_torch", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3})
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    return figure, axes[0]
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def save(figure, path):
-    """Write the figure to `path`, an SVG, close it, and return the path."""
-    import matplotlib.pyplot as plt
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write the figure to `path`, an SVG, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return Path(path)
+    return path
 
 
 def describe(configuration):
@@ -93,16 +87,17 @@ def draw_against(option, name, axes, runs):
             axes.vlines(along, least, greatest, color=style["color"], linewidth=4 if rest[0] == "topk" else 1.6, alpha=0.5)
     axes.set(xlabel=OPTIONS[option])
     axes.legend(fontsize=7)
+    numbers = [x for groups, _ in lines.values() for x in groups if x is not None]
+    if max(numbers) >= 10 * min(numbers):
+        scale_logarithmically(axes)
 
 
-def draw_panels(title, panels, logarithmic=False):
+def draw_panels(title, panels):
     """Return a figure of panels side by side, each of (title, what its vertical axis shows, runs, draw(axes, runs))."""
     figure, all_axes = new_figure(len(panels), title, size=(4.8 * len(panels) + 1, 4.6))
     for axes, (name, ylabel, runs, draw) in zip(all_axes, panels):
         draw(axes, runs)
         axes.set(title=name, ylabel=ylabel)
-        if logarithmic:
-            scale_logarithmically(axes)
     return figure
 
 
@@ -166,21 +161,22 @@ def draw_bytes(runs):
 
 def draw_by_option(runs, option):
     """Return accuracy after the last step, and what was displaced, against an option; drawn are the seeds that all have."""
-    common = set.intersection(*({run.seed for run in own} for _, own, _ in by_configuration(runs)))
-    runs = [run for run in runs if run.seed in common]
-    title = f"{runs[0].options['model']} on {runs[0].data}, {runs[0].length}: mean and range over n = {len(common)} seeds"
+    groups = at_common_seeds([own for _, own, _ in by_configuration(runs)])
+    runs = [run for own in groups for run in own]
+    title = f"{runs[0].options['model']} on {runs[0].data}, {runs[0].length}: mean and range over n = {len(groups[0])} seeds"
     accuracy = ("", "test accuracy on all images (%)", runs, partial(draw_against, option, "accuracy"))
     displaced = ("", "displaced, of what was sent (%)", select(runs, method="regtopk"), partial(draw_against, option, "displaced"))
-    return draw_panels(title, [accuracy, displaced], logarithmic=True)
+    return draw_panels(title, [accuracy, displaced])
 
 
 def draw_endings(axes, runs):
     """Draw what every end of training adds to the accuracy of none, a point per seed."""
-    for number, (optimizer, colour) in enumerate({"sgd": "tab:red", "momentum": "tab:blue", "adamw": "tab:green"}.items()):
-        nothing, *ends = endings_of(select(runs, optimizer=optimizer)).items() or [("", [])]
+    colours = {"sgd": "tab:red", "momentum": "tab:blue", "adamw": "tab:green"}
+    for number, optimizer in enumerate(dict.fromkeys(run.options["optimizer"] for run in runs)):
+        nothing, *ends = endings_of(select(runs, optimizer=optimizer)).items()
         for place, (_, own) in enumerate(ends):
             gains = [run.value("accuracy") - before.value("accuracy") for run, before in zip(own, nothing[1])]
-            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colour, markersize=3, label=None if place else optimizer)
+            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colours[optimizer], markersize=3, label=None if place else optimizer)
         axes.set_xticks(range(len(ends)), [name for name, _ in ends])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=1)
@@ -205,9 +201,10 @@ def make_figures(evidence):
         yield "linear_regression_curves", draw_panels(REGRESSION, at(usual, (0.4, 0.5, 0.6), draw_curves))
         panels = [(name, GAP, select(usual, **settings), by_density) for name, settings in zip(("heterogeneous, fp64", "homogeneous, fp64", "heterogeneous, fp32"), PROBLEMS)]
         yield "linear_regression_density", draw_panels(REGRESSION, panels)
-        yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu), logarithmic=True)
+        yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu))
     if evidence.endings:
-        panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), draw_endings) for model in ("mlp",)]
+        models = dict.fromkeys(run.options["model"] for run in evidence.endings)
+        panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), draw_endings) for model in models]
         yield "end_of_training", draw_panels("What to do at the end of training, every seed", panels)
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)

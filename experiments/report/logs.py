@@ -17,7 +17,7 @@ class Run:
     """One finished run: a row of a sweep, or a training run on CIFAR-10.
 
     log: path below results; options: how it was run, None for what its method does not use; losses: [(step, loss)]; tests: its
-    "test" records, one per step; result: its row, or its last record.
+    "test" records; result: its row, or its last record.
     """
 
     log: str
@@ -60,59 +60,56 @@ def select(runs, **wanted):
     return [run for run in runs if all(run.options[key] == value for key, value in wanted.items())]
 
 
+def at_common_seeds(groups):
+    """Return the groups, lists of runs, at the seeds that all of them have, in the order of the seeds."""
+    common = set.intersection(*({run.seed for run in runs} for runs in groups))
+    return [sorted((run for run in runs if run.seed in common), key=lambda run: run.seed) for runs in groups]
+
+
 def pair(runs, first, second):
     """Return two lists, the runs with the options `first` and those with `second`, at the seeds that both have."""
-    one, other = ({run.seed: run for run in select(runs, **wanted)} for wanted in (first, second))
-    common = sorted(one.keys() & other.keys())
-    return [one[seed] for seed in common], [other[seed] for seed in common]
+    return at_common_seeds([select(runs, **first), select(runs, **second)])
 
 
-def finished_run(header, records, log=""):
-    """Return the Run of a log, None for one that does not end with a result: it has not finished, or goes on."""
+def finished_run(header, records, log):
+    """Return the Run of a log, `log` its path; raise ValueError for one that does not end with a result: it has not finished, or goes on."""
     if not records or records[-1]["event"] != "result":
-        return None
+        raise ValueError(f"finished_run: expected a finished run in {log}, got a log that does not end with a result")
     options = dict(header["options"])
     for key in {"dense": RUN_KEYS[1:4], "topk": RUN_KEYS[2:4], "regtopk": ()}[options["method"]]:
         options[key] = None
-    losses = {record["step"]: record["loss"] for record in records if record["event"] == "step"}
-    tests = {record["step"]: record for record in records if record["event"] == "test"}
-    return Run(log, header["data"], header["seed"], options, sorted(losses.items()), [tests[step] for step in sorted(tests)], records[-1])
+    losses = [(record["step"], record["loss"]) for record in records if record["event"] == "step"]
+    tests = [record for record in records if record["event"] == "test"]
+    return Run(log, header["data"], header["seed"], options, losses, tests, records[-1])
 
 
 def read_run(folder):
     """Return the Run whose log is in the run folder; raise ValueError for one that has not finished."""
-    if (run := finished_run(*read_log(folder))) is None:
-        raise ValueError(f"read_run: expected a finished run in {folder}, got a log that does not end with a result")
-    return run
+    return finished_run(*read_log(folder), folder)
+
+
+def _read_sweeps(results, name):
+    """Return the Runs of the sweeps, several in a log, below `results` / `name`."""
+    return [
+        Run(path.relative_to(results).as_posix(), None, row["seed"], header["settings"] | row, [], [], row)
+        for path in sorted(results.glob(f"{name}/*.jsonl")) for header, records in read_logs(path) for row in records if row["event"] == "run"
+    ]  # fmt: skip
 
 
 class Evidence:
-    """All committed logs: runs of the toy, of the regression, those that ended with a finite gap, of the ends of training, and of
-    CIFAR-10 by group.
+    """All committed logs: runs of the toy, of the regression, of the ends of training, and of CIFAR-10 by group.
 
-    A group's runs are sorted and took equally many steps, as many as most of them took. Last comes the group BY_DENSITY: those
-    of the groups density-D, each as it stood where the shortest ended, so that they differ in density alone.
+    A group's runs are sorted. Last comes the group BY_DENSITY: those of the groups density-D, each as it stood where the shortest
+    ended, so that they differ in density alone.
     """
 
     def __init__(self, results=RESULTS):
-        self.toy, self.regression = (self._sweeps(Path(results), name, RUN_KEYS) for name in ("toy_logistic", "linear_regression"))
-        self.endings = self._sweeps(Path(results), "end_of_training", ("optimizer", "ending", "seed"))
+        self.toy, self.regression, self.endings = (_read_sweeps(results, name) for name in ("toy_logistic", "linear_regression", "end_of_training"))
         self.cifar10 = {}
-        for path in sorted(Path(results).glob("cifar10/*.jsonl")):
-            found = [finished_run(*log, path.relative_to(results).as_posix()) for log in read_logs(path)]
-            runs = sorted(filter(None, found), key=lambda run: [(part is not None, part or 0) for part in (*run.configuration[:3], run.seed)])
-            steps = [run.result["step"] for run in runs]
-            usual = max(sorted(set(steps), reverse=True), key=steps.count, default=None)
-            self.cifar10[path.stem] = [run for run in runs if run.result["step"] == usual]
+        for path in sorted(results.glob("cifar10/*.jsonl")):
+            runs = [finished_run(*log, path.relative_to(results).as_posix()) for log in read_logs(path)]
+            self.cifar10[path.stem] = sorted(runs, key=lambda run: [(part is not None, part or 0) for part in (*run.configuration[:3], run.seed)])
         groups = [runs for group, runs in self.cifar10.items() if DENSITY_GROUP.fullmatch(group)]
         if len(groups) > 1:
             shortest = min(run.result["step"] for runs in groups for run in runs)
             self.cifar10[BY_DENSITY] = [run.cut(shortest) for runs in groups for run in runs if run.options["mu"] in (None, SCRIPT_MU)]
-
-    @staticmethod
-    def _sweeps(results, name, keys):
-        return [
-            Run(path.relative_to(results).as_posix(), None, row["seed"], {**header["settings"], **{key: row[key] for key in keys}}, [], [], row)
-            for path in sorted(results.glob(f"{name}/*.jsonl")) for header, records in read_logs(path) for row in records
-            if row["event"] == "run" and row.get("log10_gap", 0) is not None
-        ]  # fmt: skip

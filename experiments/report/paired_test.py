@@ -47,6 +47,13 @@ def compare(first, second):
     return Comparison(len(differences), fmean(differences), low, high, float(result.pvalue))
 
 
+def describe_several(comparisons):
+    """Return the tests of {label: Comparison} in words, such as "2 paired t-tests, uncorrected: p < 0.05 at 0.3"."""
+    tested = [comparison for comparison in comparisons.values() if comparison.p is not None]
+    shown = ", ".join(label for label, comparison in comparisons.items() if comparison.shown) or "none"
+    return f"{len(tested)} paired t-tests, uncorrected: p < {SIGNIFICANT:g} at {shown}" if tested else "none with one seed"
+
+
 def number(value, digits):
     """Return a number with a true minus sign; never -0."""
     text = f"{value:.{digits}f}"
