@@ -68,6 +68,8 @@ class Training:
 
     def end(self, ending):
         """Return the row of one ending: accuracy (0...1) and loss (nats) on the test images, and the entries that a worker sent in the tail."""
+        from experiments.models import test
+
         workers, before, sent = self._make_workers(), self._options.density, 0
         for part, state in zip((workers.model, workers.optimizer, workers.exchange), self._saved):
             part.load_state_dict(copy.deepcopy(state))
@@ -80,7 +82,10 @@ class Training:
         if ending.startswith("flush"):
             self._flush(workers, self._rate if ending == "flush" else None)
             sent += entries
-        return {**evaluate(workers.model, self._dataset), "tail_entries": sent}
+        correct, loss = test(workers.model, self._dataset)
+        count = len(self._dataset.test_labels)
+        # An ending may break a network: a loss that is no number is recorded as such.
+        return {"accuracy": correct / count, "loss": round(loss / count, 6) if math.isfinite(loss) else None, "tail_entries": sent}
 
     @staticmethod
     def _flush(workers, rate):
@@ -101,22 +106,6 @@ def _with_density(exchange, density):
     other = rt.LocalExchange(exchange.num_workers, density, method="topk")
     other.load_state_dict(exchange.state_dict())
     return other
-
-
-def evaluate(model, dataset):
-    import torch
-
-    correct, loss = 0, 0.0
-    model.eval()
-    with torch.no_grad():
-        for images, labels in zip(dataset.test_images.split(250), dataset.test_labels.split(250)):
-            scores = model(dataset.normalise(images))
-            correct += (scores.argmax(dim=1) == labels).sum().item()
-            loss += torch.nn.functional.cross_entropy(scores, labels, reduction="sum").item()
-    model.train()
-    count = len(dataset.test_labels)
-    # An ending may break a network: a loss that is no number is recorded as such.
-    return {"accuracy": correct / count, "loss": round(loss / count, 6) if math.isfinite(loss) else None}
 
 
 def parse(arguments):

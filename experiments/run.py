@@ -15,12 +15,11 @@ from tqdm import tqdm
 from experiments import data
 from experiments.batches import make_batches
 from experiments.checkpoints import JobError, StepFolders, agree, gather
-from experiments.models import make_model
+from experiments.models import make_model, test
 from experiments.workers import DistributedWorkers, LocalWorkers, add
 from runlog.record import LOG_NAME, Recorder, portable
 
 LOSS_STEPS = 50
-EVALUATION_BATCH = 250
 COMPARED_STEPS = 20
 # What a resumed run may change. LocalExchange checks the number of workers itself; processes may be more or fewer.
 CHANGEABLE = ("data", "folder", "steps", "save_every", "checkpoint", "timeout", "threads", "compare", "paper", "workers", "device")
@@ -48,21 +47,12 @@ def load_dataset(options):
 def evaluate(model, dataset, count):
     """Return the accuracy (0...1) on the first `count` test images; collective, the ranks share the images.
 
-    Every rank first takes rank 0's BatchNorm statistics, in place, as DDP does before each forward pass. The model is in
-    training mode before and after.
+    Every rank first takes rank 0's BatchNorm statistics, in place, as DDP does before each forward pass.
     """
-    device = next(model.parameters()).device
     if dist.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    share = slice(dist.get_rank(), count, dist.get_world_size())
-    images, labels = dataset.test_images[share], dataset.test_labels[share]
-    correct = torch.zeros((), dtype=torch.int64)
-    model.eval()
-    with torch.no_grad():
-        for some_images, some_labels in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH)):
-            correct += (model(dataset.normalise(some_images).to(device)).argmax(dim=1).cpu() == some_labels).sum()
-    model.train()
+    correct = torch.tensor(test(model, dataset, slice(dist.get_rank(), count, dist.get_world_size()))[0])
     dist.all_reduce(correct)
     return correct.item() / count
 
