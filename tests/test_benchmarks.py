@@ -48,9 +48,10 @@ def test_step_times_are_medians_of_their_logs_from_the_slowest_link_to_the_faste
 
     add("1gbit", {None: [1.0, 3.0, 2.0]}, method="dense"), add("500mbit", {"regtopk": [0.5, 0.5, 0.5], "dense": [4.0, 4.0, 9.0]})
     rows = hosts.format_hosts(tmp_path, tmp_path).splitlines()
-    assert rows[0] == "| link of each host | DDP alone | RegTop-k |"
-    assert rows[2:4] == ["| 500 Mbit/s | 4.00 s (4.00…9.00; n = 3) | 0.50 s (0.50…0.50; n = 3) |", "| 1 Gbit/s | 2.00 s (1.00…3.00; n = 3) |  |"]
-    assert "density 0.01, 2 hosts with 4 images each, all on 2 cores of one P, gloo, torch 2, [logs](.) of commit c0ffee" in rows[5]
+    assert rows[0] == "| what is exchanged | 500 Mbit/s | 1 Gbit/s |"
+    dense, regtopk = (hosts.METHODS[method] for method in ("dense", "regtopk"))
+    assert rows[2:4] == [f"| {dense} | 4.00 s (4.00…9.00) | 2.00 s (1.00…3.00) |", f"| {regtopk} | 0.50 s (0.50…0.50) |  |"]
+    assert "n = 3 steps of one run: density 0.01, 2 hosts with 4 images each, all on 2 cores of one P, gloo, torch 2, [logs](.) of commit c0ffee" in rows[5]
     add("1gbit", {"regtopk": [1.0, 1.0]}, commit="another")
     with pytest.raises(ValueError, match="expected logs of one commit, machine and setting, got "):
         hosts.format_hosts(tmp_path, tmp_path)
@@ -65,9 +66,9 @@ def test_step_times_of_every_method_are_measured(tmp_path):
     command += ["--model", "small", "--rounds", "2", "--density", "0.01", "--out", str(log)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    names, _, cells = (line.strip("| ").split(" | ") for line in hosts.format_hosts(tmp_path, tmp_path).splitlines()[:3])
-    assert names[1:] == list(hosts.METHODS.values())
-    assert cells[0] == "1 Gbit/s" and all(cell.endswith("; n = 2)") for cell in cells[1:])
+    head, _, *rows, _, below = hosts.format_hosts(tmp_path, tmp_path).splitlines()
+    assert head == "| what is exchanged | 1 Gbit/s |" and "n = 2 steps" in below
+    assert [row.strip("| ").split(" | ")[0] for row in rows] == list(hosts.METHODS.values()) and all(row.endswith(") |") for row in rows)
 
 
 def test_a_document_without_the_marks_is_an_error():
