@@ -109,7 +109,7 @@ Transport::FuturePtr GlooTransport::submit(
                                   timeout.count() / 1000, " s, got ", got));
       };
       if (outcome == Completer::Outcome::kDoubted) lost(why);
-      if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete");
+      if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete" + watch->absent(number));
       if (outcome == Completer::Outcome::kStopped) lost("a shutdown of this process");
       if (arrival->hasError()) {
         const std::string contradiction = watch->contradiction(number, activity);
@@ -168,7 +168,7 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   while (!signal->changed.wait_until(lock, std::min(next, deadline), [&] { return arrival->completed(); })) {
     lock.unlock();
     if (const std::string why = watch_->contradiction(number, activity); !why.empty()) lost(why);
-    if (Clock::now() >= deadline) lost("none of them complete");
+    if (Clock::now() >= deadline) lost("none of them complete" + watch_->absent(number));
     next = Clock::now() + watch_->interval();
     lock.lock();
   }

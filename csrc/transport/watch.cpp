@@ -67,6 +67,24 @@ std::string Watch::contradiction(int64_t number, const std::string& activity) {
   return "";
 }
 
+std::string Watch::absent(int64_t number) {
+  std::string ranks;
+  try {
+    for (int64_t other = 0; other < ranks_; ++other) {
+      const std::string key = "waits/" + std::to_string(other);
+      if (other == rank_) continue;
+      if (store_->check({key})) {
+        const std::vector<uint8_t> record = store_->get(key);
+        if (std::stoll(std::string(record.begin(), record.end())) >= number) continue;
+      }
+      ranks += (ranks.empty() ? "; rank " : ", ") + std::to_string(other);
+    }
+  } catch (const std::exception&) {
+    return "";  // as in contradiction()
+  }
+  return ranks.empty() ? "" : ranks + " has not come to it";
+}
+
 void Watch::announce_failure(const std::string& why) {
   try {
     const std::lock_guard lock(mutex_);

@@ -31,6 +31,9 @@ class Watch {
   int64_t begin();
   // Says that this rank waits in that activity, and returns what contradicts it on another rank, in words; empty if nothing does.
   std::string contradiction(int64_t number, const std::string& activity);
+  // Who has never said that it waits in that activity, or in a later one, in words; empty where everybody has. After a timeout: a
+  // rank that came to it has waited long enough to say so.
+  std::string absent(int64_t number);
   // Says that this rank failed instead of beginning the next activity.
   void announce_failure(const std::string& why);
 
