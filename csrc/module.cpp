@@ -25,19 +25,19 @@ namespace regtopk {
 namespace {
 
 // The native way into the exchange, without Python in the backward pass.
-class ExchangeHook : public c10d::CppCommHookInterface<std::shared_ptr<DdpExchange>> {
+class ExchangeHook : public c10d::CppCommHookInterface<std::shared_ptr<GroupExchange>> {
  public:
   using CppCommHookInterface::CppCommHookInterface;
-  DdpExchange::FuturePtr runHook(c10d::GradBucket& bucket) override { return state_->run(bucket); }
+  GroupExchange::FuturePtr runHook(c10d::GradBucket& bucket) override { return run(*state_, bucket); }
 };
 
 // The way in from Python: the same future, but of a Python object, as DDP's Python hook asserts. The object is made here, so
 // that completing the future needs no GIL, and an error stays the error that it is.
-std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(DdpExchange& exchange, c10d::GradBucket& bucket) {
-  DdpExchange::FuturePtr done;
+std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(GroupExchange& exchange, c10d::GradBucket& bucket) {
+  GroupExchange::FuturePtr done;
   {
     const py::gil_scoped_release no_gil;
-    done = exchange.run(bucket);
+    done = run(exchange, bucket);
   }
   const at::Tensor& buffer = bucket.getBufferRef();
   auto result = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get(), done->devices());
@@ -56,7 +56,7 @@ std::shared_ptr<torch::jit::PythonFutureWrapper> run_from_python(DdpExchange& ex
 
 // Every exchange that may still have a thread, to be stopped before the interpreter ends.
 std::mutex open_exchanges_mutex;
-std::vector<std::weak_ptr<DdpExchange>> open_exchanges;
+std::vector<std::weak_ptr<GroupExchange>> open_exchanges;
 
 // Ending an exchange joins its thread, and that thread may need Python: the GIL must be free.
 template <typename T>
@@ -74,12 +74,13 @@ void delete_without_gil(T* object) {
 using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
 using GroupTuple = std::tuple<GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>>;
 
-std::shared_ptr<DdpExchange> make_exchange(
-    const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple()> open_groups, std::function<double()> scale,
-    Worker::AppliedKeys applied) {
-  const auto open = [open_groups = std::move(open_groups)](std::function<std::string()> own_calls) -> std::shared_ptr<Transport> {
-    auto [payloads, control, store, timeout, on_stream] = open_groups();
-    const std::string who = c10::str("rank ", payloads->getRank(), ": sparse_hook");
+std::shared_ptr<GroupExchange> make_exchange(
+    const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple(const std::string& caller)> open_groups,
+    std::function<double()> scale, Worker::AppliedKeys applied) {
+  const auto open = [open_groups = std::move(open_groups)](
+                        const std::string& caller, std::function<std::string()> own_calls) -> std::shared_ptr<Transport> {
+    auto [payloads, control, store, timeout, on_stream] = open_groups(caller);
+    const std::string who = c10::str("rank ", payloads->getRank(), ": ", caller);
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
     auto gloo = std::make_unique<GlooTransport>(GlooTransport::Groups{payloads, control, store, milliseconds}, who, std::move(own_calls));
     Transport* const transport = on_stream
@@ -87,8 +88,8 @@ std::shared_ptr<DdpExchange> make_exchange(
                                      : static_cast<Transport*>(gloo.release());
     return {transport, &delete_without_gil<Transport>};
   };
-  std::shared_ptr<DdpExchange> exchange(
-      new DdpExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<DdpExchange>);
+  std::shared_ptr<GroupExchange> exchange(
+      new GroupExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<GroupExchange>);
   const std::lock_guard lock(open_exchanges_mutex);
   std::erase_if(open_exchanges, [](const auto& weak) { return weak.expired(); });
   open_exchanges.push_back(exchange);
@@ -96,7 +97,7 @@ std::shared_ptr<DdpExchange> make_exchange(
 }
 
 void close_all() {
-  std::vector<std::shared_ptr<DdpExchange>> exchanges;
+  std::vector<std::shared_ptr<GroupExchange>> exchanges;
   {
     const std::lock_guard lock(open_exchanges_mutex);
     for (const auto& weak : open_exchanges) {
@@ -216,42 +217,43 @@ PYBIND11_MODULE(_C, module) {
 
   py::enum_<Deed>(module, "Deed").value("RESET", Deed::kReset).value("LOAD", Deed::kLoad);
 
-  py::class_<DdpExchange, std::shared_ptr<DdpExchange>>(module, "DdpExchange")
+  py::class_<GroupExchange, std::shared_ptr<GroupExchange>>(module, "GroupExchange")
       .def(
           py::init(&make_exchange), py::arg("options"), py::arg("clock"), py::kw_only(), py::arg("open_groups"), py::arg("scale"),
           py::arg("applied"))
       .def("run", &run_from_python)
       .def(
-          "register_on", [](const std::shared_ptr<DdpExchange>& exchange,
+          "register_on", [](const std::shared_ptr<GroupExchange>& exchange,
                             c10d::Reducer& reducer) { reducer.register_comm_hook(std::make_unique<ExchangeHook>(exchange)); })
-      .def_property_readonly("is_open", &DdpExchange::is_open)
-      .def("set_dense", &DdpExchange::set_dense)
-      .def("skipped", &DdpExchange::skipped, release_gil())
-      .def("did", &DdpExchange::did)
-      .def("statistics", [](DdpExchange& exchange) { return statistics_of(exchange.worker()); })
-      .def("last_step", [](const DdpExchange& exchange) { return exchange.worker().steps.step(); })
+      .def_property_readonly("is_open", &GroupExchange::is_open)
+      .def("set_dense", &GroupExchange::set_dense)
+      .def("skipped", &GroupExchange::skipped, release_gil())
+      .def("did", &GroupExchange::did)
+      .def("statistics", [](GroupExchange& exchange) { return statistics_of(exchange.worker()); })
+      .def("last_step", [](const GroupExchange& exchange) { return exchange.worker().steps.step(); })
       .def(
-          "check", [](DdpExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
+          "check", [](GroupExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
       .def(
-          "wait_idle", [](DdpExchange& exchange) { exchange.idle_worker(); }, release_gil())
+          "wait_idle", [](GroupExchange& exchange) { exchange.idle_worker(); }, release_gil())
       .def(
-          "residual_norm", [](DdpExchange& exchange) { return exchange.idle_worker().residual_norm(); }, release_gil())
+          "residual_norm", [](GroupExchange& exchange) { return exchange.idle_worker().residual_norm(); }, release_gil())
       .def(
-          "export_pieces", [](DdpExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
+          "export_pieces", [](GroupExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
       .def(
           "import_pieces",
-          [](DdpExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
+          [](GroupExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
           release_gil())
       .def(
-          "clear", [](DdpExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); }, release_gil())
+          "clear", [](GroupExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); },
+          release_gil())
       .def(
-          "open", [](DdpExchange& exchange) { exchange.transport(); }, release_gil())
+          "open", [](GroupExchange& exchange) { exchange.transport(); }, release_gil())
       .def(
-          "rank", [](DdpExchange& exchange) { return exchange.transport().rank(); }, release_gil())
-      .def("workers", [](const DdpExchange& exchange) { return exchange.worker().workers; })  // known once it has been open
+          "rank", [](GroupExchange& exchange) { return exchange.transport().rank(); }, release_gil())
+      .def("workers", [](const GroupExchange& exchange) { return exchange.worker().workers; })  // known once it has been open
       .def(
           "gather_texts",
-          [](DdpExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
+          [](GroupExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {
             std::vector<std::string> texts;
             {
               const py::gil_scoped_release no_gil;
@@ -263,11 +265,11 @@ PYBIND11_MODULE(_C, module) {
           })
       .def(
           "add_up",
-          [](DdpExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
+          [](GroupExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
             exchange.transport().add_up(tensor, caller, activity);
           },
           release_gil())
-      .def("close", &DdpExchange::close, release_gil());
+      .def("close", &GroupExchange::close, release_gil());
 
   py::class_<LocalExchange>(module, "LocalExchange")
       .def(py::init<Options, int64_t>())

@@ -35,10 +35,10 @@ def check_model(who, ddp, group):
         raise ValueError(f"{who}: expected a state for the model's ranks {expected}, got one for {got}")
 
 
-def open_groups(state):
+def open_groups(state, caller="sparse_hook"):
     """Return (group for payloads, group for control, store, timeout in seconds, stream); waits for the other ranks.
 
-    `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
+    `caller` is who messages are from. `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
 
     The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
     rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
@@ -49,7 +49,7 @@ def open_groups(state):
     group = group_of(state)
     models = _models_of(state)
     for ddp in models:
-        check_model("sparse_hook", ddp, group)
+        check_model(caller, ddp, group)
     rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
     shared = _own_client(group.get_group_store())
     number = shared.add(f"regtopk/opened/{rank}", 1)
@@ -63,7 +63,7 @@ def open_groups(state):
         store.delete_key(f"here/{rank}")
         shared.add(f"regtopk/opened/{rank}", -1)
         raise dist.DistBackendError(
-            f"rank {rank}: sparse_hook: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
+            f"rank {rank}: {caller}: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
     try:
@@ -71,7 +71,7 @@ def open_groups(state):
         control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
     except RuntimeError as error:
         raise dist.DistBackendError(
-            f"rank {rank}: sparse_hook: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
+            f"rank {rank}: {caller}: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
         ) from error
     return payloads, control, store, limit.total_seconds(), _stream_of(models[0].process_group if models else group)
 

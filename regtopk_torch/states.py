@@ -81,10 +81,10 @@ class TopKState:
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
         clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
-        self._exchange = _C.DdpExchange(
+        self._exchange = _C.GroupExchange(
             options,
             clock,
-            open_groups=lambda: groups.open_groups(this()),
+            open_groups=lambda caller: groups.open_groups(this(), caller),
             scale=None if grad_scaler is None else _reader_of(grad_scaler),
             applied=lambda: [] if (state := this()) is None else state._applied(),
         )

@@ -38,10 +38,9 @@ std::string describe(const std::map<std::string, std::vector<int>>& ranks_by_val
 
 }  // namespace
 
-void agree(Transport& transport, const Fingerprint& fingerprint) {
+void agree(Transport& transport, const std::string& caller, const Fingerprint& fingerprint) {
   std::vector<Fingerprint> all;
-  for (const std::string& text :
-       transport.gather_texts(serialise(fingerprint), "sparse_hook", "the agreement on a bucket and its options")) {
+  for (const std::string& text : transport.gather_texts(serialise(fingerprint), caller, "the agreement on a bucket and its options")) {
     all.push_back(parse(text));
   }
   for (size_t field = 0; field < fingerprint.size(); ++field) {
@@ -51,7 +50,7 @@ void agree(Transport& transport, const Fingerprint& fingerprint) {
       ranks_by_value[same_name ? all[other][field].second : "another version's fingerprint"].push_back(static_cast<int>(other));
     }
     TORCH_CHECK_VALUE(
-        ranks_by_value.size() == 1, "rank ", transport.rank(), ": sparse_hook: expected the same ", fingerprint[field].first,
+        ranks_by_value.size() == 1, "rank ", transport.rank(), ": ", caller, ": expected the same ", fingerprint[field].first,
         " on every rank, got ", describe(ranks_by_value), "; construct the state and the model with the same arguments on every rank");
   }
 }

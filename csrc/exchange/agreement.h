@@ -12,9 +12,9 @@ namespace regtopk {
 // Named values, in the same order on every rank: the fingerprint, readable so that an error can show both values.
 using Fingerprint = std::vector<std::pair<std::string, std::string>>;
 
-// Gathers the fingerprints of all ranks and waits for them. Raises ValueError on every rank, naming the ranks and their
+// Gathers the fingerprints of all ranks and waits for them; `caller` is who messages are from. Raises ValueError on every rank, naming the ranks and their
 // values, unless all are equal; DistBackendError when a rank does not answer in time.
-void agree(Transport& transport, const Fingerprint& fingerprint);
+void agree(Transport& transport, const std::string& caller, const Fingerprint& fingerprint);
 
 // The shortest of the usual forms of a number that reads back as the same double.
 std::string round_trip(double value);

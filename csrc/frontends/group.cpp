@@ -1,0 +1,154 @@
+#include "group.h"
+
+#include <limits>
+#include <utility>
+
+#include "../exchange/dense.h"
+
+namespace regtopk {
+
+GroupExchange::GroupExchange(Options options, std::shared_ptr<Clock> clock, Owner owner)
+    : worker_(std::make_shared<Worker>(std::move(options), caller_, std::move(clock))),
+      owner_(std::move(owner)),
+      agreed_density_(worker_->options.schedule ? std::numeric_limits<double>::quiet_NaN() : worker_->density()) {}
+
+GroupExchange::~GroupExchange() { close(); }
+
+Transport& GroupExchange::transport() {
+  {
+    const std::lock_guard lock(open_mutex_);
+    TORCH_CHECK(!closed_, worker_->who, ": expected an open exchange, got one that was closed; construct a new state");
+    if (!transport_) {
+      transport_ = owner_.open(caller_, [worker = worker_] { return describe_deed(worker->deed()); });
+      worker_->rank = transport_->rank();
+      worker_->workers = transport_->workers();
+      worker_->who = c10::str("rank ", worker_->rank, ": ", caller_);
+    }
+  }
+  return *transport_;
+}
+
+Worker& GroupExchange::idle_worker() {
+  if (transport_) transport_->wait_idle();
+  worker_->note_applied(owner_.applied);
+  return *worker_;
+}
+
+void GroupExchange::use(const std::string& caller) {
+  const std::lock_guard lock(open_mutex_);
+  TORCH_CHECK_VALUE(
+      !used_ || caller == caller_, worker_->who, ": expected a state that ", caller, " alone uses, got one that ", caller_,
+      " has used; construct another state");
+  if (std::exchange(used_, true)) return;
+  caller_ = caller;
+  worker_->who = transport_ ? c10::str("rank ", worker_->rank, ": ", caller) : caller;
+}
+
+GroupExchange::FuturePtr GroupExchange::exchange(
+    const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
+    const std::function<Fingerprint()>& describe) {
+  const std::shared_ptr<Plan> plan = enter(bucket, owners, describe);
+  Transport::Bucket moved;
+  moved.result = average;
+  moved.step = worker_->steps.step();
+  moved.count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; };
+  if (!plan || is_dense()) {
+    if (!average.is_same(gradient)) average.copy_(gradient);
+    const double bytes = dense::send(*worker_, plan.get(), average);
+    moved.finish = [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); };
+    moved.fail = [] {};
+    return transport_->all_reduce(std::move(moved));
+  }
+  const own_support::Sent sent = own_support::send(*worker_, *plan, gradient);
+  own_support::make_room(*worker_, *plan, /*rows=*/1);
+  moved.finish = [worker = worker_, plan, sent, average] { own_support::receive({{*worker, *plan, sent.payload}}, average); };
+  moved.fail = [worker = worker_, plan, sent] { own_support::fail(*worker, *plan, sent.payload); };
+  return transport_->gather(sent.message, plan->received, std::move(moved));
+}
+
+std::shared_ptr<Plan> GroupExchange::enter(
+    const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe) {
+  // The caller has waited for all of the step before, unless one bucket's error let it go on while others were pending: what
+  // those take and return must not be mixed with what this step does.
+  if (worker_->begins_step(bucket)) transport_->wait_idle();
+  std::shared_ptr<Plan> plan;
+  try {
+    plan = worker_->enter(bucket, owners, owner_.applied);
+  } catch (const std::exception& error) {
+    transport_->announce_failure(error.what());
+    throw;
+  }
+  // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
+  if (worker_->density() != agreed_density_) {
+    agree(*transport_, caller_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
+    agreed_density_ = worker_->density();
+  }
+  if (worker_->is_dense_step() != dense_step_) {
+    dense_step_ = worker_->is_dense_step();
+    forget_agreements();
+  }
+  if (plan && plan->agreed_version == options_version_) return plan;
+  const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
+  if (!agreed_.contains(hash)) {
+    agree_on(bucket, hash, describe());
+    agreed_.insert(hash);
+  }
+  if (plan) plan->agreed_version = options_version_;
+  return plan;
+}
+
+void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerprint& description) {
+  const Options& options = worker_->options;
+  const Layout& layout = bucket.layout;
+  Fingerprint fingerprint{
+      {"method", options.regularised ? "RegTop-k" : "Top-k"},
+      {"density", round_trip(worker_->density())},
+      {"decay", round_trip(options.decay)},
+      {"dense_steps", std::to_string(options.dense_steps)},
+      {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
+      {"index code", options.elias_fano ? "elias-fano" : "offsets"},
+      {"mu", options.regularised ? round_trip(options.mu) : "none"},
+      {"distortion", options.regularised ? options.distortion : "none"},
+      {"mode", !bucket.keeps ? "all-reduce of sparse tensors"
+               : dense_      ? "dense (paused)"
+               : dense_step_ ? "dense"
+                             : "sparse"},
+      {"gradient dtype", c10::toString(layout.dtype)}};
+  fingerprint.insert(fingerprint.end(), description.begin(), description.end());
+  fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
+  fingerprint.emplace_back("calls of reset, load_state_dict, pause, resume and skipped", describe_deed(worker_->deed()));
+  fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
+  agree(*transport_, caller_, fingerprint);
+}
+
+void GroupExchange::forget_agreements() {
+  ++options_version_;
+  agreed_.clear();
+}
+
+void GroupExchange::set_dense(bool dense) {
+  if (dense == dense_) return;
+  dense_ = dense;
+  forget_agreements();
+  worker_->did(dense ? Deed::kPause : Deed::kResume);
+}
+
+void GroupExchange::skipped() {
+  idle_worker();
+  worker_->steps.clock().make_void(worker_->steps.round());
+  worker_->did(Deed::kSkipped);
+}
+
+void GroupExchange::close() {
+  std::shared_ptr<Transport> transport;
+  {
+    const std::lock_guard lock(open_mutex_);
+    closed_ = true;
+    transport = transport_;
+  }
+  if (transport) transport->close();
+  owner_.open = nullptr;
+  owner_.scale = nullptr;  // what was applied may still be asked for: the residual can be saved
+}
+
+}  // namespace regtopk

@@ -1,0 +1,80 @@
+// What the ways in with a process group have in common: one bucket in, a future of its average out. A front end says what a
+// bucket is and when a step begins.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_set>
+
+#include "../exchange/agreement.h"
+#include "../exchange/own_support.h"
+#include "../transport/transport.h"
+
+namespace regtopk {
+
+class GroupExchange {
+ public:
+  using FuturePtr = Transport::FuturePtr;
+  // What its owner, in another language, supplies; each may take that language's lock.
+  struct Owner {
+    using OwnCalls = std::function<std::string()>;
+    std::function<std::shared_ptr<Transport>(const std::string& caller, OwnCalls own_calls)> open;  // at the first use
+    std::function<double()> scale;        // what the gradients of the step under way were multiplied by; may be empty
+    Worker::AppliedKeys applied;
+  };
+
+  GroupExchange(Options options, std::shared_ptr<Clock> clock, Owner owner);
+  // Closes; the GIL must not be held.
+  ~GroupExchange();
+
+  // Says which way in is used, in the words that begin messages: the same one ever after, ValueError for another.
+  void use(const std::string& caller);
+  // What a bucket's gradients were multiplied by.
+  double scale() const { return owner_.scale ? owner_.scale() : 1.0; }
+
+  // Exchanges one bucket. The future holds `average`, which may be the memory of `gradient`; else that is only read. `describe` is
+  // asked where the ranks compare their buckets: the bucket in words.
+  FuturePtr exchange(
+      const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
+      const std::function<Fingerprint()>& describe);
+
+  // Dense all-reduce instead of payloads, and back; residuals stay. Takes effect at the next bucket, on all ranks or none.
+  void set_dense(bool dense);
+  // Says that the last step was not applied: what was sent in it returns.
+  void skipped();
+  void did(Deed deed) { worker_->did(deed); }
+
+  // The open transport, once nothing is pending on it.
+  Transport& transport();
+  // The worker, once no bucket is pending.
+  Worker& idle_worker();
+  Worker& worker() const { return *worker_; }
+  bool is_open() const { return transport_ != nullptr; }
+
+  // Fails what is pending, gives the groups back and refuses further buckets. The GIL must not be held. Idempotent.
+  void close();
+
+ private:
+  // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
+  std::shared_ptr<Plan> enter(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe);
+  void forget_agreements();
+  void agree_on(const Bucket& bucket, int64_t hash, const Fingerprint& description);
+  bool is_dense() const { return dense_ || worker_->is_dense_step(); }
+
+  std::string caller_ = "sparse_hook";  // before the worker, which is told
+  // Shared with pending buckets, which may outlive this object by a moment.
+  const std::shared_ptr<Worker> worker_;
+  std::shared_ptr<Transport> transport_;  // null before the first use, and after close()
+  std::mutex open_mutex_;
+  Owner owner_;
+  bool used_ = false;
+  bool closed_ = false, dense_ = false;  // paused
+  bool dense_step_ = false;              // of the last bucket
+  double agreed_density_;                // NaN before the first step of a schedule
+  int64_t options_version_ = 0;
+  std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
+};
+
+}  // namespace regtopk
