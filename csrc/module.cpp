@@ -15,6 +15,7 @@
 #include "core/cpu_variant.h"
 #include "frontends/ddp.h"
 #include "frontends/local.h"
+#include "frontends/tensors.h"
 #include "ops/operators.h"
 #include "transport/gloo.h"
 #include "transport/stream.h"
@@ -229,6 +230,10 @@ PYBIND11_MODULE(_C, module) {
       .def("set_dense", &GroupExchange::set_dense)
       .def("skipped", &GroupExchange::skipped, release_gil())
       .def("did", &GroupExchange::did)
+      .def("use", &GroupExchange::use)
+      .def(
+          "announce_failure", [](GroupExchange& exchange, const std::string& why) { exchange.transport().announce_failure(why); },
+          release_gil())
       .def("statistics", [](GroupExchange& exchange) { return statistics_of(exchange.worker()); })
       .def("last_step", [](const GroupExchange& exchange) { return exchange.worker().steps.step(); })
       .def(
@@ -270,6 +275,16 @@ PYBIND11_MODULE(_C, module) {
           },
           release_gil())
       .def("close", &GroupExchange::close, release_gil());
+
+  py::class_<Average, std::shared_ptr<Average>>(module, "Average", "An average that may be on its way.")
+      .def(
+          "wait", &Average::wait, release_gil(),
+          "Wait for it and return the list of tensors, the same ones each time. Raises what the average would have raised.")
+      .def("is_completed", &Average::is_completed, "Whether wait() would return at once.");
+
+  py::class_<TensorsExchange>(module, "TensorsExchange")
+      .def(py::init<std::shared_ptr<GroupExchange>>())
+      .def("average", &TensorsExchange::average, release_gil());
 
   py::class_<LocalExchange>(module, "LocalExchange")
       .def(py::init<Options, int64_t>())

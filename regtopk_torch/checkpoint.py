@@ -88,7 +88,10 @@ def to_state_dict(pieces, named_keys, header, *, step):
 
 
 def from_state_dict(who, state_dict, named_keys, header):
-    """Return (pieces, step) for the extension; raise without side effects if `state_dict` does not fit."""
+    """Return (pieces, step) for the extension; raise without side effects if `state_dict` does not fit.
+
+    `named_keys` is [(name, parameter, key)], or a function of (who, state_dict) that returns it.
+    """
     if not isinstance(state_dict, dict) or not _is(state_dict.get("format"), FORMAT):
         raise TypeError(f"{who}: expected a state dict of {FORMAT}, got {_describe(state_dict)}")
     if not _is(state_dict.get("version"), VERSION):
@@ -100,6 +103,8 @@ def from_state_dict(who, state_dict, named_keys, header):
     step = state_dict.get("step")
     if type(step) is not int or not -1 <= step < 2**62:
         raise ValueError(f"{who}: expected step to be an integer in [-1, 2^62), got {step!r}")
+    if callable(named_keys):
+        named_keys = named_keys(who, state_dict)
     parameters = state_dict.get("parameters")
     known = {name for name, _, _ in named_keys}
     expected = {name for name, parameter, _ in named_keys if parameter.requires_grad}
@@ -168,6 +173,7 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
         who, state_dict = read(rank)
         return *from_state_dict(who, state_dict, named_keys, header), 0
     sums: dict[str, torch.Tensor] = {}
+    parameters = {}
     steps, dropped = set(), 0
     for saved, weight in shares(rank, world_size, saved_world_size):
         who, state_dict = read(saved)
@@ -176,11 +182,11 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
         for key, piece in pieces.items():
             share = piece.residual.double() * weight
             sums[key] = sums[key].add_(share) if key in sums else share
+            parameters[key] = piece.parameter
             if piece.sent_index is not None and saved * world_size // saved_world_size == rank:
                 dropped += len(piece.sent_index)
     if len(steps) > 1:
         raise ValueError(f"{who}: expected state dicts of one step, got steps {sorted(steps)}")
-    parameters = {key: parameter for _, parameter, key in named_keys}
     loaded = {key: Piece(parameters[key], total.to(accumulate_dtype(parameters[key].dtype))) for key, total in sums.items()}
     return loaded, steps.pop(), dropped
 

@@ -46,7 +46,7 @@ def save(state, module, directory):
 
     Args:
         state (TopKState or RegTopKState): constructed on the same ranks.
-        module (torch.nn.Module): the model, or the DistributedDataParallel around it.
+        module (torch.nn.Module or None): the model, or the DistributedDataParallel around it; None for a state that averages tensors.
         directory (path): the same for every rank, on a file system that all of them see; created where it is missing. It
             may hold other files, such as those of torch.distributed.checkpoint, and the checkpoint of one state.
 
@@ -60,7 +60,7 @@ def save(state, module, directory):
         ValueError: a directory that another state of this process saves to; nothing is written.
     """
     directory = pathlib.Path(directory)
-    group = _Group("save", state)
+    group = _Group("save", state, module)
     _claim(group.who, state, directory)
 
     def prepare():
@@ -121,19 +121,18 @@ def load(state, module, directory):
             The state is unchanged then, on every rank.
     """
     directory = pathlib.Path(directory)
-    group = _Group("load", state)
+    group = _Group("load", state, module)
 
     def read():
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+        named_keys = state._named_keys_to_load(module)
         manifest, digest = _read_own_manifest(directory / MANIFEST)
 
         def read_file(rank):
             return _read_rank_file(directory, manifest, rank)
 
-        loaded = checkpoint.from_state_dicts(read_file, manifest["world_size"], states._named_keys(module), state._checkpoint_header())
+        loaded = checkpoint.from_state_dicts(read_file, manifest["world_size"], named_keys, state._checkpoint_header())
         state._exchange.wait_idle()  # for a pending exchange, which may fail: now, not when others have changed theirs
-        return digest, loaded
+        return digest, (named_keys, *loaded)
 
     (_, loaded), digests = group.agree("read the checkpoint", read)
     if len(set(digests)) > 1:
@@ -233,10 +232,12 @@ class _MeasuredFile:
 class _Group:
     """The ranks of a state, and what they agree on before any of them goes on."""
 
-    def __init__(self, what, state):
+    def __init__(self, what, state, module):
         if not isinstance(state, states.TopKState):
             raise TypeError(f"{what}: expected a TopKState or RegTopKState, got {type(state).__name__}")
         self._exchange = state._exchange
+        if module is None:
+            self._exchange.use("average")
         self.rank, self.size = self._exchange.rank(), self._exchange.workers()
         self._what = what
         self.who = f"rank {self.rank}: {what}"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regtopk_torch import _C, checkpoint, groups
+from regtopk_torch.average import Averaging
 from regtopk_torch.options import COMMON, check_options
 
 # States that share a GradScaler share its clock: what one of them finds to be void is void for all.
@@ -17,7 +18,7 @@ _clocks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _states: weakref.WeakSet = weakref.WeakSet()
 
 
-class TopKState:
+class TopKState(Averaging):
     """Top-k with error feedback: each worker sends the k = density * J largest entries of gradient + residual.
 
     Every rank of the group constructs a state with the same arguments. Constructing one opens nothing and waits for nobody;
@@ -88,6 +89,7 @@ class TopKState:
             scale=None if grad_scaler is None else _reader_of(grad_scaler),
             applied=lambda: [] if (state := this()) is None else state._applied(),
         )
+        self._begin_averaging()
         _states.add(self)
 
     def __repr__(self):
@@ -137,7 +139,8 @@ class TopKState:
         """Return this rank's residuals, history and step as a dict that `torch.load(weights_only=True)` reads.
 
         Args:
-            module (torch.nn.Module): the model, or the DistributedDataParallel around it. Its parameter names are the keys.
+            module (torch.nn.Module or None): the model, or the DistributedDataParallel around it. Its parameter names are the keys.
+                None for a state that averages tensors: their names, or places, are the keys.
 
         Call it between steps. No collective; every rank has its own.
 
@@ -145,12 +148,12 @@ class TopKState:
             ValueError: something is held back for parameters that the module does not have.
         """
         who = f"{type(self).__name__}.state_dict"
-        named_keys = _named_keys(module)
+        named_keys = self._named_keys(module)
         pieces = self._pieces()
         left = _not_among(pieces, {key for _, _, key in named_keys})
         if left:
             raise ValueError(f"{who}: expected the module whose gradients were exchanged, got one without parameters of shapes {left}")
-        return checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), step=self._exchange.last_step())
+        return self._with_dtypes(checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), step=self._exchange.last_step()))
 
     def load_state_dict(self, state_dict, module):
         """Replace residuals, history and step by those of `state_dict`, made on the same rank of a world of the same size.
@@ -160,26 +163,32 @@ class TopKState:
         all ranks, in rank order, that world may have had another size: the residuals are redistributed so that the average
         they stand for stays (`checkpoint.shares`), and the history is dropped, which `stats()["history_dropped"]` counts.
 
-        Load on every rank: a rank that loads alone is an error at the next bucket, on all ranks, that names it.
+        `module` is None for a state that averages tensors: the names and shapes are then those of the dict. Load on every rank: a rank that loads alone is an error at the next bucket, on all ranks, that names it.
 
         Raises:
             TypeError, ValueError: of another model, shape, rank, world size or version. The state is unchanged then.
         """
         who = f"{type(self).__name__}.load_state_dict"
+        named_keys = self._named_keys_to_load(module)
         if isinstance(state_dict, (list, tuple)):
-            self._import(
-                *checkpoint.from_state_dicts(
-                    lambda rank: (f"{who}: rank {rank}", state_dict[rank]), len(state_dict), _named_keys(module), self._checkpoint_header()
-                )
+            loaded = checkpoint.from_state_dicts(
+                lambda rank: (f"{who}: rank {rank}", state_dict[rank]), len(state_dict), named_keys, self._checkpoint_header()
             )
         else:
-            self._import(*checkpoint.from_state_dict(who, state_dict, _named_keys(module), self._checkpoint_header()))
+            loaded = (*checkpoint.from_state_dict(who, state_dict, named_keys, self._checkpoint_header()), 0)
+        self._import(named_keys, *loaded)
+
+    def _named_keys(self, module):
+        return self._named_tensors(module) if module is None or self._forms else _named_keys(module)
+
+    def _named_keys_to_load(self, module):
+        return self._named_tensors_to_load(module) if module is None or self._forms else _named_keys(module)
 
     def _pieces(self):
         return {key: checkpoint.Piece(*piece) for key, piece in self._exchange.export_pieces().items()}
 
-    def _import(self, pieces, step, history_dropped=0):
-        self._exchange.import_pieces(pieces, step)
+    def _import(self, named_keys, pieces, step, history_dropped):
+        self._exchange.import_pieces(self._adopt(named_keys, pieces), step)
         self._exchange.did(_C.Deed.LOAD)
         self._history_dropped += history_dropped
 
@@ -198,6 +207,8 @@ class TopKState:
         Raises:
             torch.distributed.DistBackendError: a rank did not answer within the group's timeout; the residuals stay.
         """
+        if self._forms:
+            raise ValueError("flush: expected a state of a model's gradients, got one that averages tensors; average zeros at density 1 instead")
         pieces = self._pieces()
         named = {
             name: (parameter, key)
@@ -246,6 +257,7 @@ class TopKState:
     def reset(self):
         """Drop residuals and history, on every rank: gradient that was held back is lost. The step number stays."""
         self._exchange.import_pieces({}, self._exchange.last_step())
+        self._begin_averaging()
         self._exchange.did(_C.Deed.RESET)
 
     def pause(self):
@@ -262,8 +274,9 @@ class TopKState:
         self._exchange.close()
 
     def __getstate__(self):
-        pieces = [tuple(piece) for piece in self._pieces().values() if piece.parameter is not None]
-        return {"options": self._given, "grad_scaler": self._grad_scaler, "step": self._exchange.last_step(), "pieces": pieces}
+        pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
+        step = self._exchange.last_step()
+        return {"options": self._given, "grad_scaler": self._grad_scaler, "step": step, "pieces": pieces, "forms": self._forms}
 
     def __deepcopy__(self, memo):
         memo[id(self._grad_scaler)] = self._grad_scaler  # the loss of the copied model goes through the same one
@@ -274,8 +287,9 @@ class TopKState:
 
     def __setstate__(self, copied):
         self._construct(copied["options"], None, copied["grad_scaler"])
-        pieces = {_C.parameter_key(piece[0]): piece for piece in copied["pieces"]}
+        pieces = {key if piece[0] is None else _C.parameter_key(piece[0]): tuple(piece) for key, *piece in copied["pieces"]}
         self._exchange.import_pieces(pieces, copied["step"])
+        self._forms = dict(copied.get("forms", {}))
 
     def _note(self, optimizer):
         """An optimizer has stepped: remember it until the next step begins."""
@@ -375,6 +389,8 @@ def _with_ratios(statistics, workers):
 
 
 def _bare(module):
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
 
 

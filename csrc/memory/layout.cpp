@@ -17,6 +17,7 @@ int64_t Layout::hash() const {
   };
   mix(static_cast<uint64_t>(dtype));
   for (const Span& span : spans) mix(static_cast<uint64_t>(span.numel));
+  if (mark != 0) mix(mark);
   return static_cast<int64_t>(hash);
 }
 

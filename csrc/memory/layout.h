@@ -42,10 +42,11 @@ struct Layout {
   std::vector<Span> spans;
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
+  uint64_t mark = 0;  // what else tells it from others, equal on every rank
 
   bool operator==(const Layout&) const = default;
   int64_t numel() const;
-  // Equal on every rank for equal layouts: it hashes sizes and dtype, not keys.
+  // Equal on every rank for equal layouts: it hashes sizes, dtype and mark, not keys.
   int64_t hash() const;
   // int64 [spans + 1]: where each begins, and the end.
   at::Tensor offsets() const;

@@ -1,0 +1,47 @@
+// The way in for any list of tensors: one call is one step, all tensors of a dtype are one bucket.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "group.h"
+
+namespace regtopk {
+
+// What a call returns at once.
+class Average {
+ public:
+  bool is_completed() const;
+  // The averages, in the order of the tensors. Raises the error of the first bucket that has one.
+  std::vector<at::Tensor> wait();
+
+ private:
+  friend class TensorsExchange;
+  std::vector<GroupExchange::FuturePtr> pending_;
+  std::vector<at::Tensor> averages_;
+  // Averages in row-major order, and the tensors in the order of the caller's memory that are to take them.
+  std::vector<std::pair<at::Tensor, at::Tensor>> to_copy_;
+};
+
+class TensorsExchange {
+ public:
+  explicit TensorsExchange(std::shared_ptr<GroupExchange> exchange) : exchange_(std::move(exchange)) {}
+
+  // Dense tensors on one device, each with its key, which is the same on every rank and no address, and the name by which
+  // messages call it. Of `terms`, which are compared where ranks compare their tensors, any difference is an error. The tensors
+  // have been read when this returns.
+  std::shared_ptr<Average> average(
+      const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
+      const Fingerprint& terms);
+
+ private:
+  // Memory for the entries of a bucket: the last call's, if its caller has let go of all of it.
+  at::Tensor memory_for(size_t bucket, int64_t numel, const at::TensorOptions& options);
+
+  const std::shared_ptr<GroupExchange> exchange_;
+  std::vector<at::Tensor> memory_;  // of each bucket
+};
+
+}  // namespace regtopk

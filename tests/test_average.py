@@ -1,0 +1,480 @@
+"""`state.average`: any list of tensors, on gloo processes; its twin is the simulation."""
+
+import copy
+import datetime
+import math
+import pickle
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_workers
+from torch.nn.parallel import DistributedDataParallel
+from training import batch, loss_of, make_model, make_state
+
+import regtopk_torch as rt
+
+STEPS = 5
+NAMES = ["weight", "bias", "transposed", "half", "scalar", "empty"]
+DENSITY = 0.1
+
+
+def make_tensors(rank, step):
+    """Three dtypes, a tensor whose memory is in another order, one without dimensions and one without entries."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+
+    def random(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    weight, bias, transposed = random(40, 3), random(50, dtype=torch.float64), random(8, 30).t()
+    return [weight, bias, transposed, random(64, dtype=torch.bfloat16), random(), torch.empty(0, 4)]
+
+
+BUCKETS = [[0, 2, 4, 5], [1], [3]]  # by dtype
+
+
+def residuals_of(state):
+    return {name: entry.get("residual") for name, entry in state.state_dict(None)["parameters"].items()}
+
+
+def simulate(workers, method, steps, tensors_of=make_tensors, **options):
+    exchange = rt.LocalExchange(workers, DENSITY, method=method, mu=1.0, **options)
+    averages = []
+    for step in steps:
+        tensors = [[tensor.contiguous() for tensor in tensors_of(rank, step)] for rank in range(workers)]
+        averages.append(exchange.step(tensors, BUCKETS))
+    return exchange, averages
+
+
+def average_steps(rank, method, names, options, how):
+    """Average STEPS times, one after the other or two at a time; return averages, residuals and statistics."""
+    state = make_state(method, DENSITY, **options)
+    results, pending = [], []
+    for step in range(STEPS):
+        tensors = make_tensors(rank, step)
+        given = [tensor.clone() for tensor in tensors]
+        if how == "async":
+            pending.append(state.average(tensors, names, async_op=True))
+            for tensor in tensors:
+                tensor.fill_(math.nan)  # they have been read
+            continue
+        averages = state.average(tensors, names)
+        assert all(map(torch.equal, tensors, given)), "they are only read"
+        assert [average.stride() for average in averages] == [tensor.stride() for tensor in tensors]
+        results.append(averages)
+    for work in pending:
+        results.append(work.wait())
+        assert work.is_completed() and all(map(torch.equal, work.wait(), results[-1]))
+    return results, residuals_of(state), state.stats()
+
+
+@pytest.mark.parametrize("how", ["in turn", "async"])
+@pytest.mark.parametrize("names", [NAMES, None], ids=["names", "places"])
+@pytest.mark.parametrize(
+    ("method", "options", "workers"), [("topk", {}, 3), ("regtopk", {}, 2), ("regtopk", {"decay": 0.9, "dense_steps": 2}, 2)]
+)
+def test_an_average_equals_the_simulation_bit_for_bit(method, options, workers, names, how):
+    exchange, expected = simulate(workers, method, range(STEPS), **options)
+    for rank, (averages, residuals, stats) in enumerate(run_workers(average_steps, workers, method, names, options, how)):
+        for step in range(STEPS):
+            assert all(map(torch.equal, averages[step], expected[step])), step
+            assert [average.dtype for average in averages[step]] == [tensor.dtype for tensor in make_tensors(0, 0)]
+        assert list(residuals) == (names or [str(place) for place in range(len(NAMES))])
+        for place, residual in enumerate(residuals.values()):
+            kept = exchange.residuals(rank).get(place)
+            assert torch.equal(residual.flatten(), kept) if residual is not None else place == NAMES.index("empty") or kept is not None
+        twin = exchange.stats(rank)
+        assert {name: stats[name] for name in ("steps", "entries", "sent_entries", "bytes_sent")} == {
+            name: twin[name] for name in ("steps", "entries", "sent_entries", "bytes_sent")
+        }
+
+
+@pytest.fixture
+def alone():
+    """A state in a group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    state = rt.TopKState(0.25)
+    yield state
+    state.close()
+    dist.destroy_process_group()
+
+
+# What is returned
+
+
+def test_averages_are_tensors_of_their_own(alone):
+    first = alone.average([torch.arange(8.0), torch.arange(4.0)])
+    kept = [average.clone() for average in first]
+    first[1].add_(1)  # no other average changes
+    second = alone.average([torch.ones(8), torch.ones(4)])
+    assert torch.equal(first[0], kept[0]) and torch.equal(first[1], kept[1] + 1), "a later call must not write to them"
+    part = first[1]
+    del first
+    alone.average([torch.ones(8), torch.ones(4)])
+    assert torch.equal(part, kept[1] + 1), "though only one of them lives"
+    assert second[0]._version == 0 and not second[0]._is_view()
+    parameter = torch.ones(8, requires_grad=True)
+    (second[0] * parameter).sum().backward()
+    second[1].zero_()  # autograd has kept the other one
+    with pytest.raises(AssertionError):
+        assert torch.equal(parameter.grad, torch.zeros(8))
+
+
+def test_memory_that_was_let_go_of_is_used_again(alone):
+    places = set()
+    for _ in range(5):
+        averages = alone.average([torch.ones(1000), torch.ones(24)])
+        places.add(averages[0].data_ptr())
+        del averages
+    assert len(places) <= 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_mode_of_autograd_will_do(alone, mode):
+    twin = rt.LocalExchange(1, 0.25, method="topk")
+    for step, each in enumerate([mode, torch.enable_grad, mode]):
+        with each():
+            tensors = [torch.randn(20, generator=torch.Generator().manual_seed(step)), torch.ones(4, requires_grad=True)]
+            averages = alone.average(tensors)
+        expected = twin.step([[tensor.detach().clone() for tensor in tensors]])
+        assert all(map(torch.equal, averages, expected))
+        assert not any(average.requires_grad or average.is_inference() for average in averages)
+        averages[0].add_(1)
+
+
+def test_what_is_not_contiguous_or_negated_or_part_of_another_is_read_as_it_is(alone):
+    base = torch.complex(torch.arange(12.0), torch.arange(12.0) + 1)
+    for tensor in (base.conj().imag, base.real[::2], torch.arange(24.0).view(4, 6)[1:3], torch.ones(1, 3).expand(5, 3)):
+        alone.reset()
+        averages = alone.average([tensor])
+        kept = residuals_of(alone)["0"]
+        assert torch.equal(averages[0] + kept, tensor) and averages[0].shape == tensor.shape
+
+
+# Void steps, and what is decided afterwards
+
+
+def decide(rank, method, decisions):
+    """Average once for each decision: True, False, None for no call, or "nan"; return averages and residuals after each."""
+    state = make_state(method, DENSITY)
+    seen = []
+    for step, decision in enumerate(decisions):
+        tensors = make_tensors(rank, step)
+        if decision == "nan" and rank == 1:
+            tensors[0][0, 0] = math.nan
+        averages = state.average(tensors, NAMES)
+        if decision is True:
+            state.commit()
+        elif decision is False:
+            state.abort()
+        if decision in (True, False):
+            for call in (state.commit, state.abort):
+                with pytest.raises(RuntimeError, match="expected an average that is neither committed nor aborted"):
+                    call()
+        seen.append((averages, residuals_of(state)))
+    return seen, state.stats()["void_steps"]
+
+
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+def test_an_aborted_average_returns_all_that_was_sent_in_it(method):
+    decisions = [True, False, None, False, True]
+    results = run_workers(decide, 2, method, decisions)
+    exchange = rt.LocalExchange(2, DENSITY, method=method, mu=1.0)
+    for step, decision in enumerate(decisions):
+        tensors = [[tensor.contiguous() for tensor in make_tensors(rank, step)] for rank in range(2)]
+        before = [exchange.residuals(rank) for rank in range(2)]
+        expected = exchange.step(tensors, BUCKETS)
+        if decision is False:
+            exchange.skipped()
+        for rank, (seen, void_steps) in enumerate(results):
+            averages, residuals = seen[step]
+            assert void_steps == decisions.count(False)
+            assert all(map(torch.equal, averages, expected))
+            for place, kept in exchange.residuals(rank).items():
+                assert torch.equal(residuals[NAMES[place]].flatten(), kept)
+                if decision is False and step > 0:  # bf16 values in a fp32 residual: exact but for one rounding each
+                    torch.testing.assert_close(kept, before[rank][place] + tensors[rank][place].flatten().to(kept.dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_that_is_not_finite_voids_the_average_on_every_rank():
+    results = run_workers(decide, 2, "topk", [None, "nan", None])
+    exchange = rt.LocalExchange(2, DENSITY, method="topk")
+    for step in range(3):
+        tensors = [[tensor.contiguous() for tensor in make_tensors(rank, step)] for rank in range(2)]
+        if step == 1:
+            tensors[1][0][0, 0] = math.nan
+        expected = exchange.step(tensors, BUCKETS)
+        for rank, (seen, void_steps) in enumerate(results):
+            averages, residuals = seen[step]
+            assert void_steps == 1
+            assert all(torch.equal(average.nan_to_num(7), want.nan_to_num(7)) for average, want in zip(averages, expected, strict=True))
+            assert all(torch.equal(residuals[NAMES[place]].flatten(), kept) for place, kept in exchange.residuals(rank).items())
+        assert expected[0].isfinite().all() == (step != 1)
+
+
+def test_there_is_nothing_to_decide_before_an_average(alone):
+    for call in (alone.commit, alone.abort):
+        with pytest.raises(RuntimeError, match=f"{call.__name__}: expected an average"):
+            call()
+
+
+# Bad input
+
+
+ONES = [torch.ones(3), torch.ones(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "names", "kind", "words"),
+    [
+        ([], None, ValueError, "expected at least one tensor"),
+        (torch.ones(3), None, TypeError, "expected a list of tensors, got Tensor"),
+        ([torch.ones(3), 1.0], None, TypeError, "got float at place 1"),
+        ([torch.ones(3).to_sparse()], None, TypeError, "expected dense tensors, got one of layout torch.sparse_coo at place 0"),
+        ([torch.ones(3, dtype=torch.int64)], None, TypeError, "got torch.int64 at place 0"),
+        ([torch.ones(3, dtype=torch.complex64)], None, TypeError, "got torch.complex64 at place 0"),
+        ([torch.ones(3), torch.ones(3, device="meta")], None, ValueError, "expected all tensors on cpu, got one on meta at place 1"),
+        (ONES, ["a"], ValueError, "expected 2 distinct names, got 1"),
+        (ONES, ["a", "a"], ValueError, "expected 2 distinct names, got 1 distinct ones of 2"),
+        (ONES, "ab", TypeError, "expected names to be a list of strings"),
+        (ONES, [0, 1], TypeError, "expected names to be a list of strings"),
+        ([torch.ones(3), torch.ones(4)], None, ValueError, r"expected '1' of shape \[2, 2\] and dtype torch.float32, as before, got \[4\]"),
+        ([torch.ones(3), torch.ones(2, 2, dtype=torch.float64)], None, ValueError, "dtype torch.float32, as before, got .* torch.float64"),
+        (ONES[:1], None, ValueError, "expected the same names in the same order as before"),
+        ([*ONES, torch.ones(1)], None, ValueError, "3 names, 2 of which are known and '2' is not"),
+        (ONES, ["0", "one"], ValueError, "2 names, 1 of which are known and 'one' is not"),
+        ([torch.ones(2, 2), torch.ones(3)], ["1", "0"], ValueError, "expected the same names in the same order as before"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_changes_nothing(alone, tensors, names, kind, words):
+    alone.average(ONES)
+    before = alone.state_dict(None)
+    with pytest.raises(kind, match=words) as caught:
+        alone.average(tensors, names)
+    assert str(caught.value).startswith("rank 0: average: expected ")
+    after = alone.state_dict(None)
+    assert str(before) == str(after)
+    alone.average(ONES)
+
+
+def test_lists_of_other_names_take_turns(alone):
+    twins = [rt.LocalExchange(1, 0.25, method="topk") for _ in range(2)]
+    for step in range(6):
+        tensors = [torch.randn(9, generator=torch.Generator().manual_seed(step))]
+        expected = twins[step % 2].step([tensors])
+        assert torch.equal(alone.average(tensors, [f"fragment {step % 2}"])[0], expected[0])
+    assert list(residuals_of(alone)) == ["fragment 0", "fragment 1"]
+
+
+def test_a_state_serves_a_hook_or_averages(alone):
+    ddp = DistributedDataParallel(make_model())
+    ddp.register_comm_hook(alone, rt.sparse_hook)
+    alone.average(ONES)
+    with pytest.raises(ValueError, match="expected a state that sparse_hook alone uses, got one that average has used"):
+        loss_of(ddp, batch(0, 0)).backward()
+    with pytest.raises(ValueError, match="expected None in place of a module"):
+        alone.state_dict(ddp)
+    with pytest.raises(ValueError, match="flush: expected a state of a model's gradients"):
+        alone.flush(ddp)
+    other = rt.TopKState(0.25)
+    ddp = DistributedDataParallel(make_model())
+    ddp.register_comm_hook(other, rt.sparse_hook)
+    loss_of(ddp, batch(0, 0)).backward()
+    with pytest.raises(ValueError, match="expected a state that average alone uses, got one that sparse_hook has used"):
+        other.average(ONES)
+    with pytest.raises(ValueError, match="expected the module whose gradients were exchanged"):
+        other.state_dict(None)
+    other.close()
+
+
+def error_of(function, *arguments):
+    start = time.monotonic()
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error), str(error), time.monotonic() - start
+    return None, "", time.monotonic() - start
+
+
+def disagree(rank, case, after):
+    """Rank 1 does something else, after some averages that agree; return what each rank's call says."""
+    odd = rank == 1
+    group = dist.new_group(timeout=datetime.timedelta(seconds=12))
+    state = rt.TopKState(0.5 if odd and case == "density" else 0.25, process_group=group)
+    tensors, names = [torch.ones(6), torch.ones(2, 3)], ["a", "b"]
+    for _ in range(after):
+        state.average(tensors, names)
+    if odd and after and case != "abort":
+        state._begin_averaging()  # it has forgotten what it averaged
+    if odd and case == "shape":
+        tensors = [torch.ones(6), torch.ones(3, 2)]
+    elif odd and case == "dtype":
+        tensors = [torch.ones(6), torch.ones(2, 3, dtype=torch.bfloat16)]
+    elif odd and case == "name":
+        names = ["a", "c"]
+    elif odd and case == "number":
+        tensors, names = tensors[:1], names[:1]
+    elif odd and case == "bad":
+        tensors = [torch.ones(6), "b"]
+    elif odd and case == "abort":
+        state.abort()
+    if odd and case == "skip":
+        dist.barrier()
+        return None, "", 0.0
+    result = error_of(state.average, tensors, names)
+    if case == "skip":
+        dist.barrier()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("density", "expected the same density on every rank, got 0.25 on rank 0 and 0.5 on rank 1"),
+        ("shape", r"expected the same tensor 1 on every rank, got b of shape \[2, 3\] and dtype Float on rank 0 and b of shape \[3, 2\]"),
+        ("dtype", "expected the same tensor 1 on every rank, got b of shape .* and dtype BFloat16 on rank 1 and b of shape .* and dtype Float on rank 0"),
+        ("name", "expected the same tensor 1 on every rank, got b of shape .* on rank 0 and c of shape .* on rank 1"),
+        ("number", "expected the same number of tensors on every rank, got 1 on rank 1 and 2 on rank 0"),
+    ],
+)
+def test_ranks_that_give_other_things_are_an_error_on_every_rank(case, words):
+    for rank, (kind, message, seconds) in enumerate(run_workers(disagree, 2, case, 0)):
+        assert kind is ValueError and seconds < 10
+        assert message.startswith(f"rank {rank}: average: ")
+        assert re.search(words, message), message
+
+
+@pytest.mark.parametrize("case", ["shape", "dtype", "name", "number", "bad", "abort"])
+def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
+    for rank, (kind, message, seconds) in enumerate(run_workers(disagree, 2, case, 2)):
+        assert kind is not None and seconds < 10, message
+        assert f"rank {rank}: average: expected " in message
+        if case == "bad":
+            assert "got str at place 1" in message
+        elif case == "abort":
+            assert "1 call, skipped() on rank 1" in message
+        else:
+            assert "agreement on a bucket and its options" in message or "closed" in message.lower(), message
+
+
+def test_a_rank_that_leaves_an_average_out_is_named_after_the_timeout():
+    (kind, message, seconds), _ = run_workers(disagree, 2, "skip", 1)
+    assert kind is dist.DistBackendError and 11 < seconds < 20
+    assert "rank 1 has not come to it" in message
+
+
+# Checkpoints
+
+
+def run_and_stop(rank, method, stop, directory, way):
+    """STEPS averages, with a stop in which a new state takes over what the old one kept."""
+    state = make_state(method, DENSITY)
+    seen = []
+    for step in range(STEPS):
+        if step == stop:
+            before = residuals_of(state)
+            if way == "state_dict":
+                saved = pickle.loads(pickle.dumps(state.state_dict(None)))
+                state.close()
+                state = make_state(method, DENSITY)
+                state.load_state_dict(saved, None)
+            elif way == "save":
+                rt.save(state, None, directory)
+                state.close()
+                state = make_state(method, DENSITY)
+                rt.load(state, None, directory)
+            else:
+                old, state = state, copy.deepcopy(state) if way == "copy" else pickle.loads(pickle.dumps(state))
+                old.close()
+            after = residuals_of(state)
+            assert list(after) == NAMES and all(torch.equal(before[name], after[name]) for name in NAMES[:-1])
+        seen.append(state.average(make_tensors(rank, step), NAMES))
+    return seen, residuals_of(state)
+
+
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+@pytest.mark.parametrize("way", ["state_dict", "save", "copy", "pickle"])
+def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_never_stopped(tmp_path, method, way):
+    exchange, expected = simulate(2, method, range(STEPS))
+    for rank, (seen, residuals) in enumerate(run_workers(run_and_stop, 2, method, 3, tmp_path / "checkpoint", way)):
+        for averages, want in zip(seen, expected, strict=True):
+            assert all(map(torch.equal, averages, want))
+        assert all(torch.equal(residuals[NAMES[place]].flatten(), kept) for place, kept in exchange.residuals(rank).items())
+
+
+def save_in(rank, directory):
+    state = make_state("topk", DENSITY)
+    for step in range(2):
+        state.average(make_tensors(rank, step), NAMES)
+    rt.save(state, None, directory)
+    return residuals_of(state)
+
+
+def load_in(rank, directory):
+    state = make_state("topk", DENSITY)
+    rt.load(state, None, directory)
+    kept = residuals_of(state)
+    state.average(make_tensors(rank, 2), NAMES)
+    return kept
+
+
+def test_another_number_of_ranks_keeps_the_average_that_the_residuals_stand_for(tmp_path):
+    saved = run_workers(save_in, 2, tmp_path / "checkpoint")
+    loaded = run_workers(load_in, 3, tmp_path / "checkpoint")
+    for name in NAMES[:-1]:
+        before = sum(residuals[name].double() for residuals in saved) / 2
+        after = sum(residuals[name].double() for residuals in loaded) / 3
+        torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_of_other_tensors_is_refused_and_changes_nothing(alone):
+    alone.average(ONES, ["a", "b"])
+    saved = alone.state_dict(None)
+    changes = [
+        (lambda d: d["parameters"]["a"].update(shape=[4]), "expected residual of dtype|expected 'a' of shape"),
+        (lambda d: d["parameters"]["a"].update(dtype="torch.int8"), "got others under 'a'"),
+        (lambda d: d["parameters"]["a"].pop("dtype"), "got others under 'a'"),
+        (lambda d: d["parameters"].pop("a"), "expected the names"),
+        (lambda d: d.update(parameters=[1]), "expected a state dict of averaged tensors"),
+    ]
+    for change, words in changes:
+        damaged = copy.deepcopy(saved)
+        change(damaged)
+        with pytest.raises(ValueError, match=words):
+            alone.load_state_dict(damaged, None)
+        assert str(alone.state_dict(None)) == str(saved)
+    fresh = rt.TopKState(0.25)
+    fresh.load_state_dict(saved, None)
+    with pytest.raises(ValueError, match=r"expected 'a' of shape \[3\]"):
+        fresh.average([torch.ones(4), torch.ones(2, 2)], ["a", "b"])
+    with pytest.raises(ValueError, match="1 of which are known"):
+        fresh.average(ONES, ["a", "c"])
+    fresh.close()
+
+
+def test_reset_begins_with_other_tensors(alone):
+    alone.average(ONES)
+    alone.reset()
+    assert residuals_of(alone) == {}
+    assert torch.equal(alone.average([torch.arange(4.0)])[0], torch.tensor([0.0, 0.0, 0.0, 3.0]))
+
+
+def pause_and_go_on(rank):
+    state = make_state("topk", DENSITY)
+    averages = [state.average(make_tensors(rank, 0))]
+    state.pause()
+    averages.append(state.average(make_tensors(rank, 1)))
+    state.resume()
+    return [*averages, state.average(make_tensors(rank, 2))], residuals_of(state)
+
+
+def test_a_paused_state_averages_densely_and_keeps_its_residuals():
+    results = run_workers(pause_and_go_on, 2)
+    dense = [(one / 2 + other / 2) for one, other in zip(make_tensors(0, 1), make_tensors(1, 1), strict=True)]
+    exchange, expected = simulate(2, "topk", [0, 2])
+    for rank, (averages, residuals) in enumerate(results):
+        assert all(map(torch.equal, averages[1], dense))
+        assert all(map(torch.equal, averages[0], expected[0]))
+        assert all(torch.equal(a, b) for a, b in zip(averages[1], results[0][0][1], strict=True))
