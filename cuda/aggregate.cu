@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
       const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
       const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
                          header.support == layout.support && header.numel == static_cast<uint64_t>(layout.numel) &&
-                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlagNonFinite) == 0 &&
+                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlags) == 0 &&
                          header.spans == static_cast<uint64_t>(layout.spans) && header.repeated <= header.k;
       if (!valid) report(PayloadField::kHeader);
       if (device.spans && rank > 0) {
@@ -169,6 +169,7 @@ class Aggregate {
     uint32_t smallest;
     uint32_t idle_words[Set::kWords];
     uint32_t first_span;
+    uint32_t contributors;
     typename Group::Scratch scratch;
   };
 
@@ -179,6 +180,7 @@ class Aggregate {
   __device__ void run(bool has_idle) {
     has_idle_ = has_idle;
     if (has_idle_) load_idle_words();
+    if (threadIdx.x < kWarpThreads) count_contributors();
     for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
     __syncthreads();
     each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); });
@@ -190,8 +192,9 @@ class Aggregate {
             is_idle(offset) ? std::numeric_limits<Accumulate>::infinity() : feedback_of(shared_.sums[offset], sent, device_.distortion));
       });
     }
-    const Accumulate workers = static_cast<Accumulate>(device_.workers), reciprocal = Accumulate{1} / workers;
-    if ((device_.workers & (device_.workers - 1)) == 0) {
+    const uint32_t contributing = shared_.contributors;
+    const Accumulate divisor = static_cast<Accumulate>(contributing), reciprocal = Accumulate{1} / divisor;
+    if ((contributing & (contributing - 1)) == 0) {
       // The reciprocal of a power of two is exact, and the product with it has the bits of the quotient.
       write([&](uint32_t offset) {
         const Vector<Accumulate> sums = vector_of_sums(offset);
@@ -211,7 +214,7 @@ class Aggregate {
       if (sums.entry[0] == 0 && sums.entry[1] == 0 && sums.entry[2] == 0 && sums.entry[3] == 0) return averages;
 #pragma unroll
       for (int i = 0; i < kVectorEntries; ++i) {
-        if (sums.entry[i] != 0) averages.entry[i] = stored(sums.entry[i] / workers);
+        if (sums.entry[i] != 0) averages.entry[i] = stored(sums.entry[i] / divisor);
       }
       return averages;
     });
@@ -230,6 +233,18 @@ class Aggregate {
   }
 
  private:
+  // As contributors() in csrc/core/aggregate.h; by one warp, before a barrier.
+  __device__ void count_contributors() {
+    const WarpGroup warp;
+    uint32_t count = 0;
+    for (uint32_t first = 0; first < device_.workers; first += kWarpThreads) {
+      const uint32_t rank = first + warp.rank();
+      const bool contributes = rank < device_.workers && !device_.reader(rank).is_absent();
+      count += __popc(__ballot_sync(kAllLanes, contributes));
+    }
+    if (warp.rank() == 0) shared_.contributors = count > 0 ? count : 1;
+  }
+
   // Calls function(rank - first, offset in the block tile, value, entry), one rank after the other.
   template <typename Function>
   __device__ void each_rank(uint32_t first, uint32_t count, const Function& function) {

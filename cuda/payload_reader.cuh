@@ -2,6 +2,7 @@
 // clamped to k, offsets to their block tile.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../csrc/core/payload.h"
@@ -24,6 +25,7 @@ class PayloadReader {
   __device__ uint32_t first_entry(uint32_t tile) const {
     return tile < layout_.tiles ? clamped(tile_starts().load(tile)) : clamped(0xffffffffu);
   }
+  __device__ bool is_absent() const { return (bytes_.at_byte<const uint32_t>(offsetof(PayloadHeader, flags)).load(0) & kFlagAbsent) != 0; }
   // The same with one tile for all lanes of a warp.
   __device__ uint32_t uniform_first_entry(uint32_t tile) const {
     return tile < layout_.tiles ? clamped(tile_starts().load_uniform(tile)) : clamped(0xffffffffu);

@@ -28,6 +28,7 @@ class Averaging:
         self._tensors = _C.TensorsExchange(self._exchange)
         self._forms: dict[str, Form] = {}  # name -> Form, of all tensors for which something may be kept
         self._lists: set[tuple] = set()  # the names of each list that was averaged
+        self._last = None  # names and device of the last average
         self._decided = True  # whether the last average is final, or was put back
 
     def average(self, tensors, names=None, *, async_op=False):
@@ -39,7 +40,9 @@ class Averaging:
 
         Args:
             tensors (list of torch.Tensor): dense, fp64, fp32, bf16 or fp16, of any shapes and strides, all on the CPU or on one GPU;
-                only read, and read when this returns. The same shapes and dtypes on every rank.
+                only read, and read when this returns. The same shapes and dtypes on every rank. None: this rank contributes nothing
+                this time, to a list that it has averaged before; what it has held back waits, and the average, over the ranks that do
+                contribute, is returned to it too.
             names (list of str, optional): one for each, distinct, the same on every rank; default, their places "0", "1", ... What is
                 held back belongs to a name. Lists of other names may take turns, as long as they share none.
             async_op (bool): return at once an object whose `wait()` returns the list and raises what is to be raised, and whose
@@ -66,14 +69,17 @@ class Averaging:
         exchange.use("average")
         who = f"rank {exchange.rank()}: average"
         try:
+            if absent := tensors is None:
+                names, tensors = self._zeros(who, names)
             forms = self._checked(who, tensors, names)
         except (TypeError, ValueError) as error:
             exchange.announce_failure(str(error))  # the others wait in vain
             raise
         self._decided = True  # of the one before
-        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(terms))
+        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(terms), absent)
         self._forms.update(forms)
         self._lists.add(tuple(forms))
+        self._last = tuple(forms), tensors[0].device
         self._decided = False
         return work
 
@@ -130,6 +136,14 @@ class Averaging:
             _check_form(who, name, known, form)
             forms[name] = form
         return forms
+
+    def _zeros(self, who, names):
+        """(names, tensors) of a rank that contributes nothing."""
+        if self._last is None or (names is not None and tuple(names) not in self._lists):
+            raise ValueError(f"{who}: expected tensors, or None where this rank has averaged tensors of these names before, got None")
+        last, device = self._last
+        names = list(last if names is None else names)
+        return names, [torch.zeros(self._forms[name].shape, dtype=self._forms[name].dtype, device=device) for name in names]
 
     def _check_names(self, who, names):
         """A list is averaged as a whole or not at all: a name too few or another one is a slip, not a new list."""

@@ -365,6 +365,69 @@ def test_a_rank_that_leaves_an_average_out_is_named_after_the_timeout():
     assert "rank 1 has not come to it" in message
 
 
+# Ranks that contribute nothing
+
+ABSENT = [(), (1,), (1, 2), (), (0, 1, 2), (2,), ()]  # by step
+
+
+def integers(rank, step):
+    """So small that no sum is rounded: what was sent is what was given less what is kept."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return [torch.randint(-50, 50, size, generator=generator).to(dtype) for size, dtype in (((70,), torch.float32), ((9, 4), torch.float64))]
+
+
+def come_and_go(rank, method, density):
+    state = make_state(method, density)
+    seen = []
+    for step, absent in enumerate(ABSENT):
+        before = residuals_of(state)
+        averages = state.average(None if rank in absent else integers(rank, step))
+        seen.append((before, averages, residuals_of(state)))
+    return seen, state.stats()
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5])  # offsets, and a bitmap
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+def test_the_average_is_over_the_ranks_that_contribute_and_the_others_keep_what_they_have(method, density):
+    results = run_workers(come_and_go, 3, method, density)
+    for step, absent in enumerate(ABSENT):
+        sums = [torch.zeros(70), torch.zeros(9, 4, dtype=torch.float64)]
+        for rank, (seen, stats) in enumerate(results):
+            before, _, after = seen[step]
+            assert stats["void_steps"] == 0
+            for place, given in enumerate(integers(rank, step)):
+                if rank in absent:
+                    assert torch.equal(before[str(place)], after[str(place)])
+                else:
+                    sums[place] += before.get(str(place), 0) + given - after[str(place)]
+        for seen, _ in results:
+            expected = [total / max(1, 3 - len(absent)) for total in sums]
+            assert all(map(torch.equal, seen[step][1], expected)), step
+        assert absent == (0, 1, 2) or all(total.any() for total in sums)
+
+
+def contribute_nothing(rank, case):
+    state = rt.TopKState(0.25, process_group=dist.new_group(timeout=datetime.timedelta(seconds=12)))
+    if case == "dense":
+        state.pause()
+    if case != "first":
+        state.average(ONES)
+    return error_of(state.average, None if rank == 1 else ONES, ["a", "b"] if rank == 1 and case == "names" else None)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("first", "expected tensors, or None where this rank has averaged tensors of these names before, got None"),
+        ("names", "expected tensors, or None where this rank has averaged tensors of these names before, got None"),
+        ("dense", "expected tensors of every rank in a dense step, got none"),
+    ],
+)
+def test_a_rank_that_cannot_contribute_nothing_is_an_error_on_every_rank(case, words):
+    for rank, (kind, message, seconds) in enumerate(run_workers(contribute_nothing, 2, case)):
+        assert kind is not None and words in message and f"rank {rank}: average: " in message and seconds < 10
+
+
 # Checkpoints
 
 

@@ -6,6 +6,7 @@ With REGTOPK_KERNELS=cuda in the environment the same cases run on the GPU, from
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,26 @@ def test_feedback_is_written_for_the_ranks_asked_for(kernels):
     total = reference.sum_in_rank_order(messages, numel)
     for row, message in zip(rows, messages[1:3], strict=True):
         assert same_bits(row, reference.feedback_of(total[message.index], message.value, "previous"))
+
+
+FLAGS_AT, ABSENT = 56, 2  # in the header
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("workers", "absent"), [(3, [1]), (4, [3]), (3, [0, 1, 2]), (70, range(0, 70, 3))], ids=lambda value: str(value))
+def test_an_average_is_over_the_ranks_that_are_not_absent_on_both_devices(kernels, workers, absent, dtype):
+    numel, density = 3_000, 0.01 if workers < 70 else 0.2
+    k = reference.entries_to_send(density, numel)
+    messages = [reference.Worker(density).compress(next(gradients_of(numel, dtype, seed=rank))) for rank in range(workers)]
+    messages = [replace(message, value=message.value * 0) if rank in absent else message for rank, message in enumerate(messages)]
+    payloads = copied(torch.stack([reference.encode(message, numel) for message in messages]))
+    payloads[list(absent), FLAGS_AT] |= ABSENT
+    total = reference.sum_in_rank_order(messages, numel)
+    expected = reference.to_wire(total / torch.tensor(float(max(1, workers - len(absent))), dtype=total.dtype), dtype)
+    for run in (kernels.aggregate, torch.ops.regtopk.aggregate_):
+        bucket = aligned(numel, dtype)
+        assert run(bucket, payloads, feedback=None, k=k) in (PAYLOADS_VALID, None)
+        assert same_bits(bucket, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

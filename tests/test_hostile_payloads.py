@@ -57,7 +57,7 @@ class Message:
     def damages(self, valid):
         """{what the error must say: message}."""
         fields = {"magic": 1, "version": 9, "value type": 0, "support": 1 - struct.unpack_from(HEADER, valid.numpy().tobytes())[3], "step": 77}
-        fields |= {"numel": 2**63, "k": 2**64 - 1, "plan": 3, "repeated": self.k + 1, "flags": 2, "spans": 9999}
+        fields |= {"numel": 2**63, "k": 2**64 - 1, "plan": 3, "repeated": self.k + 1, "flags": 4, "spans": 9999}
         damages = {f"expected {name} .* in the payload of rank 1, got {value}": self.with_field(valid, name, value) for name, value in fields.items()}
         damages["expected entries before tile 0 0 in the payload of rank 1, got 7"] = self.with_bytes(valid, self.TILE_STARTS, struct.pack("<I", 7))
         if self.k > ENTRIES // 16:

@@ -16,7 +16,7 @@ bool aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
   const PayloadLayout& layout = arguments.layout;
   T* const gradient = static_cast<T*>(arguments.gradient);
   Accumulate* const feedback = static_cast<Accumulate*>(arguments.feedback);
-  const Accumulate workers = static_cast<Accumulate>(arguments.workers);
+  const Accumulate divisor = static_cast<Accumulate>(contributors(arguments));
 
   std::vector<PayloadView> payloads;
   for (int64_t worker = 0; worker < arguments.workers; ++worker) {
@@ -45,7 +45,7 @@ bool aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
       T* const out = gradient + tile * kTileEntries;
       bool finite_here = true;
       for (int64_t offset = 0; offset < entries; ++offset) {
-        const Accumulate average = sums[offset] / workers;
+        const Accumulate average = sums[offset] / divisor;
         finite_here &= is_finite(average);
         // One NaN: the sign and payload of a computed one depend on the device.
         out[offset] = Traits<T>::store(average == average ? average : std::numeric_limits<Accumulate>::quiet_NaN());

@@ -62,7 +62,7 @@ std::optional<PayloadError> check_structure(const uint8_t* bytes, const PayloadL
   if (auto error = expect_field("support", static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support))) return error;
   if (auto error = expect_field("numel", wanted.numel, header.numel)) return error;
   if (auto error = expect_field("k", wanted.k, header.k)) return error;
-  if (header.flags & ~kFlagNonFinite) return PayloadError{"flags", "0 or 1", std::to_string(header.flags)};
+  if (header.flags & ~kFlags) return PayloadError{"flags", "at most " + std::to_string(kFlags), std::to_string(header.flags)};
   if (auto error = expect_field("spans", wanted.spans, header.spans)) return error;
   if (header.repeated > header.k) return PayloadError{"repeated", "at most " + std::to_string(header.k), std::to_string(header.repeated)};
   if (auto error = expect_field("entries before tile 0", 0, static_cast<uint64_t>(payload.first_entry(0)))) return error;

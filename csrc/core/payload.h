@@ -28,6 +28,8 @@ inline constexpr uint32_t kPayloadMagic = 0x6b707472;  // "rtpk"
 inline constexpr uint16_t kPayloadVersion = 1;
 inline constexpr int64_t kTileEntries = 65536;
 inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN
+inline constexpr uint32_t kFlagAbsent = 2;     // this rank contributes nothing: its values are 0, and the average is the others'
+inline constexpr uint32_t kFlags = kFlagNonFinite | kFlagAbsent;
 
 enum class Support : uint8_t { kOffsets = 0, kBitmap = 1, kEliasFano = 2 };  // the last on the wire alone: wire.h
 

@@ -40,6 +40,16 @@ Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient) {
   return {payload, plan.has_wire_form() ? plan.message : payload};
 }
 
+Sent send_nothing(Worker& worker, Plan& plan, const at::Tensor& zero) {
+  plan.settle(worker.report.counters());
+  worker.report.counters().select(0, 2).add_(plan.forget());
+  plan.shared.idle.fill_(1);
+  const Sent sent = send(worker, plan, zero);
+  mark_absent_(sent.payload);
+  if (plan.has_wire_form()) mark_absent_(sent.message);
+  return sent;
+}
+
 void make_room(const Worker& worker, Plan& plan, int64_t rows) {
   const auto bytes = plan.residual.options().dtype(at::kByte);
   reserve(plan.received, {worker.workers, plan.message_bytes()}, bytes);

@@ -33,6 +33,9 @@ struct Sent {
 // Both in buffers of the plan; the gradient is only read.
 Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient);
 
+// The same of a worker that contributes nothing this time: all its residuals wait, its history ends. `zero` is of zeros.
+Sent send_nothing(Worker& worker, Plan& plan, const at::Tensor& zero);
+
 // Buffers of the plan for what is received: messages of all workers, and `rows` of feedback. Made once, on the thread and the
 // stream of the front end.
 void make_room(const Worker& worker, Plan& plan, int64_t rows);

@@ -46,20 +46,26 @@ void GroupExchange::use(const std::string& caller) {
 
 GroupExchange::FuturePtr GroupExchange::exchange(
     const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
-    const std::function<Fingerprint()>& describe) {
+    const std::function<Fingerprint()>& describe, bool absent) {
   const std::shared_ptr<Plan> plan = enter(bucket, owners, describe);
   Transport::Bucket moved;
   moved.result = average;
   moved.step = worker_->steps.step();
   moved.count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; };
   if (!plan || is_dense()) {
+    if (absent) {
+      const std::string why = c10::str(worker_->who, ": expected tensors of every rank in a dense step, got none");
+      transport_->announce_failure(why);
+      C10_THROW_ERROR(ValueError, why);
+    }
     if (!average.is_same(gradient)) average.copy_(gradient);
     const double bytes = dense::send(*worker_, plan.get(), average);
     moved.finish = [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); };
     moved.fail = [] {};
     return transport_->all_reduce(std::move(moved));
   }
-  const own_support::Sent sent = own_support::send(*worker_, *plan, gradient);
+  const own_support::Sent sent =
+      absent ? own_support::send_nothing(*worker_, *plan, gradient) : own_support::send(*worker_, *plan, gradient);
   own_support::make_room(*worker_, *plan, /*rows=*/1);
   moved.finish = [worker = worker_, plan, sent, average] { own_support::receive({{*worker, *plan, sent.payload}}, average); };
   moved.fail = [worker = worker_, plan, sent] { own_support::fail(*worker, *plan, sent.payload); };

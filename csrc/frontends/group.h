@@ -35,10 +35,11 @@ class GroupExchange {
   double scale() const { return owner_.scale ? owner_.scale() : 1.0; }
 
   // Exchanges one bucket. The future holds `average`, which may be the memory of `gradient`; else that is only read. `describe` is
-  // asked where the ranks compare their buckets: the bucket in words.
+  // asked where the ranks compare their buckets: the bucket in words. Of a rank that is `absent`, which contributes nothing, the
+  // gradient is zero.
   FuturePtr exchange(
       const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
-      const std::function<Fingerprint()>& describe);
+      const std::function<Fingerprint()>& describe, bool absent = false);
 
   // Dense all-reduce instead of payloads, and back; residuals stay. Takes effect at the next bucket, on all ranks or none.
   void set_dense(bool dense);

@@ -66,7 +66,7 @@ std::vector<at::Tensor> Average::wait() {
 
 std::shared_ptr<Average> TensorsExchange::average(
     const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-    const Fingerprint& terms) {
+    const Fingerprint& terms, bool absent) {
   RECORD_FUNCTION("regtopk::average", std::vector<c10::IValue>());
   // What is kept outlives the caller's modes, and what is returned is as any other tensor.
   const c10::InferenceMode no_inference(false);
@@ -106,7 +106,7 @@ std::shared_ptr<Average> TensorsExchange::average(
     if (numel > 0) {
       const auto owners = [&] { return std::vector<Owner>(places.size()); };
       try {
-        result->pending_.push_back(exchange_->exchange(bucket, given, average, owners, describe));
+        result->pending_.push_back(exchange_->exchange(bucket, given, average, owners, describe, absent));
       } catch (...) {
         // What the other buckets have sent returns: the caller gets nothing for it.
         if (!result->pending_.empty()) worker.steps.clock().make_void(worker.steps.round());

@@ -31,10 +31,10 @@ class TensorsExchange {
 
   // Dense tensors on one device, each with its key, which is the same on every rank and no address, and the name by which
   // messages call it. Of `terms`, which are compared where ranks compare their tensors, any difference is an error. The tensors
-  // have been read when this returns.
+  // have been read when this returns. Of a rank that is `absent`, which contributes nothing, they are zeros.
   std::shared_ptr<Average> average(
       const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-      const Fingerprint& terms);
+      const Fingerprint& terms, bool absent);
 
  private:
   // Memory for the entries of a bucket: the last call's, if its caller has let go of all of it.

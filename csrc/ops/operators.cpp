@@ -3,6 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/full.h>
 
+#include <cstddef>
+
 #include "../core/payload.h"
 #include "../core/payload_status.h"
 #include "checks.h"
@@ -127,6 +129,11 @@ std::string describe_status(int64_t status) {
       return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
   }
   return c10::str("expected valid payloads, got status ", status);
+}
+
+void mark_absent_(const at::Tensor& payload) {
+  static_assert(kFlags < 256, "one byte of the header holds all flags");
+  payload.select(0, offsetof(PayloadHeader, flags)).bitwise_or_(static_cast<int64_t>(kFlagAbsent));
 }
 
 at::Tensor make_verdict(at::Device device) { return at::full({kVerdictRounds}, -1, at::TensorOptions().dtype(at::kLong).device(device)); }

@@ -48,6 +48,8 @@ void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
     const at::Tensor& counters, at::ScalarType dtype, int64_t sent_round);
 void put_back_(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype);
+// Says in an own payload, whose values are 0, that this rank contributes nothing. Does not wait for a device.
+void mark_absent_(const at::Tensor& payload);
 // The payload of k of the residual's entries to its wire form, and [N, bytes] of it to payloads.
 void to_wire_(
     const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& wire, const Wire& form, at::ScalarType dtype, int64_t k,

@@ -28,6 +28,7 @@ bool aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
   const PayloadLayout& layout = arguments.layout;
   T* const gradient = static_cast<T*>(arguments.gradient);
   float* const feedback = static_cast<float*>(arguments.feedback);
+  const float divisor = static_cast<float>(contributors(arguments));
   const bool streaming = layout.numel * static_cast<int64_t>(sizeof(T)) >= kStreamingBytes;
 
   std::vector<PayloadView> payloads;
@@ -81,7 +82,7 @@ bool aggregate_range(const AggregateArguments& arguments, const Kernels& kernels
          .touched = sums->touched,
          .gradient = gradient + block.index,
          .entries = block.entries,
-         .workers = static_cast<float>(arguments.workers),
+         .divisor = divisor,
          .streaming = streaming,
          .non_finite = &non_finite});
     if (!bitmap) std::fill(std::begin(sums->touched), std::end(sums->touched), uint8_t{0});

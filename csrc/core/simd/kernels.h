@@ -59,7 +59,7 @@ struct AverageArguments {
   const uint8_t* touched;   // one flag per kAverageBlock entries: its sums are not all zero
   void* gradient;           // out: [entries] of the value type
   int64_t entries;
-  float workers;
+  float divisor;
   bool streaming;  // write around the caches
   bool* non_finite;  // out: set where an average is not finite, else left alone
 };

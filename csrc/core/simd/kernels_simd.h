@@ -310,13 +310,13 @@ void write_average(const AverageArguments& arguments) {
   constexpr int64_t kVectorBytes = V::kLanes * 4;
   Stored* const out = static_cast<Stored*>(arguments.gradient);
   const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  const auto workers = V::floats(arguments.workers);
+  const auto divisor = V::floats(arguments.divisor);
   const auto zero = V::floats(0.0f);
   const bool streaming = arguments.streaming && aligned;
   const auto infinity = V::keys(kInfinityKey);
   auto unusual = V::at_least(V::keys(0), infinity);  // nowhere
   const auto average_at = [&](int64_t at) {
-    const auto average = V::quotient(V::load(arguments.sums + at), workers);
+    const auto average = V::quotient(V::load(arguments.sums + at), divisor);
     unusual = unusual | V::at_least(V::magnitude(average), infinity);
     return T::template wire_of<V>(average);
   };
