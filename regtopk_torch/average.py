@@ -164,6 +164,7 @@ class Averaging:
 
     def _named_tensors_to_load(self, module):
         _check_no_module(module)
+        self._exchange.use("average")
         return _Names(self._forms)
 
     def _with_dtypes(self, state_dict):
@@ -175,7 +176,6 @@ class Averaging:
         """The pieces as the exchange takes them in; of averaged tensors, with their names."""
         if not isinstance(named_keys, _Names):
             return pieces
-        self._exchange.use("average")
         self._begin_averaging()
         self._forms.update(named_keys.found)
         return {key: piece._replace(parameter=None) for key, piece in pieces.items()}

@@ -236,8 +236,8 @@ class _Group:
         if not isinstance(state, states.TopKState):
             raise TypeError(f"{what}: expected a TopKState or RegTopKState, got {type(state).__name__}")
         self._exchange = state._exchange
-        if module is None:
-            self._exchange.use("average")
+        if module is None and not self._exchange.is_open:
+            self._exchange.use("average")  # for messages; a state that has served a hook says so when all ranks listen
         self.rank, self.size = self._exchange.rank(), self._exchange.workers()
         self._what = what
         self.who = f"rank {self.rank}: {what}"

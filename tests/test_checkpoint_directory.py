@@ -230,7 +230,10 @@ def test_save_and_load_say_what_they_were_given(tmp_path):
         assert len(messages) == 5 and step == 1
         assert messages[0] == "TypeError: save: expected a TopKState or RegTopKState, got NoneType"
         assert messages[1] == "TypeError: load: expected a TopKState or RegTopKState, got DistributedDataParallel"
-        assert messages[2] == "CheckpointError: rank 1: load: expected a torch.nn.Module, got NoneType"
+        assert messages[2] == (
+            "CheckpointError: rank 1: load: rank 1: sparse_hook: expected a state that average alone uses, got one that sparse_hook has used; "
+            "construct another state"
+        )
         assert re.fullmatch(
             r"CheckpointError: rank 0: save: expected .*of-rank-0/regtopk-\w{8}-rank00001.pt, which its rank has written, "
             "got no such file; every rank must see the same directory",
