@@ -6,7 +6,8 @@
     diloco15       the same with all entries and Nesterov momentum outside, each 15 steps
 
 A row is one of these and, behind hyphens, how entries travel: bf16 or 2bit, either with Elias-Fano's code of the places; and d95, a decay
-of 0.95 of what is held back. All but dense and diloco send equal bytes: those of --budget of the entries per step at 6 bytes each.
+of 0.95 of what is held back. All but dense and diloco may send equal bytes, those of --budget of the entries per step at 6 bytes each,
+and less where that is enough for all entries.
 
 Text is Python's own standard library, or --text. Alone it simulates the workers of every row, a sweep; under torchrun each process is a
 worker, of one row. Options that take several values make the sweep; with --out one that was killed goes on when the same command is given again.

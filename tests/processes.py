@@ -43,6 +43,16 @@ def run_workers(function, world_size, *arguments, seconds=100):
     return [result for _, result in outcomes]
 
 
+def error_of(function, *arguments):
+    """(type, text, seconds until it came) of what a call raises; (None, "", seconds) where it returns."""
+    start = time.monotonic()
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error), str(error), time.monotonic() - start
+    return None, "", time.monotonic() - start
+
+
 def run_workers_and_report(function, world_size, *arguments, seconds=100):
     """As run_workers, but return (True, result) or (False, text) for each rank instead of raising."""
     with tempfile.TemporaryDirectory() as folder:

@@ -5,12 +5,11 @@ import datetime
 import math
 import pickle
 import re
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_workers
+from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_state
 
@@ -287,15 +286,6 @@ def test_a_state_serves_a_hook_or_averages(alone):
     with pytest.raises(ValueError, match="expected the module whose gradients were exchanged"):
         other.state_dict(None)
     other.close()
-
-
-def error_of(function, *arguments):
-    start = time.monotonic()
-    try:
-        function(*arguments)
-    except Exception as error:
-        return type(error), str(error), time.monotonic() - start
-    return None, "", time.monotonic() - start
 
 
 def disagree(rank, case, after):

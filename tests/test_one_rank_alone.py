@@ -2,13 +2,12 @@
 
 import datetime
 import gc
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from given import ENTRIES, Given, integers, register
-from processes import run_workers
+from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import make_state
 
@@ -17,16 +16,6 @@ import regtopk_torch as rt
 TIMEOUT = datetime.timedelta(seconds=60)
 WITHIN = 15.0  # seconds, on a machine that does other things as well
 SIZES = (40, 24)
-
-
-def error_of(function, *arguments):
-    """(type, text, seconds until it came) of what a call raises; (None, "", seconds) where it returns."""
-    start = time.monotonic()
-    try:
-        function(*arguments)
-    except Exception as error:
-        return type(error), str(error), time.monotonic() - start
-    return None, "", time.monotonic() - start
 
 
 def train_steps(rank, ddp, steps):
