@@ -56,7 +56,7 @@ class StepFolders:
         directory (path): created with the first step.
         job (dict of str, int, float, None): what must be the same in a run that goes on.
 
-    Both methods are collectives of the default group and raise RuntimeError on every rank where one of them fails.
+    `save` and `load` are collectives of the default group and raise RuntimeError on every rank where one fails.
     """
 
     def __init__(self, directory, job):
@@ -92,8 +92,7 @@ class StepFolders:
 
         The state, where it is not None, is loaded. Raises RuntimeError, naming the folder, for one of another job.
         """
-        newest = max((step for step, folder in self._folders().items() if (folder / TRAINING).is_file()), default=0)
-        step = gather(newest)[0]
+        step = gather(self.newest())[0]
         if step == 0:
             return 0, None
         folder = self._directory / f"step-{step:08d}"
@@ -101,6 +100,10 @@ class StepFolders:
         if state is not None:
             rt.load(state, module, folder)
         return step, content["training"]
+
+    def newest(self):
+        """Return the newest complete step in the directory, 0 without one; not a collective."""
+        return max((step for step, folder in self._folders().items() if (folder / TRAINING).is_file()), default=0)
 
     def _read(self, folder):
         try:

@@ -12,6 +12,7 @@ the new workers may find the address of a dead one.
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -128,17 +129,31 @@ def name_run(options):
 
 
 class Interrupt:
-    """End this process at Ctrl-C, which torchrun hands to all processes of the job, and say how to go on."""
+    """End this process at Ctrl-C, which torchrun hands to all processes of the job, and say how to go on.
+
+    A thread does it: the main thread hears a signal only between two operations, and a long one would outlive the other processes.
+    """
 
     def __init__(self):
         self.run = None
-        signal.signal(signal.SIGINT, self._stop)
+        heard, pipe = os.pipe()
+        os.set_blocking(pipe, False)
+        signal.set_wakeup_fd(pipe)
+        signal.signal(signal.SIGINT, lambda *_: None)  # with a handler, Python writes each signal's number into the pipe
+        threading.Thread(target=self._stop, args=(heard,), daemon=True).start()
 
-    def _stop(self, *_):
+    def _stop(self, heard):
+        while os.read(heard, 1)[0] != signal.SIGINT:
+            pass
         if os.environ.get("RANK", "0") == "0":
-            saved = "its last checkpoint, if there is one" if self.run is None else f"step {self.run.saved}"
+            saved = "its last checkpoint, if there is one" if self.run is None else f"step {self.run.saved()}"
             print(f"\nstopped; the same command goes on from {saved}", flush=True)
-        time.sleep(0.1)  # the others get the signal before they miss this process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what now fails does so because another process has ended
+        if os.environ.get("RANK") == "0":
+            # The store of the job ends with this process: the others shall have heard the signal before. The system's alarm ends it,
+            # for a main thread that meets their end may hold the interpreter for seconds.
+            signal.setitimer(signal.ITIMER_REAL, 1)
+            time.sleep(10)
         os._exit(128 + signal.SIGINT)  # at once: another rank may wait for this one, or this one for another
 
 

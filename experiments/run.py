@@ -68,7 +68,7 @@ def digest(model):
 class Run:
     """One training run with its log and its checkpoints; every method is a collective, rank 0 records.
 
-    Raises JobError on every rank where the run cannot begin. `saved` is the step of its newest checkpoint, 0 without one.
+    Raises JobError on every rank where the run cannot begin.
     """
 
     def __init__(self, options):
@@ -84,7 +84,7 @@ class Run:
             step, training = agree(lambda: self._workers.load(self._folders))
             if step > options.steps:
                 raise JobError(f"--steps: expected at least {step}, as in the checkpoint in {options.checkpoint}, got {options.steps}")
-        self.step = self.saved = step
+        self.step = step
         kept = training or {"statistics": None, "losses": [], "seconds": []}
         # Mean losses of all workers of the last steps; own losses that have not been gathered yet; seconds of all steps.
         self._earlier, self._losses, self._seconds, self._own_losses = kept["statistics"], kept["losses"], kept["seconds"], []
@@ -177,6 +177,10 @@ class Run:
                 parameters_sha256=digests[0], statistics=statistics, **compared,
             )  # fmt: skip
 
+    def saved(self):
+        """Return the step from which the same command would go on now, 0 without a checkpoint; not a collective."""
+        return 0 if self._folders is None else self._folders.newest()
+
     def _time_dense(self):
         """Return the median seconds of a step with DDP's own all-reduce, of a few steps after two that are thrown away."""
         options = argparse.Namespace(**{**vars(self._options), "method": "dense"})
@@ -194,4 +198,3 @@ class Run:
         position = 0 if self._recorder is None else self._recorder.position()
         training = {"losses": self._losses, "seconds": self._seconds, "statistics": self._statistics(), "log_position": position}
         self._workers.save(self._folders, self.step, training)
-        self.saved = self.step
