@@ -73,7 +73,7 @@ class Leg:
     steps: int
     method: str
     distortion: str
-    density: float
+    density: float | rt.WarmupDensity
     entry: str
     kind: str
     bucket_cap_mb: float
@@ -89,6 +89,10 @@ class Leg:
     fresh: dict = dataclasses.field(default_factory=dict)  # step: the place whose layer is replaced before it
     alone: tuple | None = None  # (step, rank, the call that this rank makes alone before it)
     reads: bool = False  # residuals are read between steps, which settles at once what the next step would
+    options: dict = dataclasses.field(default_factory=dict)  # of the state: wire_dtype, index_code, decay
+
+    def density_at(self, step):
+        return self.density(step) if callable(self.density) else self.density
 
     def takers(self, step):
         """The ranks that use the branch."""
@@ -135,12 +139,17 @@ def draw_leg(draw, number, workers, first_step, before):
         member = draw.randrange(1 + side)
         overflows[draw.randint(first, last)] = (draw.randrange(world_size), member, draw.randrange(ALWAYS_USED[member]))
     later = range(first + 1, last + 1) if kind != "join" else ()
+    density = draw.choice([0.002, 0.01, 0.05, 0.3])
+    options = {
+        "wire_dtype": draw.choice([None, None, None, torch.bfloat16, torch.float16, "2bit"]),
+        "index_code": draw.choice(["offsets", "elias-fano"]), "decay": draw.choice([1.0, 1.0, 1.0, 0.9]),
+    }  # fmt: skip
     alone = (draw.choice(later), draw.randrange(world_size), draw.choice(["reset", "pause"])) if later and draw.random() < 0.12 else None
     return Leg(
         number=number, world_size=world_size, first_step=first, steps=steps,
         method=before.method if before else draw.choice(["topk", "regtopk", "regtopk"]),
         distortion=before.distortion if before else draw.choice(["previous", "current"]),
-        density=draw.choice([0.002, 0.01, 0.05, 0.3]), entry=draw.choice(["register_comm_hook"] * 3 + ["attach"]), kind=kind,
+        density=rt.WarmupDensity(0.5, density, max(1, last)) if draw.random() < 0.2 else density, entry=draw.choice(["register_comm_hook"] * 3 + ["attach"]), kind=kind,
         bucket_cap_mb=draw.choice([BUCKET_CAP_MB / 4, BUCKET_CAP_MB, ONE_BUCKET_MB, ONE_BUCKET_MB]),
         set_to_none=draw.random() < 0.7,
         regroup_at=draw.choice(later) if later and draw.random() < 0.15 else None,
@@ -149,7 +158,7 @@ def draw_leg(draw, number, workers, first_step, before):
         kill=(draw.randrange(world_size), draw.uniform(0.05, 0.6)) if alone is None and draw.random() < 0.3 else None,
         side=side, optimizers=draw.choice(["one", "by model", "across"]) if growth is not None else "one",
         fresh={step: draw.choice(PLACES) for step in draw.sample(later, draw.choice([0, 0, 1, 2]))} if later else {},
-        alone=alone, reads=draw.random() < 0.5,
+        alone=alone, reads=draw.random() < 0.5, options=options,
     )  # fmt: skip
 
 
@@ -159,9 +168,9 @@ class Member:
     def __init__(self, leg, module, scaler, spoil, **ddp_options):
         self.module, self._leg, self._ddp_options = module, leg, ddp_options
         if leg.method == "topk":
-            self.state = rt.TopKState(leg.density, grad_scaler=scaler)
+            self.state = rt.TopKState(leg.density, grad_scaler=scaler, **leg.options)
         else:
-            self.state = rt.RegTopKState(leg.density, mu=1.0, distortion=leg.distortion, grad_scaler=scaler)
+            self.state = rt.RegTopKState(leg.density, mu=1.0, distortion=leg.distortion, grad_scaler=scaler, **leg.options)
         self.books = Books(module, scaler)
         self._spoil = spoil  # what a parameter's gradient is to be, of the gradient and the parameter's position
         self._given_now, self._unknown = {}, False
@@ -440,7 +449,7 @@ class Soak:
         self._workers, self._draw, self._folder = workers, random.Random(seed), Path(folder)
         self.counts = dict.fromkeys(
             ["legs", "steps", "rebuilds", "overflows", "overflows, shared scaler", "overflows applied in part", "idle steps",
-             "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
+             "narrow values", "coded indices", "decaying steps", "scheduled steps", "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
              "bytes checked", "violations"], 0
         )  # fmt: skip
         self._number, self._before, self._kept = 0, None, None
@@ -497,6 +506,10 @@ class Soak:
         self.counts["overflows, shared scaler"] += stats["void_steps"] if leg.side else 0
         self.counts["overflows applied in part"] += len(result["applied in part"])
         self.counts["idle steps"] += sum(not leg.takers(step) and not leg.takers(step - 1) for step in result["digests"])
+        self.counts["narrow values"] += stats["sent_entries"] if leg.options.get("wire_dtype") else 0
+        self.counts["coded indices"] += stats["sent_entries"] if leg.options.get("index_code") == "elias-fano" else 0
+        self.counts["decaying steps"] += stats["steps"] if leg.options.get("decay", 1.0) < 1 else 0
+        self.counts["scheduled steps"] += stats["steps"] if callable(leg.density) else 0
         self.counts["layers replaced"] += sum(step >= result["resumed_at"] for step in leg.fresh)
 
     def _stacks(self):
@@ -571,8 +584,9 @@ class Soak:
                 self.counts["bytes checked"] += sum(residual.nbytes for residual in idle.values())
                 if leg.growth in (None, 2.0):
                     assert all(same_bits(idle[index], before[index]) for index in idle), f"an idle residual changed in step {step}"
-                if leg.bucket_cap_mb == ONE_BUCKET_MB and step not in due:
-                    k = max(1, math.floor(leg.density * (live + sum(residual.numel() for residual in idle.values())) + 0.5))
+                # What rounding took from a value that was sent stays.
+                if leg.bucket_cap_mb == ONE_BUCKET_MB and step not in due and not leg.options.get("wire_dtype"):
+                    k = max(1, math.floor(leg.density_at(step) * (live + sum(residual.numel() for residual in idle.values())) + 0.5))
                     assert sent >= min(k, live), f"{sent} entries sent of what is in use, of {k}, in step {step}"
 
     def _check_books(self, leg, results):
@@ -581,7 +595,7 @@ class Soak:
             return
         for member in range(1 + leg.side):
             reports = [result["members"][member] for result in results]
-            exchange = rt.LocalExchange(leg.world_size, leg.density, method=leg.method, mu=1.0, distortion=leg.distortion)
+            exchange = rt.LocalExchange(leg.world_size, leg.density, method=leg.method, mu=1.0, distortion=leg.distortion, **leg.options)
             exchange.load_state_dict({"workers": [report["initial"] for report in reports]})
             books = [report["books"] for report in reports]
             if booking.check_against_simulation(books, leg.method, exchange) is None:
@@ -595,6 +609,8 @@ class Soak:
 
     def _check_mass(self, leg, results):
         """What was given is applied, kept, or was dropped with its parameter."""
+        if leg.options.get("decay", 1.0) < 1:
+            return  # or it was forgotten, which the simulation counts on
         for member in range(1 + leg.side):
             reports = [result["members"][member] for result in results]
             pages = [

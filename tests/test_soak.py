@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import soak
+import torch
 from books import booked_hook
 from processes import run_workers
 
+import regtopk_torch as rt
 from regtopk_torch import states
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,10 @@ EVENTS = {
     "overflows applied in part": dataclasses.replace(LEG, side=True, overflows=OVERFLOWS, optimizers="across"),
     "layers replaced": dataclasses.replace(LEG, fresh={3: "branch", 5: "model.layers.4"}),
     "calls on one rank": dataclasses.replace(LEG, alone=(4, 1, "reset")),
+    "narrow values": dataclasses.replace(LEG, options={"wire_dtype": torch.bfloat16}),
+    "coded indices": dataclasses.replace(LEG, options={"wire_dtype": "2bit", "index_code": "elias-fano"}),
+    "decaying steps": dataclasses.replace(LEG, options={"decay": 0.9}),
+    "scheduled steps": dataclasses.replace(LEG, density=rt.WarmupDensity(0.5, 0.01, 8)),
 }
 
 
