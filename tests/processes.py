@@ -49,7 +49,7 @@ def run_workers(function, world_size, *arguments, seconds=300):
     return [result for _, result in outcomes]
 
 
-def run_alone(function, *arguments, seconds=240):
+def run_alone(function, *arguments, seconds=600):
     """Return what function(*arguments) does to a process of its own: (exit status, what it wrote to stdout, to stderr).
 
     The process has no group and one thread. `function` must be importable; an exception and sys.exit end the process as they end a program.
@@ -65,7 +65,7 @@ def run_alone(function, *arguments, seconds=240):
         return process.exitcode, *(pathlib.Path(path).read_text(encoding="utf-8") if os.path.exists(path) else "" for path in files)
 
 
-def run_module(name, *arguments, seconds=240):
+def run_module(name, *arguments, seconds=600):
     """As run_alone, of `python -m name arguments` in the root of the checkout: torch is imported already."""
     return run_alone(_run_module, name, arguments, seconds=seconds)
 

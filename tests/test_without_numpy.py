@@ -66,5 +66,5 @@ JOB = textwrap.dedent("""
 
 def test_without_numpy_a_job_trains_saves_loads_and_flushes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, "-c", JOB, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", JOB, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
