@@ -6,7 +6,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Those that take longest come first: two files are run at a time, and neither should be left for the end.
-LONGEST = ("test_gpu_check", "test_cuda_emulation", "test_cifar10", "test_device_path", "test_modes", "test_cuda_build", "test_faults")
+# The first compiles the emulation; nothing that would wait for it comes second.
+LONGEST = (
+    "test_device_path", "test_modes", "test_cuda_emulation", "test_cifar10", "test_faults", "test_selection", "test_gpu_check", "test_exits",
+    "test_stream_transport", "test_report", "test_cpu_variants", "test_soak", "test_mixed_precision",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -1,18 +1,9 @@
-"""Create process group, model and state, train 3 steps and destroy them, again and again: `python cycles.py CYCLES`.
-
-Two processes, forked from this one, do it together. Prints one JSON line: for each of them [resident bytes, threads, open
-files] after each cycle.
-"""
+"""Create process group, model and state, train 3 steps and destroy them, again and again: what test_faults.py measures."""
 
 import datetime
 import gc
-import json
 import os
-import sys
-import tempfile
 
-import torch
-import torch._dynamo  # noqa: F401  (DDP imports it: before the first measurement)
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_optimizer, make_state
@@ -47,7 +38,7 @@ def measure():
 
 
 def run(rank, cycles, folder):
-    torch.set_num_threads(1)
+    """Return (resident bytes, threads, open files) after each cycle of two processes that do it together."""
     measurements = []
     for cycle in range(cycles):
         open_group(rank, folder, cycle)
@@ -56,30 +47,3 @@ def run(rank, cycles, folder):
         gc.collect()
         measurements.append(measure())
     return measurements
-
-
-def main():
-    cycles = int(sys.argv[1])
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    gc.freeze()  # what was imported is no garbage: a collection need not look at it
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(2):
-            reading, writing = os.pipe()
-            child = os.fork()
-            if child == 0:
-                os.close(reading)
-                with os.fdopen(writing, "w") as file:
-                    json.dump(run(rank, cycles, folder), file)
-                os._exit(0)
-            os.close(writing)
-            children.append(reading)
-        results = []
-        for reading in children:
-            with os.fdopen(reading) as file:
-                results.append(json.load(file))
-        print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

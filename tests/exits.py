@@ -1,14 +1,15 @@
-"""Let pairs of training processes end in one way, many times: `python exits.py WAY CYCLES`.
+"""Let pairs of training processes end in given ways, many times each: `python exits.py CYCLE,CYCLE... WAY...`.
 
 The processes are forked from this one, which has imported everything, and end as an interpreter ends: with its finalisation,
-which a multiprocessing child skips. Prints one JSON object: how often each pair of outcomes came; an outcome is an exit status, the
-name of a signal, or "hang", which ends the run.
+which a multiprocessing child skips. Prints one JSON object: by way, how often each pair of outcomes came; an outcome is an exit
+status, the name of a signal, or "hang", which ends the way.
 """
 
 import collections
 import datetime
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import select
@@ -25,7 +26,7 @@ from training import batch, loss_of, make_model, make_state
 
 import regtopk_torch as rt
 
-SECONDS = 20
+SECONDS = 60  # against hanging: an end takes 1, on a busy machine 5
 GROUP_SECONDS = 4 * SECONDS  # an end that waits for the group counts as a hang
 
 # What lives until the interpreter's own end, in half of the cycles; in the others a state dies before.
@@ -138,14 +139,18 @@ def outcome_of(pid, seconds):
 
 
 def main():
-    way, cycles = WAYS[sys.argv[1]], int(sys.argv[2])
+    cycles, ways = [int(cycle) for cycle in sys.argv[1].split(",")], sys.argv[2:]
     faulthandler.enable()
     gc.freeze()  # what was imported here is not collected again at each process' end
     torch.set_num_threads(1)
-    outcomes = collections.Counter()
+    outcomes = {way: collections.Counter() for way in ways}
     # Not a TemporaryDirectory: its finaliser would remove the folder when the first forked process ends.
     folder = tempfile.mkdtemp()
-    for cycle in range(cycles):
+    for way in ways:
+        os.mkdir(os.path.join(folder, way))
+    for way, cycle in itertools.product(ways, cycles):
+        if any("hang" in outcome for outcome in outcomes[way]):
+            continue  # each further one would take as long
         other_ends, keep_open = os.pipe()
         pids = []
         for rank in range(2):
@@ -153,15 +158,13 @@ def main():
             if pid == 0:
                 if rank == 1:
                     os.close(keep_open)
-                way(rank, folder, cycle, other_ends)
+                WAYS[way](rank, os.path.join(folder, way), cycle, other_ends)
                 return
             pids.append(pid)
         os.close(other_ends)
         os.close(keep_open)
         outcome = " ".join(str(outcome_of(pid, SECONDS)) for pid in pids)
-        outcomes[outcome] += 1
-        if "hang" in outcome:
-            break  # each further one would take as long
+        outcomes[way][outcome] += 1
     shutil.rmtree(folder)
     print(json.dumps(outcomes))
 

@@ -5,10 +5,14 @@ at a deadline: nothing here can hang.
 """
 
 import datetime
+import functools
 import gc
 import multiprocessing
 import os
+import pathlib
 import pickle
+import runpy
+import sys
 import tempfile
 import time
 import traceback
@@ -16,11 +20,13 @@ import traceback
 import torch
 import torch.distributed as dist
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 GROUP_TIMEOUT = datetime.timedelta(seconds=30)
 
 _context = multiprocessing.get_context("forkserver")
-# torch._dynamo is what the first optimizer step imports, for seconds in each process.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "regtopk_torch"])
+# torch._dynamo is what the first optimizer step imports, for seconds in each process; pytest and hypothesis are what the files of
+# tests import in which the functions are.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "regtopk_torch", "pytest", "hypothesis.strategies"])
 
 
 # A library of operators that the processes load after the package, or None; see tests/simt/operators.cpp.
@@ -31,7 +37,7 @@ class WorkerFailed(AssertionError):
     """Some process raised, died or did not end in time; the message has every process' report."""
 
 
-def run_workers(function, world_size, *arguments, seconds=100):
+def run_workers(function, world_size, *arguments, seconds=300):
     """Return [function(rank, *arguments) for each rank], each in a process of one gloo group and with one thread.
 
     `function` must be importable. Raises WorkerFailed unless all of them return within `seconds`.
@@ -41,6 +47,34 @@ def run_workers(function, world_size, *arguments, seconds=100):
     if failures:
         raise WorkerFailed("\n".join(failures))
     return [result for _, result in outcomes]
+
+
+def run_alone(function, *arguments, seconds=600):
+    """Return what function(*arguments) does to a process of its own: (exit status, what it wrote to stdout, to stderr).
+
+    The process has no group and one thread. `function` must be importable; an exception and sys.exit end the process as they end a program.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        process = _context.Process(target=_alone, args=(files, pickle.dumps((function, arguments))))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return process.exitcode, *(pathlib.Path(path).read_text(encoding="utf-8") if os.path.exists(path) else "" for path in files)
+
+
+def run_module(name, *arguments, seconds=600):
+    """As run_alone, of `python -m name arguments` in the root of the checkout: torch is imported already."""
+    return run_alone(_run_module, name, arguments, seconds=seconds)
+
+
+def _run_module(name, arguments):
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def error_of(function, *arguments):
@@ -53,7 +87,7 @@ def error_of(function, *arguments):
     return None, "", time.monotonic() - start
 
 
-def run_workers_and_report(function, world_size, *arguments, seconds=100):
+def run_workers_and_report(function, world_size, *arguments, seconds=300):
     """As run_workers, but return (True, result) or (False, text) for each rank instead of raising."""
     with tempfile.TemporaryDirectory() as folder:
         workers = []
@@ -87,6 +121,25 @@ def _outcome(process, receiver, deadline):
     return succeeded, result
 
 
+def become_one_of_torchrun(rank, world_size, folder):
+    """In a process of run_workers: what comes next is a script for torchrun; the group that it begins meets through a file in `folder`."""
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    store = dist.FileStore(os.path.join(folder, "torchrun's store"), world_size)
+    dist.init_process_group = functools.partial(dist.init_process_group, store=store, rank=rank, world_size=world_size)
+
+
+def _alone(files, pickled):
+    for number, path in enumerate(files, 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    torch.set_num_threads(1)
+    gc.freeze()
+    function, arguments = pickle.loads(pickled)
+    function(*arguments)
+
+
 def _worker(sender, store_path, rank, world_size, pickled, library):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -98,7 +151,8 @@ def _worker(sender, store_path, rank, world_size, pickled, library):
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
         message = True, function(rank, *arguments)
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have ended the group, to begin others
+            dist.destroy_process_group()
     except BaseException:
         message = False, traceback.format_exc()
     sender.send_bytes(pickle.dumps(message))

@@ -288,10 +288,14 @@ def test_a_state_serves_a_hook_or_averages(alone):
     other.close()
 
 
+TIMEOUT, SHORT = datetime.timedelta(seconds=60), datetime.timedelta(seconds=4)
+WITHIN = 30.0  # seconds: long before the timeout, on a machine that does other things as well
+
+
 def disagree(rank, case, after):
     """Rank 1 does something else, after some averages that agree; return what each rank's call says."""
     odd = rank == 1
-    group = dist.new_group(timeout=datetime.timedelta(seconds=12))
+    group = dist.new_group(timeout=SHORT if case == "skip" else TIMEOUT)
     state = rt.TopKState(0.5 if odd and case == "density" else 0.25, process_group=group)
     tensors, names = [torch.ones(6), torch.ones(2, 3)], ["a", "b"]
     for _ in range(after):
@@ -331,7 +335,7 @@ def disagree(rank, case, after):
 )
 def test_ranks_that_give_other_things_are_an_error_on_every_rank(case, words):
     for rank, (kind, message, seconds) in enumerate(run_workers(disagree, 2, case, 0)):
-        assert kind is ValueError and seconds < 10
+        assert kind is ValueError and seconds < WITHIN
         assert message.startswith(f"rank {rank}: average: ")
         assert re.search(words, message), message
 
@@ -339,7 +343,7 @@ def test_ranks_that_give_other_things_are_an_error_on_every_rank(case, words):
 @pytest.mark.parametrize("case", ["shape", "dtype", "name", "number", "bad", "abort"])
 def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
     for rank, (kind, message, seconds) in enumerate(run_workers(disagree, 2, case, 2)):
-        assert kind is not None and seconds < 10, message
+        assert kind is not None and seconds < WITHIN, message
         assert f"rank {rank}: average: expected " in message
         if case == "bad":
             assert "got str at place 1" in message
@@ -351,7 +355,7 @@ def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
 
 def test_a_rank_that_leaves_an_average_out_is_named_after_the_timeout():
     (kind, message, seconds), _ = run_workers(disagree, 2, "skip", 1)
-    assert kind is dist.DistBackendError and 11 < seconds < 20
+    assert kind is dist.DistBackendError and 0.9 * SHORT.total_seconds() < seconds < SHORT.total_seconds() + WITHIN
     assert "rank 1 has not come to it" in message
 
 
@@ -397,7 +401,7 @@ def test_the_average_is_over_the_ranks_that_contribute_and_the_others_keep_what_
 
 
 def contribute_nothing(rank, case):
-    state = rt.TopKState(0.25, process_group=dist.new_group(timeout=datetime.timedelta(seconds=12)))
+    state = rt.TopKState(0.25, process_group=dist.new_group(timeout=TIMEOUT))
     if case == "dense":
         state.pause()
     if case != "first":
@@ -415,7 +419,7 @@ def contribute_nothing(rank, case):
 )
 def test_a_rank_that_cannot_contribute_nothing_is_an_error_on_every_rank(case, words):
     for rank, (kind, message, seconds) in enumerate(run_workers(contribute_nothing, 2, case)):
-        assert kind is not None and words in message and f"rank {rank}: average: " in message and seconds < 10
+        assert kind is not None and words in message and f"rank {rank}: average: " in message and seconds < WITHIN
 
 
 # Checkpoints

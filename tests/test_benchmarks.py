@@ -1,17 +1,16 @@
 """The benchmark runs, and the figures in the documents are those of the committed logs."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import become_one_of_torchrun, run_module, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
-from benchmarks import hosts, plot, table  # noqa: E402
+from benchmarks import hosts, network, plot, table  # noqa: E402
 from runlog.document import replace  # noqa: E402
 
 TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]
@@ -19,10 +18,9 @@ TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar
 
 def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
     log = tmp_path / "ops.jsonl"
-    command = [sys.executable, "-m", "benchmarks.ops", "--sizes", "5e3", "--densities", "0.01", "--seconds-per-case", "0", "--out", str(log)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "topk, 8 payloads" in done.stdout
+    status, printed, errors = run_module("benchmarks.ops", "--sizes", "5e3", "--densities", "0.01", "--seconds-per-case", "0", "--out", str(log))
+    assert status == 0, errors
+    assert "topk, 8 payloads" in printed
     lines = table.format_tables([log]).splitlines()
     assert len(lines) == 5  # names, rule, one case, a blank line, the origin
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
@@ -60,12 +58,13 @@ def test_step_times_are_medians_of_their_logs_from_the_slowest_link_to_the_faste
         hosts.format_hosts(tmp_path, tmp_path)
 
 
+def run_network(rank, folder):
+    become_one_of_torchrun(rank, 2, folder)
+    network.main(["--model", "small", "--rounds", "2", "--density", "0.01", "--out", str(folder / "1gbit.jsonl")])
+
+
 def test_step_times_of_every_method_are_measured(tmp_path):
-    log = tmp_path / "1gbit.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.network"]
-    command += ["--model", "small", "--rounds", "2", "--density", "0.01", "--out", str(log)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run_workers(run_network, 2, tmp_path)
     head, _, *rows, _, below = hosts.format_hosts(tmp_path, tmp_path).splitlines()
     assert head == "| what is exchanged | 1 Gbit/s |" and "n = 2 steps" in below
     assert [row.strip("| ").split(" | ")[0] for row in rows] == list(hosts.METHODS.values()) and all(row.endswith(") |") for row in rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import become_one_of_torchrun, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # experiments is not installed
@@ -122,11 +123,17 @@ def test_what_cannot_go_on_is_one_message(tmp_path, capsys):
         assert ended.value.code == 1 and error.startswith(message) and error.count("\n") == 1
 
 
+def take_first_steps(rank, folder, options):
+    """What torchrun would start, in a process that has imported torch already."""
+    become_one_of_torchrun(rank, 2, folder.parent)
+    cifar10.main([*SHORT, "--folder", str(folder), *options, "--steps", "3", "--save-every", "2"])
+
+
 @pytest.mark.parametrize("method", [pytest.param("dense", marks=pytest.mark.long), "regtopk"])
 def test_two_processes_under_torchrun_that_were_resumed_equal_one_process_bit_for_bit(tmp_path, method):
     options = ("--method", method, "--momentum", "0.9")
     alone = train(tmp_path / "alone", *options, steps=7)
-    run_torchrun(tmp_path / "together", *options, "--steps", "3", "--save-every", "2")
+    run_workers(take_first_steps, 2, tmp_path / "together", options)
     ended = run_torchrun(tmp_path / "together", *options, "--steps", "7", "--compare", "--workers", "2")
     assert "goes on from step 3" in ended.stdout and "Warning" not in ended.stderr
     assert alone[-1]["statistics"]["bytes_sent"] > 0 and read_records(tmp_path / "together")[-1] == alone[-1]

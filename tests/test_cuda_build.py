@@ -1,5 +1,6 @@
 """Compile the CUDA kernels with nvcc alone, and decide whether to build them: both without a GPU."""
 
+import collections
 import importlib.util
 import os
 import re
@@ -24,8 +25,57 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-# The set-up compiles all of them; here the one with the tightest bounds is held to them, and all by `make cuda` and the long tests.
+# The set-up compiles all of them, and what it built is looked at; the loads are read from the PTX of the one that streams, here,
+# and from that of all by `make cuda` and the long tests.
 ONE = {"architectures": ["90"], "sources": ["accumulate"]}
+
+
+TYPES = ["fp64", "fp32", "bf16", "fp16"]
+KERNELS = {
+    *((kernel, type_, feedback) for kernel in ("sample_kernel", "accumulate_kernel", "finish_kernel") for type_ in TYPES for feedback in (False, True)),
+    *((kernel, type_, False) for kernel in ("settle_kernel", "check_kernel", "aggregate_kernel", "judge_kernel") for type_ in TYPES),
+}  # fmt: skip
+
+
+def cuobjdump():
+    """The one of triton, which comes with torch, or that of the toolkit; None without either."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
+    return shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+
+
+def parse_resource_usage(text):
+    """As compiler.parse_ptxas, from cuobjdump --dump-resource-usage, which counts what is spilled with the stack and LOCAL."""
+    rows, architecture = [], None
+    for found in re.finditer(r"arch = sm_(\d+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
+        if found[1]:
+            architecture = found[1]
+        else:
+            kernel, type_, feedback = compiler.kernel_of(found[2])
+            registers, stack, shared, local = map(int, found.groups()[2:])
+            rows.append({"kernel": kernel, "type": type_, "feedback": feedback, "arch": architecture, "registers": registers, "stack": stack,
+                         "shared": shared, "spilled": local})  # fmt: skip
+    return rows
+
+
+def test_the_kernels_in_the_extension_keep_to_their_bounds():
+    import regtopk_torch
+
+    if not regtopk_torch.has_cuda_kernels():
+        pytest.skip("the extension was built without the CUDA kernels")
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither triton's nor on PATH")
+    usage = subprocess.run([cuobjdump(), "--dump-resource-usage", regtopk_torch._C.__file__], check=True, capture_output=True, text=True, timeout=600)
+    rows = parse_resource_usage(usage.stdout)
+    assert compiler.complaints(rows, {}) == []
+    for architecture in {row["arch"] for row in rows}:
+        assert KERNELS <= {(row["kernel"], row["type"], row["feedback"]) for row in rows if row["arch"] == architecture}
+    assert rows
+
+
+def test_what_cuobjdump_says_of_a_kernel_beyond_its_bounds_is_complained_about():
+    text = f"arch = sm_90\n Function {MANGLED}:\n  REG:66 STACK:8 SHARED:50000 LOCAL:16 CONSTANT[0]:700"
+    assert parse_resource_usage(text) == compiler.parse_ptxas(PTXAS)
 
 
 @needs_nvcc
@@ -40,13 +90,10 @@ def test_the_kernels_compile_for_every_architecture_and_keep_to_their_bounds():
     architectures = compiler.ARCHITECTURES
     rows, complaints = compiler.compile_all(NVCC, architectures, jobs=2)
     assert complaints == []
-    kernels = {(row["kernel"], row["type"], row["feedback"]) for row in rows if row["arch"] == "90"}
-    types = ["fp64", "fp32", "bf16", "fp16"]
-    assert kernels == {
-        *((kernel, type_, feedback) for kernel in ("sample_kernel", "accumulate_kernel", "finish_kernel") for type_ in types for feedback in (False, True)),
-        *((kernel, type_, False) for kernel in ("settle_kernel", "check_kernel", "aggregate_kernel", "judge_kernel") for type_ in types),
-    }  # fmt: skip
-    assert len(rows) == len(architectures) * len(kernels)
+    of_each = [
+        collections.Counter((row["kernel"], row["type"], row["feedback"]) for row in rows if row["arch"] == architecture) for architecture in architectures
+    ]
+    assert KERNELS <= of_each[0].keys() and all(of_one == of_each[0] for of_one in of_each)
 
 
 @needs_nvcc

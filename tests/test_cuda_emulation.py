@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import in_turn, of_one
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not installed
 from regtopk_torch import reference  # noqa: E402
@@ -19,8 +20,12 @@ from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
 from tests.simt.with_spans import ROUNDS, Pair  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
-emulation_alone = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation, not about the kernels")
+ON_A_GPU = DEVICE == "cuda"
+emulation_alone = pytest.mark.skipif(ON_A_GPU, reason="about the emulation, not about the kernels")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+MODES = [(None, "previous"), (0.8, "previous"), (0.8, "current")]  # mu, distortion
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def kernels():
     # The reference's many small operations, on one thread: others would only wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Kernels(DEVICE, build_for_gpu("%d%d" % torch.cuda.get_device_capability()) if DEVICE == "cuda" else None)
+    yield Kernels(DEVICE, build_for_gpu("%d%d" % torch.cuda.get_device_capability()) if ON_A_GPU else None)
     torch.set_num_threads(threads)
 
 
@@ -97,7 +102,7 @@ HARD, BRACKETS = list(hard_inputs(64)), list(brackets_of(64))
 @pytest.mark.parametrize("bracket", BRACKETS)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_inputs_give_the_reference_bytes_whatever_the_bracket(kernels, name, bracket):
-    numel = 20_003  # three block tiles, the last partial, and no multiple of 4
+    numel = 20_003 if ON_A_GPU else 9_003  # three block tiles or two, the last partial, and no multiple of 4
     gradient = hard_inputs(numel)[name]
     for density in (1 / numel, 0.01, 0.3, 1.0):
         sampling = kernels.sampling(numel, 1).replace(**brackets_of(numel)[bracket])
@@ -110,9 +115,9 @@ def test_hard_inputs_give_the_reference_bytes_whatever_the_bracket(kernels, name
             twin.worker.feedback, twin.feedback = rho, copied(rho)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
-@pytest.mark.parametrize("numel, density", [(1, 1.0), (7, 0.3), (9_001, 0.02), (70_001, 0.002), (70_001, 0.2)])
+@pytest.mark.parametrize(
+    "numel, density, mu, distortion, dtype", in_turn([(1, 1.0), (7, 0.3), (9_001, 0.02), (70_001, 0.002), (70_001, 0.2)], MODES, of_one(FLOATS), all_of_them=ON_A_GPU)
+)
 def test_steps_of_three_workers_equal_the_reference(kernels, numel, density, mu, distortion, dtype):
     decay = 1.0 if mu is None else 0.9
     twins = [Twin(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, decay=decay) for _ in range(3)]
@@ -191,12 +196,12 @@ def test_a_miss_reads_the_residual_twice_more_and_a_held_bracket_never(kernels):
 
 
 @emulation_alone
-@pytest.mark.parametrize("missed, most", [(False, 16.5), (True, 25.0)])
+@pytest.mark.parametrize("missed, most", [(False, 16.7), (True, 25.0)])
 def test_a_step_moves_no_more_bytes_than_promised(kernels, missed, most):
     from tests.simt import traffic
 
     for mu, spans in ((None, 0), (1.0, 0), (1.0, 62)):
-        counted = traffic.measure(kernels, 4_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed, spans=spans)
+        counted = traffic.measure(kernels, 1_000_000, 1e-3, 8, torch.float32, mu=mu, missed=missed, spans=spans)
         assert ("settle_kernel" in counted) == (spans > 0)
         assert counted["accumulate_kernel"][0] >= 8 and counted["accumulate_kernel"][1] >= 4  # nothing went uncounted
         assert counted["aggregate_kernel"][1] >= 4
@@ -367,9 +372,7 @@ def test_a_last_payload_of_another_bucket_makes_a_payload_that_everyone_refuses(
 
 # Buckets with spans: the CPU operators say what is right.
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mu, distortion", [(None, "previous"), (0.8, "previous"), (0.8, "current")])
-@pytest.mark.parametrize("numel, density", [(20_003, 0.01), (20_003, 0.3)])
+@pytest.mark.parametrize("numel, density, mu, distortion, dtype", in_turn([(20_003, 0.01), (20_003, 0.3)], MODES, of_one(FLOATS), all_of_them=ON_A_GPU))
 def test_steps_with_idle_spans_and_void_rounds_equal_those_of_the_cpu(kernels, numel, density, mu, distortion, dtype):
     decay = 0.9 if distortion == "previous" else 1.0
     pair = Pair(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, decay=decay, seed=int(100 * density))

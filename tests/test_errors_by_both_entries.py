@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import regtopk_torch as rt
 
-PATIENCE = datetime.timedelta(seconds=2)
+PATIENCE = datetime.timedelta(seconds=4)
 
 
 class Complex(nn.Module):
@@ -72,4 +72,4 @@ def test_what_is_wrong_is_an_error_of_its_type_and_text(case, kind, text, step, 
 def test_a_rank_that_does_not_answer_is_a_distributed_error(entry):
     (got, message, step), _ = run_workers(fail, 2, entry, "late")
     assert (got, step) == (dist.DistBackendError, 3), message
-    assert message.startswith("rank 0: sparse_hook: expected the payloads of all 2 ranks of step 3 within 2 s, got ")
+    assert message.startswith("rank 0: sparse_hook: expected the payloads of all 2 ranks of step 3 within 4 s, got ")

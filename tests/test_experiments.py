@@ -3,13 +3,13 @@
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # experiments is not installed; appended, so that an installed package comes first
@@ -166,5 +166,5 @@ def test_every_command_has_a_usage_line_of_its_own_and_prints_its_help():
     assert len(found) >= 7
     for path in found:
         module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__main__")
-        ended = subprocess.run([sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-        assert ended.returncode == 0 and re.match(rf"usage: python -m {re.escape(module)} (\S.*)?\[options\]\n\n\w", ended.stdout), ended.stdout
+        status, printed, errors = run_module(module, "--help")
+        assert status == 0 and re.match(rf"usage: python -m {re.escape(module)} (\S.*)?\[options\]\n\n\w", printed), printed + errors

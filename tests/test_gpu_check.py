@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from processes import run_alone
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
+from tests.gpu_check import __main__ as main  # noqa: E402
 from tests.gpu_check import summary  # noqa: E402
 from tests.gpu_check.log import Log  # noqa: E402
 from tests.gpu_check.parts import PARTS, Part  # noqa: E402
@@ -19,25 +22,38 @@ from tests.gpu_check.parts import PARTS, Part  # noqa: E402
 FACTS = {"card", "torch", "cuda", "commit", "sources", "part", "event"}
 
 
-def check(folder, *options, timeout=900):
-    command = [sys.executable, "-m", "tests.gpu_check", "--out", str(folder), "--device", "emulated", "--seconds", "900", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return done, [json.loads(line) for line in (folder / "gpu-check.jsonl").read_text().splitlines()]
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "gpu-check.jsonl").read_text().splitlines()]
 
 
-def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_path):
-    done, lines = check(tmp_path, "--commit", "abc")
-    assert done.returncode == 0, done.stdout + (tmp_path / "gpu-check.log").read_text()[-3000:]
+def run_part(options):
+    sys.exit(main.run_part(options))
+
+
+def run_forked(part, options, seconds):
+    """As main.run_in_process, in a process that need not import torch for seconds."""
+    options = SimpleNamespace(**vars(options) | {"part": part.name, "seconds": seconds})
+    # What starts processes itself starts them from here, for the same reason.
+    status, *output = (main.run_part(options), "", "") if part.name == "gloo" else run_alone(run_part, options, seconds=seconds)
+    with open(options.out / "gpu-check.log", "a", encoding="utf-8") as log:
+        log.writelines([f"== {part.name}\n", *output])
+    return {0: ("passed", ""), 3: ("not run", "")}.get(status, ("failed", ""))
+
+
+def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_path, monkeypatch, capsys):
+    alone = main.run_in_process  # of one part, as the command starts each
+    monkeypatch.setattr(main, "run_in_process", lambda part, *rest: (alone if part.name == "memory" else run_forked)(part, *rest))
+    options = SimpleNamespace(out=tmp_path, device="emulated", seconds=900, commit="abc")
+    status, printed, lines = main.run_all(options), capsys.readouterr().out, lines_of(tmp_path)
+    assert status == 0, printed + (tmp_path / "gpu-check.log").read_text()[-3000:]
     assert all(FACTS <= set(line) and line["commit"] == "abc" and line["card"] == "emulated" for line in lines)
     results = {line["name"]: line["result"] for line in lines if line["event"] == "part"}
     assert results == {part.name: "not run" if part.gpu_alone or part.name == "sanitizer" else "passed" for part in PARTS}
     text = (tmp_path / "gpu-check.txt").read_text()
     assert "no part failed" in text and "x: against the copy of equal bytes" in text
-    assert done.stdout.rstrip().endswith(text.rstrip())
-    again = subprocess.run(
-        [sys.executable, "-m", "tests.gpu_check", "--out", str(tmp_path), "--device", "emulated"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode != 0 and "expected a folder without gpu-check.jsonl" in again.stderr
+    assert printed.rstrip().endswith(text.rstrip())
+    with pytest.raises(SystemExit, match="expected a folder without gpu-check.jsonl"):
+        main.run_all(options)
 
 
 def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
@@ -63,10 +79,6 @@ def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
 
 
 def test_a_part_that_hangs_or_crashes_costs_itself_alone(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from tests.gpu_check import __main__ as main
-
     # A part's process is replaced by one that hangs, or dies.
     options = SimpleNamespace(out=tmp_path, device="emulated", commit="abc")
     part = Part("build", "", lambda log: None, 1)
@@ -81,8 +93,9 @@ def test_a_part_that_hangs_or_crashes_costs_itself_alone(tmp_path, monkeypatch):
 
 
 def test_parts_without_time_left_are_reported(tmp_path):
-    done, lines = check(tmp_path, "--seconds", "1")
-    assert {line["reason"] for line in lines if line["event"] == "part"} == {"no time left", "the emulation has nothing of it"}
+    command = [sys.executable, "-m", "tests.gpu_check", "--out", str(tmp_path), "--device", "emulated", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert {line["reason"] for line in lines_of(tmp_path) if line["event"] == "part"} == {"no time left", "the emulation has nothing of it"}
     assert "no time left" in done.stdout
 
 

@@ -2,12 +2,12 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # experiments is not installed
@@ -73,11 +73,9 @@ def test_at_density_0_6_regtop_k_goes_on_where_top_k_and_the_printed_form_stop()
 
 
 def command(*options):
-    ended = subprocess.run(
-        [sys.executable, "-m", "experiments.linear_regression", *options], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout.splitlines()
+    status, printed, errors = run_module("experiments.linear_regression", *options)
+    assert status == 0, errors
+    return printed.splitlines()
 
 
 def test_the_command_ends_with_the_gap():

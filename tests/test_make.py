@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(*arguments, folder=ROOT):
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def test_train_without_torchrun_says_what_to_do(tmp_path):
@@ -49,9 +49,9 @@ def test_kernels_that_nothing_here_can_run_are_built_for_the_tests_alone(tmp_pat
     asked.write_text(f"#!/bin/sh\n{gpu}\n")
     asked.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key != "REGTOPK_CUDA"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    result = subprocess.run(["make", "--dry-run", *goal.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+    result = subprocess.run(["make", "--dry-run", *goal.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environment)
     assert f"(REGTOPK_CUDA={expected})" in result.stdout
-    result = subprocess.run(["make", "--dry-run", goal.split()[0], "REGTOPK_CUDA=on"], cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+    result = subprocess.run(["make", "--dry-run", goal.split()[0], "REGTOPK_CUDA=on"], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environment)
     assert "(REGTOPK_CUDA=on)" in result.stdout
 
 

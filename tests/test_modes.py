@@ -302,7 +302,7 @@ def test_two_models_in_one_backward_keep_their_residuals_apart(method):
 
 def shrink_the_group(rank, entry):
     """DDP goes on with ranks 0 and 1; the state was made for three."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=4))
     ddp = DistributedDataParallel(make_model(), process_group=group)
     state = make_state("topk", 0.1, process_group=group)
     if entry == "attach":
@@ -325,7 +325,7 @@ def shrink_the_group(rank, entry):
 @pytest.mark.parametrize("entry", ["register_comm_hook", "attach"])
 def test_a_group_of_other_ranks_than_the_states_ends_in_an_error(entry):
     for message, before, after in run_workers(shrink_the_group, 3, entry)[:2]:
-        assert "sparse_hook: expected" in message and "all 3 ranks" in message and "within 2 s" in message
+        assert "sparse_hook: expected" in message and "all 3 ranks" in message and "within 4 s" in message
         assert before > 0 and after > 0
 
 

@@ -28,7 +28,7 @@ def build(folder, sanitizers, *targets):
 
 
 def run(built, *command):
-    return subprocess.run([built / command[0], *command[1:]], cwd=built, capture_output=True, text=True, timeout=240)
+    return subprocess.run([built / command[0], *command[1:]], cwd=built, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.long  # the core is compiled for it, as by make fuzz

@@ -1,18 +1,15 @@
 """Options out of range: what was expected, what came, what to do."""
 
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_workers
+from processes import run_alone, run_workers
 
 import regtopk_torch as rt
 from regtopk_torch import _C
-
-ROOT = Path(__file__).resolve().parent.parent
 
 WRONG_OPTIONS = [
     ({"density": 10}, ValueError, "expected 0 < density <= 1, got density=10; pass a fraction, 0.001 keeps one entry in 1000"),
@@ -119,9 +116,15 @@ def test_a_local_exchange_names_what_does_not_fit_in_a_state_dict():
     assert exchange.residuals(1)[0].tolist() == good["workers"][1]["parameters"]["0"]["residual"].tolist()
 
 
+def import_without_extension():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "regtopk_torch"]:
+        del sys.modules[name]
+    sys.modules["regtopk_torch._C"] = None
+    importlib.import_module("regtopk_torch")
+
+
 def test_without_its_extension_the_package_says_how_to_build_it():
-    code = "import sys; sys.modules['regtopk_torch._C'] = None; import regtopk_torch"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
-    assert f"ImportError: regtopk_torch: expected its extension built for torch {torch.__version__}, got: " in done.stderr
-    assert "; run `make setup` or `pip install" in done.stderr
+    status, _, errors = run_alone(import_without_extension)
+    assert status == 1
+    assert f"ImportError: regtopk_torch: expected its extension built for torch {torch.__version__}, got: " in errors
+    assert "; run `make setup` or `pip install" in errors

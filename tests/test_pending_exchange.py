@@ -12,13 +12,13 @@ from training import batch, loss_of, make_model, make_state
 
 import regtopk_torch as rt
 
-LIMIT = 20  # seconds, of waits that end at once
+LIMIT = 60  # seconds, against hanging
 BEFORE = 2  # steps after which DDP's one bucket has its final layout, and the ranks have agreed on it
 
 
 def hold_a_callback(rank):
     """The completer's thread is held up by a callback of the user: what must not run beside it waits, at most the timeout."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
     ddp = DistributedDataParallel(make_model(), bucket_cap_mb=100, process_group=group)
     state = make_state("topk", 0.1, process_group=group)
     held, released = threading.Event(), threading.Event()
@@ -57,7 +57,7 @@ def hold_a_callback(rank):
 
 def test_what_needs_a_pending_exchange_done_waits_for_it_and_then_says_so():
     (messages, steps, norm), other = run_workers(hold_a_callback, 2)
-    assert messages == ["rank 0: sparse_hook: expected no pending exchange within 1 s, got one"] * 4
+    assert messages == ["rank 0: sparse_hook: expected no pending exchange within 2 s, got one"] * 4
     assert other[0] == [] and steps == other[1] == BEFORE + 1
     assert norm > 0, "the reset that failed changed nothing"
 

@@ -1,14 +1,15 @@
 """Compress and aggregate against the plain PyTorch reference: the same bits, whatever the input."""
 
 import math
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
 from buckets import DTYPES, KINDS, gradient, same_bits
+from cases import in_turn, of_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_alone
 
 import regtopk_torch  # noqa: F401  (registers the operators)
 from regtopk_torch import _C, reference
@@ -73,9 +74,7 @@ def compare(steps, density, mu, distortion, decay=1.0):
                 worker.feedback = feedback[rank]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("density", [1e-9, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("density, dtype, kind", in_turn(of_one([1e-9, 0.01, 0.3, 1.0]), of_one(DTYPES), of_one(KINDS)))
 def test_hard_gradients_give_the_bits_of_the_reference(kind, dtype, density):
     # Two tiles, the last one partial; another kind in between, so that histories meet changed values.
     kinds = [kind, "normal", kind, kind]
@@ -119,20 +118,17 @@ def test_the_number_of_threads_does_not_change_a_byte(threads):
         torch.set_num_threads(before)
 
 
+def print_started_threads():
+    for wanted in (1, 2, 3):
+        torch.set_num_threads(wanted)
+        gradient, residual, payload = (torch.empty(numel) for numel in (400_000, 400_000, _C.payload_bytes(400_000, 400, torch.float32)))
+        before = len(os.listdir("/proc/self/task"))
+        OPERATORS.compress_(gradient, residual, payload.view(torch.uint8)[: payload.numel()], None, None, k=400)
+        print(len(os.listdir("/proc/self/task")) - before)
+
+
 def test_the_operators_use_as_many_threads_as_torch_is_told_to():
-    program = """
-import os, torch
-from regtopk_torch import _C
-threads = lambda: len(os.listdir("/proc/self/task"))
-for wanted in (1, 2, 3):
-    torch.set_num_threads(wanted)
-    gradient, residual, payload = (torch.empty(numel) for numel in (400_000, 400_000, _C.payload_bytes(400_000, 400, torch.float32)))
-    before = threads()
-    torch.ops.regtopk.compress_(gradient, residual, payload.view(torch.uint8)[: payload.numel()], None, None, k=400)
-    print(threads() - before)
-"""
-    started = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240).stdout.split()
-    assert started == ["0", "1", "1"]
+    assert run_alone(print_started_threads) == (0, "0\n1\n1\n", "")
 
 
 def test_a_step_worked_by_hand():

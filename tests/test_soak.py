@@ -2,9 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import soak
@@ -15,14 +12,13 @@ from processes import run_workers
 import regtopk_torch as rt
 from regtopk_torch import states
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def test_a_short_soak_finds_nothing_wrong():
-    command = [sys.executable, "tests/soak.py", "--workers", "3", "--minutes", "0.15", "--seed", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w[\w ]+?) {2,}([\d,]+)$", done.stdout, re.MULTILINE)}
+def test_a_short_soak_finds_nothing_wrong(capsys):
+    with pytest.raises(SystemExit) as ended:
+        soak.main(["--workers", "3", "--minutes", "0.1", "--seed", "3"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed[-5000:]
+    counts = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w[\w ]+?) {2,}([\d,]+)$", printed, re.MULTILINE)}
     assert counts["violations"] == 0
     assert min(counts[name] for name in ("legs", "steps", "bytes checked")) > 0, counts  # which events come is chance; see below for each
 
@@ -165,7 +161,8 @@ def test_a_leg_goes_on_bit_for_bit_where_its_first_step_leaves_parameters_unused
         assert rest_rank["digests"] == {step: whole_rank["digests"][step] for step in (1, 2, 3)}
 
 
-def test_bad_options_are_errors():
+def test_bad_options_are_errors(capsys):
     for arguments, message in ((["--workers", "1"], "--workers: expected at least 2, got 1"), (["--minutes", "0"], "--minutes: expected a number above 0")):
-        done = subprocess.run([sys.executable, "tests/soak.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 2 and message in done.stderr
+        with pytest.raises(SystemExit) as ended:
+            soak.main(arguments)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
