@@ -145,16 +145,18 @@ class Interrupt:
     def _stop(self, heard):
         while os.read(heard, 1)[0] != signal.SIGINT:
             pass
-        if os.environ.get("RANK", "0") == "0":
-            saved = "its last checkpoint, if there is one" if self.run is None else f"step {self.run.saved()}"
-            print(f"\nstopped; the same command goes on from {saved}", flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what now fails does so because another process has ended
-        if os.environ.get("RANK") == "0":
-            # The store of the job ends with this process: the others shall have heard the signal before. The system's alarm ends it,
-            # for a main thread that meets their end may hold the interpreter for seconds.
-            signal.setitimer(signal.ITIMER_REAL, 1)
-            time.sleep(10)
-        os._exit(128 + signal.SIGINT)  # at once: another rank may wait for this one, or this one for another
+        try:
+            if os.environ.get("RANK", "0") == "0":
+                saved = "its last checkpoint, if there is one" if self.run is None else f"step {self.run.saved()}"
+                print(f"\nstopped; the same command goes on from {saved}", flush=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what now fails does so because another process has ended
+            if os.environ.get("RANK") == "0":
+                # The store of the job ends with this process: the others shall have heard the signal before. The system's alarm ends it,
+                # for a main thread that meets their end may hold the interpreter for seconds.
+                signal.setitimer(signal.ITIMER_REAL, 1)
+                time.sleep(10)
+        finally:  # the output may be closed, or the folder gone
+            os._exit(128 + signal.SIGINT)  # at once: another rank may wait for this one, or this one for another
 
 
 def main(arguments=None):
