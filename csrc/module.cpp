@@ -280,6 +280,9 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "wait", &Average::wait, release_gil(),
           "Wait for it and return the list of tensors, the same ones each time. Raises what the average would have raised.")
+      .def(
+          "is_void", &Average::is_void, release_gil(),
+          "Wait for it and return whether the step is void on every rank: some average is not finite, or the step was aborted.")
       .def("is_completed", &Average::is_completed, "Whether wait() would return at once.");
 
   py::class_<TensorsExchange>(module, "TensorsExchange")

@@ -96,7 +96,7 @@ class LocalSteps:
     def _round(self):
         origin = self._common if self._origin is None else self._origin
         given = [before - now for before, now in zip(origin, self._own, strict=True)]
-        averages = self._state._average(given, self._names, () if self._compared else self._terms()).wait()
+        averages = self._state._average(given, self._names, terms=() if self._compared else self._terms()).wait()
         self._compared = True
         if not bool(torch.stack([average.isfinite().all() for average in averages]).all()):
             self._origin = [torch.where(d.isfinite(), now, before) for d, now, before in zip(given, self._own, origin, strict=True)]
