@@ -269,6 +269,12 @@ PYBIND11_MODULE(_C, module) {
             return std::vector<py::bytes>(texts.begin(), texts.end());
           })
       .def(
+          "agree",
+          [](GroupExchange& exchange, const Fingerprint& named_values, const std::string& caller) {
+            agree(exchange.transport(), caller, named_values);
+          },
+          release_gil())
+      .def(
           "add_up",
           [](GroupExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
             exchange.transport().add_up(tensor, caller, activity);

@@ -70,8 +70,7 @@ class Averaging:
         work = self._average(tensors, names, out)
         return work if async_op else work.wait()
 
-    def _average(self, tensors, names, out=None, terms=()):
-        """`terms`: (name, value) of what must be equal on every rank beside the tensors."""
+    def _average(self, tensors, names, out):
         exchange = self._exchange
         exchange.use("average")
         who = f"rank {exchange.rank()}: average"
@@ -84,7 +83,7 @@ class Averaging:
             exchange.announce_failure(str(error))  # the others wait in vain
             raise
         self._decided = True  # of the one before
-        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), list(terms), absent)
+        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), absent)
         self._forms.update(forms)
         self._lists.add(tuple(forms))
         self._last = tuple(forms), tensors[0].device

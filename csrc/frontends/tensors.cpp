@@ -110,7 +110,7 @@ bool Average::is_void() {
 
 std::shared_ptr<Average> TensorsExchange::average(
     const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-    const std::vector<at::Tensor>& out, const Fingerprint& terms, bool absent) {
+    const std::vector<at::Tensor>& out, bool absent) {
   RECORD_FUNCTION("regtopk::average", std::vector<c10::IValue>());
   // What is kept outlives the caller's modes, and what is returned is as any other tensor.
   const c10::InferenceMode no_inference(false);
@@ -127,8 +127,7 @@ std::shared_ptr<Average> TensorsExchange::average(
     throw;
   }
   const auto describe = [&] {
-    Fingerprint lines = terms;
-    lines.emplace_back("number of tensors", std::to_string(tensors.size()));
+    Fingerprint lines{{"number of tensors", std::to_string(tensors.size())}};
     for (size_t i = 0; i < tensors.size(); ++i) {
       lines.emplace_back(
           c10::str("tensor ", i), c10::str(names[i], " of shape ", tensors[i].sizes(), " and dtype ", tensors[i].scalar_type()));

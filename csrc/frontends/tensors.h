@@ -35,11 +35,10 @@ class TensorsExchange {
 
   // Dense tensors on one device, each with its key, which is the same on every rank and no address, and the name by which
   // messages call it. `out` takes the averages: none, or a tensor for each, of its shape, dtype and device. The tensors have been
-  // read when this returns, but for those that are `out`. Of a rank that is `absent`, which contributes nothing, they are zeros. Of `terms`, which are
-  // compared where ranks compare their tensors, any difference is an error.
+  // read when this returns, but for those that are `out`. Of a rank that is `absent`, which contributes nothing, they are zeros.
   std::shared_ptr<Average> average(
       const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-      const std::vector<at::Tensor>& out, const Fingerprint& terms, bool absent);
+      const std::vector<at::Tensor>& out, bool absent);
 
  private:
   // Where the entries of a bucket are read, and where their averages are written.
