@@ -167,12 +167,19 @@ def test_what_lies_in_one_buffer_is_neither_copied_nor_given_memory(alone):
     state.close()
 
 
-def test_out_may_overlap_what_is_given_as_long_as_the_first_is_all_read(alone):
-    buffer = torch.arange(24.0)
-    given = buffer[:16].clone()
-    (average,) = alone.average([buffer[:16]], out=[buffer[8:]])
-    assert torch.equal(average, torch.where(given >= 12, given, 0)) and average.data_ptr() == buffer[8:].data_ptr()
-    assert torch.equal(buffer[:8], given[:8])
+@pytest.mark.parametrize("way", ["sparse", "dense", "two tensors"])
+def test_out_may_overlap_what_is_given(alone, way):
+    buffer, other = torch.arange(24.0), torch.arange(24.0, 28.0)
+    given = torch.cat([buffer[:16], other]) if way == "two tensors" else buffer[:16].clone()
+    if way == "dense":
+        alone.pause()
+    tensors, out = [buffer[:16]], [buffer[8:]]
+    if way == "two tensors":
+        tensors, out = [buffer[:16], other], [buffer[4:20], buffer[20:]]
+    averages = alone.average(tensors, out=out)
+    expected = given if way == "dense" else torch.where(given >= given[-len(given) // 4], given, 0)
+    assert torch.equal(torch.cat(averages), expected) and all(map(torch.equal, averages, out))
+    assert [average.data_ptr() for average in averages] == [taking.data_ptr() for taking in out]
 
 
 def test_what_is_written_to_out_is_seen_by_autograd(alone):
