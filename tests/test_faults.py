@@ -115,8 +115,9 @@ def take_local_steps(rank, directory, steps, pipe=None):
     return [weights.detach().clone() for weights in (*model.parameters(), *local.common.values())], first
 
 
-def test_local_steps_of_workers_that_are_killed_end_with_the_bits_of_an_undisturbed_run(tmp_path):
-    kills, seed = 2, 8
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
+def test_local_steps_of_workers_that_are_killed_end_with_the_bits_of_an_undisturbed_run(tmp_path, kills):
+    seed = 8  # whose first victim is killed in step 5, after a checkpoint
     steps = (kills + 2) * STEPS_PER_KILL
     expected = run_workers(take_local_steps, WORKERS, tmp_path / "undisturbed", steps)
     draw = random.Random(seed)
