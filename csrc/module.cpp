@@ -269,6 +269,12 @@ PYBIND11_MODULE(_C, module) {
             return std::vector<py::bytes>(texts.begin(), texts.end());
           })
       .def(
+          "agree",
+          [](GroupExchange& exchange, const Fingerprint& named_values, const std::string& caller) {
+            agree(exchange.transport(), caller, named_values);
+          },
+          release_gil())
+      .def(
           "add_up",
           [](GroupExchange& exchange, const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
             exchange.transport().add_up(tensor, caller, activity);
@@ -280,6 +286,9 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "wait", &Average::wait, release_gil(),
           "Wait for it and return the list of tensors, the same ones each time. Raises what the average would have raised.")
+      .def(
+          "is_void", &Average::is_void, release_gil(),
+          "Wait for it and return whether the step is void on every rank: some average is not finite, or the step was aborted.")
       .def("is_completed", &Average::is_completed, "Whether wait() would return at once.");
 
   py::class_<TensorsExchange>(module, "TensorsExchange")

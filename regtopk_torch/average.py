@@ -31,7 +31,7 @@ class Averaging:
         self._last = None  # names and device of the last average
         self._decided = True  # whether the last average is final, or was put back
 
-    def average(self, tensors, names=None, *, async_op=False):
+    def average(self, tensors, names=None, *, out=None, async_op=False):
         """Return the average over ranks of what each sends of its tensors: a collective, one step of the state.
 
         Of each rank's tensors plus what it has held back of them, the k = density * J largest entries travel, and the rest is held
@@ -45,12 +45,19 @@ class Averaging:
                 contribute, is returned to it too.
             names (list of str, optional): one for each, distinct, the same on every rank; default, their places "0", "1", ... What is
                 held back belongs to a name. Lists of other names may take turns, as long as they share none.
-            async_op (bool): return at once an object whose `wait()` returns the list and raises what is to be raised, and whose
-                `is_completed()` says whether it would wait. Averages begin in the same order on every rank.
+            out (list of torch.Tensor, optional): tensors that take the averages, in the shapes and dtypes of `tensors` and on their
+                device; written when the average is there, at the latest by `wait()`, and of no defined content before and where it
+                raises. They may be `tensors`, but must not overlap in part.
+            async_op (bool): return at once an object whose `wait()` returns the list and raises what is to be raised, whose
+                `is_void()` waits and says whether the step is void, and whose `is_completed()` says whether either would wait. Averages
+                begin in the same order on every rank.
 
         Returns:
-            list of torch.Tensor: new ones, in the tensors' shapes, dtypes and order of strides, without gradient, with the same bits on
-            every rank.
+            list of torch.Tensor: `out`, or new ones in the tensors' shapes, dtypes and order of strides, without gradient; with the same
+            bits on every rank.
+
+        Nothing is copied, and no memory is made, where the tensors of each dtype, and likewise those of `out`, lie one after the other
+        in one storage: views of one buffer, `buffer.split(sizes)`. In place, `out=tensors`, that is the work of the hook.
 
         Where an entry of an average is not finite, the step is void on every rank: the caller sees it in the average, and everything
         finite that was given is held back. With a `grad_scaler`, tensors are multiples by its scale, as gradients are.
@@ -60,11 +67,10 @@ class Averaging:
                 rank, or than the last time; the message names the ranks and both values.
             torch.distributed.DistBackendError: a rank did not answer within the group's timeout, or waits for something else.
         """
-        work = self._average(tensors, names)
+        work = self._average(tensors, names, out)
         return work if async_op else work.wait()
 
-    def _average(self, tensors, names, terms=()):
-        """`terms`: (name, value) of what must be equal on every rank beside the tensors."""
+    def _average(self, tensors, names, out):
         exchange = self._exchange
         exchange.use("average")
         who = f"rank {exchange.rank()}: average"
@@ -72,11 +78,12 @@ class Averaging:
             if absent := tensors is None:
                 names, tensors = self._zeros(who, names)
             forms = self._checked(who, tensors, names)
+            _check_out(who, tensors, out)
         except (TypeError, ValueError) as error:
             exchange.announce_failure(str(error))  # the others wait in vain
             raise
         self._decided = True  # of the one before
-        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(terms), absent)
+        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), absent)
         self._forms.update(forms)
         self._lists.add(tuple(forms))
         self._last = tuple(forms), tensors[0].device
@@ -221,6 +228,21 @@ def _check_form(who, name, known, form):
             f"{who}: expected {name!r} of shape {list(known.shape)} and dtype {known.dtype}, as before, got {list(form.shape)} and {form.dtype}; "
             "call reset() to begin with other tensors"
         )
+
+
+def _check_out(who, tensors, out):
+    if out is None:
+        return
+    if not isinstance(out, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in out):
+        raise TypeError(f"{who}: expected out to be a list of tensors, got {type(out).__name__}")
+    if len({id(tensor) for tensor in out}) != len(tensors) or len(out) != len(tensors):
+        raise ValueError(f"{who}: expected {len(tensors)} distinct tensors in out, got {len({id(tensor) for tensor in out})} of {len(out)}")
+    for place, (tensor, taking) in enumerate(zip(tensors, out, strict=True)):
+        if taking is tensor:
+            continue
+        form, found = ((tuple(each.shape), each.dtype, each.device, each.layout) for each in (tensor, taking))
+        if found != form:
+            raise ValueError(f"{who}: expected out at place {place} of shape, dtype, device and layout {form}, got {found}")
 
 
 def _check_no_module(module):

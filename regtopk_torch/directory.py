@@ -19,7 +19,7 @@ import weakref
 
 import torch
 
-from regtopk_torch import checkpoint, states
+from regtopk_torch import local_steps, states
 
 MANIFEST = "regtopk.json"
 FORMAT = "regtopk_torch checkpoint"
@@ -45,8 +45,10 @@ def save(state, module, directory):
     """Save the state of every rank into `directory`, in place of a checkpoint that is there; a collective.
 
     Args:
-        state (TopKState or RegTopKState): constructed on the same ranks.
-        module (torch.nn.Module or None): the model, or the DistributedDataParallel around it; None for a state that averages tensors.
+        state (TopKState, RegTopKState or LocalSteps): constructed on the same ranks. Of LocalSteps each rank's model and optimizer are
+            saved with it.
+        module (torch.nn.Module or None): the model, or the DistributedDataParallel around it; None for a state that averages tensors
+            and for LocalSteps.
         directory (path): the same for every rank, on a file system that all of them see; created where it is missing. It
             may hold other files, such as those of torch.distributed.checkpoint, and the checkpoint of one state.
 
@@ -65,7 +67,7 @@ def save(state, module, directory):
 
     def prepare():
         directory.mkdir(parents=True, exist_ok=True)
-        content = state.state_dict(module)
+        content = state._saved(module)
         return {"id": secrets.token_hex(4), "step": content["step"]}, content
 
     (mine, content), prepared = group.agree("begin the checkpoint", prepare)
@@ -111,7 +113,7 @@ def load(state, module, directory):
     Args:
         state, module, directory: as for `save`. The bucket layout and the size of the group may differ from those of the
             run that saved; in a group of another size the residuals are redistributed as `checkpoint.shares` says, and
-            the history is dropped (`stats()["history_dropped"]`).
+            the history is dropped (`stats()["history_dropped"]`). LocalSteps need a group of the same size.
 
     Every rank reads the manifest and the files that it needs, with `weights_only=True`, and checks all of them before any
     rank changes anything.
@@ -124,23 +126,22 @@ def load(state, module, directory):
     group = _Group("load", state, module)
 
     def read():
-        named_keys = state._named_keys_to_load(module)
         manifest, digest = _read_own_manifest(directory / MANIFEST)
 
         def read_file(rank):
             return _read_rank_file(directory, manifest, rank)
 
-        loaded = checkpoint.from_state_dicts(read_file, manifest["world_size"], named_keys, state._checkpoint_header())
+        take_in = state._loader(read_file, manifest["world_size"], module)
         state._exchange.wait_idle()  # for a pending exchange, which may fail: now, not when others have changed theirs
-        return digest, (named_keys, *loaded)
+        return digest, take_in
 
-    (_, loaded), digests = group.agree("read the checkpoint", read)
+    (_, take_in), digests = group.agree("read the checkpoint", read)
     if len(set(digests)) > 1:
         raise CheckpointError(
             f"{group.who}: expected the same {directory / MANIFEST} on every rank, got {len(set(digests))} different files; "
             "every rank must see the same directory"
         )
-    state._import(*loaded)
+    take_in()
     _owners.setdefault(directory.resolve(), state)
 
 
@@ -233,8 +234,8 @@ class _Group:
     """The ranks of a state, and what they agree on before any of them goes on."""
 
     def __init__(self, what, state, module):
-        if not isinstance(state, states.TopKState):
-            raise TypeError(f"{what}: expected a TopKState or RegTopKState, got {type(state).__name__}")
+        if not isinstance(state, (states.TopKState, local_steps.LocalSteps)):
+            raise TypeError(f"{what}: expected a TopKState, RegTopKState or LocalSteps, got {type(state).__name__}")
         self._exchange = state._exchange
         if module is None and not self._exchange.is_open:
             self._exchange.use("average")  # for messages; a state that has served a hook says so when all ranks listen

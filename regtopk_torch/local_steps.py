@@ -1,11 +1,14 @@
-"""Local steps: workers train by themselves for a while, and average what it did to their weights."""
+"""Local steps: workers train by themselves for a while, and average what they did to their weights."""
 
+import collections
+import itertools
 import numbers
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from regtopk_torch import checkpoint
+from regtopk_torch.average import _check_no_module
 from regtopk_torch.states import TopKState
 
 BUFFERS = ("keep", "average")
@@ -23,9 +26,20 @@ class LocalSteps:
             local.step()
 
     Between two rounds a worker trains alone. In a round each gives common weights - its own as `state.average` takes tensors: the
-    largest entries travel, the rest is held back. The outer optimizer applies the average to the common weights, and all models go
-    on from those, with the same bits. At `every=1` that compresses the optimizer's updates. The optimizer's own state stays each
-    worker's.
+    largest entries travel, the rest is held back. The outer optimizer applies the average to the common weights, which have the same
+    bits on every rank, and all models go on from those. At `every=1` that compresses the optimizer's updates. The optimizer's own state
+    stays each worker's.
+
+    With `fragments=F` the parameters are cut into F fragments (Streaming DiLoCo, arXiv 2501.18512), and each has rounds of its own:
+    fragment f at the steps t with t mod every = (f + 1) every / F mod every, so that no step sends more than about a fragment. With
+    `delay=D` a round that begins at step t is applied at step t + D, and travels while the worker trains on. Of the fragment's own
+    weights w and common weights c,
+
+        c  <-  outer(c, average over ranks of c - w(t))
+        w(t + D)  <-  c + (w(t + D) - w(t))
+
+    keeps what the worker has done since; with D = 0 that is w <- c. The paper mixes instead, w(t + D) <- alpha w(t + D) + (1 - alpha) c:
+    it drops the share 1 - alpha of what was done since, and keeps the share alpha of what was done before and is in c already.
 
     A round whose average is not finite is void: every worker keeps its own weights, what it gave is held back and not given again, and
     entries of its weights that are not finite wait until they are.
@@ -33,21 +47,26 @@ class LocalSteps:
     Args:
         model (torch.nn.Module): not wrapped; of the same weights on every rank. Its parameters that require a gradient now are averaged.
         optimizer (torch.optim.Optimizer): the one that steps them; with or without GradScaler, after any number of backward passes.
-        state (TopKState or RegTopKState): of this object alone, without grad_scaler: what is averaged is not scaled.
-        every (int): steps from one round to the next, at least 1; the same on every rank.
+        state (TopKState or RegTopKState): of this object alone, without grad_scaler: what is averaged is not scaled. A fragment is a
+            bucket, and each of its rounds a step of the state.
+        every (int): steps from one round of a fragment to the next, at least 1; the same on every rank.
         outer (str or callable): "sgd": the average is subtracted, learning rate 1. Or what makes a torch optimizer of a list of
             parameters, the common weights, whose gradient is the average: `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9,
-            nesterov=True)`. It is the attribute `outer` then.
-        buffers (str): "keep": each worker keeps its own; "average": those of floating point are averaged, all entries, in each round.
-            Integer ones are each worker's own.
+            nesterov=True)`. It is the attribute `outer` then. It steps in every round, on the round's fragment.
+        buffers (str): "keep": each worker keeps its own; "average": those of floating point are averaged, all entries, with the last
+            fragment, unless that round is void. Integer ones are each worker's own.
+        fragments (int): F, by which `every` can be divided, at most one for each parameter: whole parameters in the model's order,
+            about equal in entries.
+        delay (int): D, 0 <= D < every / F; the same on every rank.
 
-    Keeps a copy of the parameters, and what the state keeps.
+    Keeps a copy of the parameters, memory for the differences of the largest fragment, twice where there is a delay, and what the state
+    keeps.
 
     Raises:
         TypeError, ValueError: an argument out of range.
     """
 
-    def __init__(self, model, optimizer, state, every=1, outer="sgd", *, buffers="keep"):
+    def __init__(self, model, optimizer, state, every=1, outer="sgd", *, buffers="keep", fragments=1, delay=0):
         who = "LocalSteps"
         if not isinstance(model, torch.nn.Module) or isinstance(model, DistributedDataParallel):
             raise TypeError(f"{who}: expected a torch.nn.Module that nothing averages already, got {type(model).__name__}")
@@ -57,8 +76,13 @@ class LocalSteps:
             raise TypeError(f"{who}: expected a TopKState or RegTopKState, got {type(state).__name__}")
         if state._grad_scaler is not None:
             raise ValueError(f"{who}: expected a state without grad_scaler, got one with it; what is averaged is not scaled")
-        if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
-            raise ValueError(f"{who}: expected every to be an integer of at least 1, got {every!r}")
+        for name, value, least in (("every", every, 1), ("fragments", fragments, 1), ("delay", delay, 0)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"{who}: expected {name} to be an integer of at least {least}, got {value!r}")
+        if every % fragments:
+            raise ValueError(f"{who}: expected every to be a multiple of fragments, got every={every} and fragments={fragments}")
+        if delay >= every // fragments:
+            raise ValueError(f"{who}: expected delay < every / fragments = {every // fragments}, got {delay}")
         if buffers not in BUFFERS:
             raise ValueError(f"{who}: expected buffers 'keep' or 'average', got {buffers!r}")
         named = {checkpoint.plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -66,52 +90,110 @@ class LocalSteps:
         strangers = stepped - {id(parameter) for parameter in model.parameters()}
         if strangers or not named:
             raise ValueError(f"{who}: expected an optimizer of the model's parameters, got one with {len(strangers)} others, of {len(named)}")
-        self.every = int(every)
-        self._model, self._state, self._buffers = model, state, buffers
+        if fragments > len(named):
+            raise ValueError(f"{who}: expected at most one fragment for each of {len(named)} parameters, got fragments={fragments}")
+        self.every, self.fragments, self.delay = int(every), int(fragments), int(delay)
+        self._model, self._optimizer, self._state, self._buffers = model, optimizer, state, buffers
         self._names, self._own = list(named), list(named.values())
         self._common = [parameter.detach().clone() for parameter in self._own]
-        self._origin = None  # where what was given so far has led, if the last round was void; per worker
         self._steps = self._void_rounds = 0
         self._compared = False  # the ranks have, what must be equal
+        self._pending: _Round | None = None  # the round that is not applied yet; the memory of the differences is its own
         if outer != "sgd" and not callable(outer):
             raise TypeError(f"{who}: expected outer to be 'sgd' or what makes an optimizer, got {outer!r}")
         self.outer = None if outer == "sgd" else outer([weights.requires_grad_() for weights in self._common])
+        ends = _cut([parameter.numel() for parameter in self._own], self.fragments)
+        runs = [slice(*run) for run in itertools.pairwise(ends)]
+        given = _views(self._own, runs)
+        start = _views(self._own, runs) if self.delay else [None] * self.fragments
+        self._fragments = [
+            _Fragment(self._names[run], self._own[run], self._common[run], *memory) for run, *memory in zip(runs, given, start, strict=True)
+        ]
+
+    @property
+    def steps(self):
+        """How many steps were counted, those before a load included."""
+        return self._steps
 
     @property
     def void_rounds(self):
         """How many rounds had an average that was not finite."""
         return self._void_rounds
 
+    @property
+    def common(self):
+        """{name: common weights}, with the same bits on every rank, and without what was done since the last rounds; only to be read."""
+        return dict(zip(self._names, self._common, strict=True))
+
     def step(self):
-        """Count a step of the optimizer; every `every`-th is a round, a collective. Return whether the models are equal now.
+        """Count a step of the optimizer; begin the round that is due, a collective, and apply the one that is due.
+
+        Returns:
+            bool: whether a round was applied. Without delay the weights of its fragment, of the model where there is one, have the same
+            bits on every rank now.
 
         Raises:
-            ValueError: weights, `every` or other arguments that differ between ranks, in the first round.
+            ValueError: weights, `every` or other arguments that differ between ranks, on every rank in the first step, a collective too;
+                a model with other parameters than this object was made for.
             torch.distributed.DistBackendError: as `TopKState.average`.
         """
+        if not self._compared:
+            self._exchange.use("average")
+            self._exchange.agree(self._terms(), "LocalSteps")
+            self._compared = True
         self._steps += 1
-        return self._steps % self.every == 0 and self._round()
+        applied = self._pending is not None and self._steps == self._pending.due and self._apply(self._pending)
+        round_, left = divmod(self._steps, self.every // self.fragments)
+        if left == 0:
+            self._pending = self._begin(self._fragments[round_ % self.fragments - 1])
+            if self.delay == 0:
+                applied = self._apply(self._pending)
+        return applied
 
     @torch.no_grad()
-    def _round(self):
-        origin = self._common if self._origin is None else self._origin
-        given = [before - now for before, now in zip(origin, self._own, strict=True)]
-        averages = self._state._average(given, self._names, () if self._compared else self._terms()).wait()
-        self._compared = True
-        if not bool(torch.stack([average.isfinite().all() for average in averages]).all()):
-            self._origin = [torch.where(d.isfinite(), now, before) for d, now, before in zip(given, self._own, origin, strict=True)]
+    def _begin(self, fragment):
+        self._check_model()
+        now = fragment.own
+        if self.delay:
+            torch._foreach_copy_(fragment.start, now)
+            now = fragment.start
+        for before, here, given in zip(fragment.before, now, fragment.given, strict=True):
+            torch.sub(before, here, out=given)
+        return _Round(fragment, self._steps + self.delay, self._state._average(fragment.given, fragment.names, fragment.given))
+
+    def _check_model(self):
+        """What took a parameter's place would train by itself."""
+        here = {checkpoint.plain_name(name): parameter for name, parameter in self._model.named_parameters()}
+        for name, own, weights in zip(self._names, self._own, self._common, strict=True):
+            if name not in here or here[name] is not own or own.shape != weights.shape:
+                why = f"LocalSteps: expected {name} to be the parameter that was there at first, of shape {list(weights.shape)}, got another or none"
+                self._exchange.announce_failure(f"rank {self._exchange.rank()}: {why}")
+                raise ValueError(f"rank {self._exchange.rank()}: {why}; construct other LocalSteps for a model that has changed")
+
+    @torch.no_grad()
+    def _apply(self, pending):
+        self._pending = None
+        fragment, is_void = pending.fragment, pending.wait()
+        start = fragment.start if self.delay else fragment.own
+        if is_void:
+            given = [before - here for before, here in zip(fragment.before, start, strict=True)]
+            fragment.origin = [torch.where(d.isfinite(), here, before) for d, here, before in zip(given, start, fragment.before, strict=True)]
             self._void_rounds += 1
             return False
-        self._origin = None
+        fragment.origin = None
         if self.outer is None:
-            torch._foreach_sub_(self._common, averages)
+            torch._foreach_sub_(fragment.common, fragment.given)
         else:
-            for weights, average in zip(self._common, averages, strict=True):
+            for weights, average in zip(fragment.common, fragment.given, strict=True):
                 weights.grad = average
             self.outer.step()
             self.outer.zero_grad()
-        torch._foreach_copy_(self._own, self._common)
-        if self._buffers == "average":
+        if self.delay:
+            torch._foreach_sub_(fragment.own, start)
+            torch._foreach_add_(fragment.own, fragment.common)
+        else:
+            torch._foreach_copy_(fragment.own, fragment.common)
+        if self._buffers == "average" and fragment is self._fragments[-1]:
             self._average_buffers()
         return True
 
@@ -132,18 +214,27 @@ class LocalSteps:
             bits = weights.detach().flatten().view(BITS[weights.element_size()]).long()
             checksum = (31 * checksum + int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())) % 2**63
         outer = "sgd" if self.outer is None else " ".join(repr(self.outer).split())
-        return [("every", str(self.every)), ("outer", outer), ("buffers", self._buffers), ("common weights (checksum)", f"{checksum:x}")]
+        counts = [(name, str(getattr(self, name))) for name in ("every", "fragments", "delay", "steps")]
+        return [*counts, ("outer", outer), ("buffers", self._buffers), ("common weights (checksum)", f"{checksum:x}")]
 
     def state_dict(self):
         """Return this rank's part of the run, for `torch.save` and `torch.load(weights_only=True)`: steps, common weights, the outer
-        optimizer and what the state holds back. The model, which is a worker's own between rounds, and its optimizer are saved
-        beside it, on each rank. Call it between steps; no collective."""
-        origin = None if self._origin is None else dict(zip(self._names, map(torch.clone, self._origin), strict=True))
+        optimizer, what the state holds back, and a round that has begun and is not applied yet: it waits for its average, and the run
+        that loads it applies it.
+
+        The model, which is a worker's own between rounds, and its optimizer are saved beside it, on each rank; or
+        `rt.save(local, None, directory)` saves all of that for all ranks. Call it between steps, on every rank; no collective.
+        """
+        origins: dict[str, torch.Tensor] = {}
+        for fragment in self._fragments:
+            if fragment.origin is not None:
+                origins.update(_clones(fragment.names, fragment.origin))
         return {
-            "steps": self._steps,
+            "step": self._steps,
             "void_rounds": self._void_rounds,
-            "common": {name: weights.detach().clone() for name, weights in zip(self._names, self._common, strict=True)},
-            "origin": origin,
+            "common": _clones(self._names, self._common),
+            "origin": origins,
+            "pending": None if self._pending is None else self._pending.state_dict(),
             "outer": None if self.outer is None else self.outer.state_dict(),
             "state": self._state.state_dict(None),
         }
@@ -152,28 +243,149 @@ class LocalSteps:
         """Go on from a `state_dict` of the same rank: the bits are those of a run that never stopped.
 
         Raises:
-            TypeError, ValueError: of another model, rank, world size or outer optimizer.
+            TypeError, ValueError: of another model, rank, world size or outer optimizer, or, with a round that is not applied yet, of
+                other fragments or another delay. Nothing is changed then.
         """
-        who = "LocalSteps.load_state_dict"
-        if not isinstance(state_dict, dict) or not {"steps", "void_rounds", "common", "origin", "outer", "state"} <= state_dict.keys():
-            raise TypeError(f"{who}: expected a state dict of LocalSteps, got {checkpoint._describe(state_dict)}")
-        for part in ("common", "origin"):
-            weights = state_dict[part]
-            if part == "origin" and weights is None:
-                continue
-            if not isinstance(weights, dict) or list(weights) != self._names:
-                raise ValueError(f"{who}: expected {part} weights of the model's {len(self._names)} parameters, got others")
-            for name, own in zip(self._names, self._own, strict=True):
-                checkpoint._tensor(f"{who}: {part}", weights, name, own.dtype, own.shape)
-        if (state_dict["outer"] is None) != (self.outer is None):
+        self._loader(lambda rank: ("LocalSteps.load_state_dict", state_dict), self._state._checkpoint_header()["world_size"], None)()
+
+    @property
+    def _exchange(self):
+        return self._state._exchange
+
+    def _saved(self, module):
+        """What `rt.save` writes of this rank: all that a worker has."""
+        _check_no_module(module)
+        return self.state_dict() | {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def _loader(self, read, saved_world_size, module):
+        """As `TopKState._loader`."""
+        _check_no_module(module)
+        header = self._state._checkpoint_header()
+        if saved_world_size != header["world_size"]:
+            raise ValueError(f"expected LocalSteps of {header['world_size']} ranks, as there are now, got those of {saved_world_size}")
+        who, saved = read(header["rank"])
+        if not isinstance(saved, dict) or not {"step", "void_rounds", "common", "origin", "pending", "outer", "state"} <= saved.keys():
+            raise TypeError(f"{who}: expected a state dict of LocalSteps, got {checkpoint._describe(saved)}")
+        common, origins, pending = saved["common"], saved["origin"], saved["pending"]
+        _check_weights(f"{who}: common", common, self._names, self._own)
+        void = [fragment for fragment in self._fragments if not origins.keys().isdisjoint(fragment.names)]
+        for fragment in void:
+            _check_weights(f"{who}: origin", {name: origins.get(name) for name in fragment.names}, fragment.names, fragment.own)
+        begun = None
+        if pending is not None:
+            begun = next((fragment for fragment in self._fragments if fragment.names == list(pending["average"])), None)
+            if begun is None or not saved["step"] < pending["due"] <= saved["step"] + self.delay:
+                raise ValueError(f"{who}: expected the fragments and the delay of the round that is not applied yet, got others")
+            for part in ("average", "start"):
+                _check_weights(f"{who}: {part}", pending[part], begun.names, begun.own)
+        if (saved["outer"] is None) != (self.outer is None):
             raise ValueError(f"{who}: expected the state of {'no' if self.outer is None else 'an'} outer optimizer, got the opposite")
-        self._state.load_state_dict(state_dict["state"], None)
-        if self.outer is not None:
-            self.outer.load_state_dict(state_dict["outer"])
-        with torch.no_grad():
+        optimizers = [(self.outer, saved["outer"]), (self._optimizer, saved.get("optimizer"))]
+        for optimizer, state in optimizers:
+            if state is not None and _group_sizes(state) != _group_sizes(optimizer.state_dict()):
+                raise ValueError(f"{who}: expected an optimizer of groups of {_group_sizes(optimizer.state_dict())} parameters, got {_group_sizes(state)}")
+        model = saved.get("model")
+        if model is not None and _shapes(model) != _shapes(self._model.state_dict()):
+            raise ValueError(f"{who}: expected a model of the same parameters and buffers, got another")
+        load_state = self._state._loader(lambda rank: (who, saved["state"]), saved_world_size, None)
+
+        @torch.no_grad()
+        def take_in():
+            load_state()
+            for optimizer, state in optimizers:
+                if state is not None:
+                    optimizer.load_state_dict(state)
+            if model is not None:
+                self._model.load_state_dict(model)
             for name, weights in zip(self._names, self._common, strict=True):
-                weights.copy_(state_dict["common"][name])
-        origin = state_dict["origin"]
-        self._origin = None if origin is None else [origin[name].to(own.device, copy=True) for name, own in zip(self._names, self._own, strict=True)]
-        self._steps, self._void_rounds = state_dict["steps"], state_dict["void_rounds"]
-        self._compared = False
+                weights.copy_(common[name])
+            for fragment in self._fragments:
+                fragment.origin = None
+            for fragment in void:
+                fragment.origin = [origins[name].to(own.device, copy=True) for name, own in zip(fragment.names, fragment.own, strict=True)]
+            self._steps, self._void_rounds = saved["step"], saved["void_rounds"]
+            self._compared, self._pending = False, None
+            if begun is not None:
+                for part, memory in (("average", begun.given), ("start", begun.start)):
+                    torch._foreach_copy_(memory, list(pending[part].values()))
+                self._pending = _Round(begun, pending["due"], None, pending["void"])
+
+        return take_in
+
+
+class _Fragment:
+    """A run of the model's parameters, whose differences are averaged at once."""
+
+    def __init__(self, names, own, common, given, start):
+        self.names, self.own, self.common = names, own, common
+        self.given = given  # memory for the differences, and then their averages
+        self.start = start  # and for the weights at the beginning of a round, where it is applied later
+        self.origin = None  # where what was given so far has led, if the last round was void; per worker
+
+    @property
+    def before(self):
+        return self.common if self.origin is None else self.origin
+
+
+class _Round:
+    """A round that has begun."""
+
+    def __init__(self, fragment, due, work, is_void=None):
+        self.fragment, self.due = fragment, due
+        self._work, self._is_void = work, is_void
+
+    def wait(self):
+        """Wait for the averages, which lie in `given` then; return whether the round is void."""
+        if self._work is not None:
+            self._work.wait()
+            self._is_void, self._work = self._work.is_void(), None
+        return self._is_void
+
+    def state_dict(self):
+        is_void, fragment = self.wait(), self.fragment
+        average, start = (_clones(fragment.names, tensors) for tensors in (fragment.given, fragment.start))
+        return {"due": self.due, "void": is_void, "average": average, "start": start}
+
+
+def _cut(sizes, parts):
+    """Where `parts` runs begin and end, none of them empty, each end as near to its share of the entries as whole parameters allow."""
+    sums = list(itertools.accumulate(sizes))
+    ends = [0]
+    for part in range(1, parts):
+        possible = range(ends[-1] + 1, len(sizes) - (parts - part) + 1)
+        ends.append(min(possible, key=lambda end: abs(sums[end - 1] - sums[-1] * part / parts)))  # noqa: B023 (used at once)
+    return [*ends, len(sizes)]
+
+
+def _views(tensors, runs):
+    """For each run a list of tensors of its shapes, one after the other in a buffer for each dtype, the same one for all runs."""
+    places: list[int] = []
+    needed: collections.Counter = collections.Counter()
+    for run in runs:
+        used: collections.Counter = collections.Counter()
+        for tensor in tensors[run]:
+            places.append(used[tensor.dtype])
+            used[tensor.dtype] += tensor.numel()
+        needed |= used  # the larger one of each
+    buffers = {dtype: torch.empty(needed[dtype], dtype=dtype, device=tensors[0].device) for dtype in {tensor.dtype for tensor in tensors}}
+    views = [buffers[tensor.dtype][place : place + tensor.numel()].view(tensor.shape) for tensor, place in zip(tensors, places, strict=True)]
+    return [views[run] for run in runs]
+
+
+def _clones(names, tensors):
+    return {name: tensor.detach().clone() for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _check_weights(who, weights, names, own):
+    if not isinstance(weights, dict) or list(weights) != names:
+        raise ValueError(f"{who}: expected weights of the model's {len(names)} parameters, got others")
+    for name, parameter in zip(names, own, strict=True):
+        checkpoint._tensor(who, weights, name, parameter.dtype, parameter.shape)
+
+
+def _group_sizes(state):
+    return [len(group["params"]) for group in state["param_groups"]]
+
+
+def _shapes(model):
+    return {name: value.shape if isinstance(value, torch.Tensor) else None for name, value in model.items()}

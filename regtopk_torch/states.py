@@ -169,14 +169,20 @@ class TopKState(Averaging):
             TypeError, ValueError: of another model, shape, rank, world size or version. The state is unchanged then.
         """
         who = f"{type(self).__name__}.load_state_dict"
-        named_keys = self._named_keys_to_load(module)
         if isinstance(state_dict, (list, tuple)):
-            loaded = checkpoint.from_state_dicts(
-                lambda rank: (f"{who}: rank {rank}", state_dict[rank]), len(state_dict), named_keys, self._checkpoint_header()
-            )
+            self._loader(lambda rank: (f"{who}: rank {rank}", state_dict[rank]), len(state_dict), module)()
         else:
-            loaded = (*checkpoint.from_state_dict(who, state_dict, named_keys, self._checkpoint_header()), 0)
-        self._import(named_keys, *loaded)
+            self._loader(lambda rank: (who, state_dict), self._checkpoint_header()["world_size"], module)()
+
+    def _saved(self, module):
+        """What `rt.save` writes of this rank."""
+        return self.state_dict(module)
+
+    def _loader(self, read, saved_world_size, module):
+        """Check what was saved, `read` as for `checkpoint.from_state_dicts`; return the function that takes it in."""
+        named_keys = self._named_keys_to_load(module)
+        loaded = checkpoint.from_state_dicts(read, saved_world_size, named_keys, self._checkpoint_header())
+        return lambda: self._import(named_keys, *loaded)
 
     def _named_keys(self, module):
         return self._named_tensors(module) if module is None or self._forms else _named_keys(module)

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from memory_traffic import copied_and_made
 from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_state
@@ -32,6 +33,19 @@ def make_tensors(rank, step):
 
 
 BUCKETS = [[0, 2, 4, 5], [1], [3]]  # by dtype
+
+
+def in_one_buffer(tensors):
+    """The same as views, those of a dtype one after the other in one buffer."""
+    views = []
+    for tensor in tensors:
+        same = [each for each in tensors if each.dtype == tensor.dtype]
+        buffer = next((view._base for view in views if view.dtype == tensor.dtype), None)
+        if buffer is None:
+            buffer = torch.cat([each.flatten() for each in same])
+        place = sum(each.numel() for each in same[: [each is tensor for each in same].index(True)])
+        views.append(buffer[place : place + tensor.numel()].view(tensor.shape))
+    return views
 
 
 def residuals_of(state):
@@ -59,17 +73,21 @@ def average_steps(rank, method, names, options, how):
             for tensor in tensors:
                 tensor.fill_(math.nan)  # they have been read
             continue
-        averages = state.average(tensors, names)
-        assert all(map(torch.equal, tensors, given)), "they are only read"
+        if how == "one buffer":
+            tensors = in_one_buffer(tensors)
+        out = {"out": [torch.full_like(tensor, math.nan) for tensor in tensors], "in place": tensors, "one buffer": tensors}.get(how)
+        averages = state.average(tensors, names, out=out)
+        assert out is not None or all(map(torch.equal, tensors, given)), "they are only read"
         assert [average.stride() for average in averages] == [tensor.stride() for tensor in tensors]
-        results.append(averages)
+        assert out is None or all(average is taking for average, taking in zip(averages, out, strict=True))
+        results.append([average.clone() for average in averages])
     for work in pending:
         results.append(work.wait())
         assert work.is_completed() and all(map(torch.equal, work.wait(), results[-1]))
     return results, residuals_of(state), state.stats()
 
 
-@pytest.mark.parametrize("how", ["in turn", "async"])
+@pytest.mark.parametrize("how", ["in turn", "async", "out", "in place", "one buffer"])
 @pytest.mark.parametrize("names", [NAMES, None], ids=["names", "places"])
 @pytest.mark.parametrize(
     ("method", "options", "workers"), [("topk", {}, 3), ("regtopk", {}, 2), ("regtopk", {"decay": 0.9, "dense_steps": 2}, 2)]
@@ -130,6 +148,49 @@ def test_memory_that_was_let_go_of_is_used_again(alone):
     assert len(places) <= 2
 
 
+def test_what_lies_in_one_buffer_is_neither_copied_nor_given_memory(alone):
+    state = rt.TopKState(0.01)  # so that payloads, which are copied, are small
+
+    def second_time(tensors, out):
+        state.average(tensors, out=out)
+        return copied_and_made(lambda: state.average(tensors, out=out))
+
+    tensors = [torch.ones(300, 20), torch.ones(()), torch.ones(7000)]
+    copied, made = second_time(tensors, tensors)
+    assert copied >= 7000 and made < 7000
+    buffer = in_one_buffer(tensors)
+    for given, out in ((buffer, buffer), (buffer, in_one_buffer(tensors))):
+        copied, made = second_time(given, out)
+        assert copied < 7000 and made < 7000
+    kept = state.average(tensors)
+    assert copied_and_made(lambda: state.average(tensors))[1] >= 4 * 13001 and kept, "what is kept needs other memory"
+    state.close()
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense", "two tensors"])
+def test_out_may_overlap_what_is_given(alone, way):
+    buffer, other = torch.arange(24.0), torch.arange(24.0, 28.0)
+    given = torch.cat([buffer[:16], other]) if way == "two tensors" else buffer[:16].clone()
+    if way == "dense":
+        alone.pause()
+    tensors, out = [buffer[:16]], [buffer[8:]]
+    if way == "two tensors":
+        tensors, out = [buffer[:16], other], [buffer[4:20], buffer[20:]]
+    averages = alone.average(tensors, out=out)
+    expected = given if way == "dense" else torch.where(given >= given[-len(given) // 4], given, 0)
+    assert torch.equal(torch.cat(averages), expected) and all(map(torch.equal, averages, out))
+    assert [average.data_ptr() for average in averages] == [taking.data_ptr() for taking in out]
+
+
+def test_what_is_written_to_out_is_seen_by_autograd(alone):
+    for out in ([torch.ones(8), torch.ones(4)], in_one_buffer([torch.ones(8), torch.ones(4)])):
+        parameter = torch.ones(4, requires_grad=True)
+        product = (out[1] * parameter).sum()
+        alone.average([torch.ones(8), torch.ones(4)], out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_any_mode_of_autograd_will_do(alone, mode):
     twin = rt.LocalExchange(1, 0.25, method="topk")
@@ -141,6 +202,21 @@ def test_any_mode_of_autograd_will_do(alone, mode):
         assert all(map(torch.equal, averages, expected))
         assert not any(average.requires_grad or average.is_inference() for average in averages)
         averages[0].add_(1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_out_takes_the_averages_in_any_mode_of_autograd(alone, mode):
+    twin = rt.LocalExchange(1, 0.25, method="topk")
+    for step, arranged in enumerate([list, in_one_buffer, list, in_one_buffer]):
+        with mode():
+            tensors = [torch.randn(20, generator=torch.Generator().manual_seed(step)), torch.ones(4)]
+            expected = twin.step([[tensor.detach().clone() for tensor in tensors]])
+            out = arranged([torch.zeros(20), torch.zeros(4)])
+            if step == 1:
+                alone.average(tensors, out=out)
+        if step != 1:
+            alone.average(tensors, out=out)
+        assert all(map(torch.equal, out, expected))
 
 
 def test_what_is_not_contiguous_or_negated_or_part_of_another_is_read_as_it_is(alone):
@@ -213,6 +289,14 @@ def test_a_tensor_that_is_not_finite_voids_the_average_on_every_rank():
         assert expected[0].isfinite().all() == (step != 1)
 
 
+def test_a_work_says_whether_its_step_is_void(alone):
+    for value, is_void in ((1.0, False), (math.inf, True), (2.0, False)):
+        work = alone.average([torch.full((8,), value)], async_op=True)
+        assert work.is_void() is is_void
+    alone.abort()
+    assert work.is_void()
+
+
 def test_there_is_nothing_to_decide_before_an_average(alone):
     for call in (alone.commit, alone.abort):
         with pytest.raises(RuntimeError, match=f"{call.__name__}: expected an average"):
@@ -256,6 +340,29 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(alone, tensors, names,
     after = alone.state_dict(None)
     assert str(before) == str(after)
     alone.average(ONES)
+
+
+@pytest.mark.parametrize(
+    ("out", "kind", "words"),
+    [
+        (torch.ones(2), TypeError, "expected out to be a list of tensors, got Tensor"),
+        ([torch.ones(3), 1.0], TypeError, "expected out to be a list of tensors, got list"),
+        ([torch.ones(3)], ValueError, "expected 2 distinct tensors in out, got 1 of 1"),
+        ([torch.ones(3)] * 2, ValueError, "expected 2 distinct tensors in out, got 1 of 2"),
+        ([torch.ones(3), torch.ones(4)], ValueError, r"expected out at place 1 of shape, dtype, device and layout \(\(2, 2\), torch.float32, "),
+        ([torch.ones(3), torch.ones(2, 2, dtype=torch.float64)], ValueError, "expected out at place 1 .* got .*torch.float64"),
+        ([torch.ones(3), torch.ones(2, 2, device="meta")], ValueError, "expected out at place 1 .* got .*meta"),
+        ([torch.ones(3), torch.ones(2, 1).expand(2, 2)], ValueError, r"expected tensors in out whose entries .* got one of strides \[1, 0\] at place 1"),
+    ],
+)
+def test_an_out_that_does_not_fit_is_one_clear_error_and_changes_nothing(alone, out, kind, words):
+    alone.average(ONES)
+    before = str(alone.state_dict(None))
+    with pytest.raises(kind, match=words) as caught:
+        alone.average(ONES, out=out)
+    assert str(caught.value).startswith("rank 0: average: expected ")
+    assert str(alone.state_dict(None)) == before
+    alone.average(ONES, out=[torch.ones(3), torch.ones(2, 2)])
 
 
 def test_lists_of_other_names_take_turns(alone):

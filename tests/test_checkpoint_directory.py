@@ -228,8 +228,8 @@ def use_wrongly(rank, folder):
 def test_save_and_load_say_what_they_were_given(tmp_path):
     for messages, step in run_workers(use_wrongly, 2, tmp_path):
         assert len(messages) == 5 and step == 1
-        assert messages[0] == "TypeError: save: expected a TopKState or RegTopKState, got NoneType"
-        assert messages[1] == "TypeError: load: expected a TopKState or RegTopKState, got DistributedDataParallel"
+        assert messages[0] == "TypeError: save: expected a TopKState, RegTopKState or LocalSteps, got NoneType"
+        assert messages[1] == "TypeError: load: expected a TopKState, RegTopKState or LocalSteps, got DistributedDataParallel"
         assert messages[2] == (
             "CheckpointError: rank 1: load: rank 1: sparse_hook: expected a state that average alone uses, got one that sparse_hook has used; "
             "construct another state"

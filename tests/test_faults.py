@@ -1,5 +1,8 @@
 """Workers that are killed or stopped: the job resumes to the same bits, and nobody waits for ever."""
 
+import concurrent.futures
+import contextlib
+import functools
 import os
 import random
 import select
@@ -31,11 +34,11 @@ RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "
 KILL_WITHIN_SECONDS = 0.03  # of the report of a step: a step takes a few milliseconds, a checkpoint after it 10 to 30
 
 
-def kill_workers(job, pipe, kills, draw, deadline):
+def kill_workers(ended, pipe, kills, draw, deadline):
     """Kill a random worker at a random moment of a random step, once per start of the job; return [(rank, step)]."""
     done, partial, victim = [], b"", None
     while len(done) < kills:
-        assert job.poll() is None, f"expected a job that still runs, got one that ended after {len(done)} of {kills} kills"
+        assert not ended(), f"expected a job that still runs, got one that ended after {len(done)} of {kills} kills"
         assert time.monotonic() < deadline, f"expected {kills} kills in time, got {len(done)}"
         if not select.select([pipe], [], [], 1.0)[0]:
             continue
@@ -73,7 +76,7 @@ def test_a_job_whose_workers_are_killed_ends_with_the_bits_of_an_undisturbed_one
     with open(tmp_path / "output", "wb") as output:
         job = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
-            killed = kill_workers(job, pipe, kills, random.Random(seed), deadline)
+            killed = kill_workers(lambda: job.poll() is not None, pipe, kills, random.Random(seed), deadline)
             status = job.wait(max(1.0, deadline - time.monotonic()))
         finally:
             if job.poll() is None:
@@ -88,6 +91,51 @@ def test_a_job_whose_workers_are_killed_ends_with_the_bits_of_an_undisturbed_one
     assert all(map(torch.equal, result["parameters"], expected))
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == [f"step-{step:08d}" for step in range(EVERY, steps + 1, EVERY)][-1:]
+
+
+def take_local_steps(rank, directory, steps, pipe=None):
+    """Go on from the checkpoint that is there; return (weights of the model, common weights, step of that checkpoint)."""
+    model = make_model()
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    outer = functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    local = rt.LocalSteps(model, inner, make_state("regtopk", 0.02), 4, outer, fragments=2, delay=1)
+    if (directory / "regtopk.json").is_file():
+        rt.load(local, None, directory)
+    first = local.steps
+    progress = os.open(pipe, os.O_WRONLY) if pipe else None
+    for step in range(first, steps):
+        if progress is not None:
+            os.write(progress, f"0 {rank} {step} {os.getpid()}\n".encode())
+        inner.zero_grad()
+        loss_of(model, batch(rank, step)).backward()
+        inner.step()
+        local.step()
+        if local.steps % EVERY == 0:
+            rt.save(local, None, directory)
+    return [weights.detach().clone() for weights in (*model.parameters(), *local.common.values())], first
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
+def test_local_steps_of_workers_that_are_killed_end_with_the_bits_of_an_undisturbed_run(tmp_path, kills):
+    seed = 8  # whose first victim is killed in step 5, after a checkpoint
+    steps = (kills + 2) * STEPS_PER_KILL
+    expected = run_workers(take_local_steps, WORKERS, tmp_path / "undisturbed", steps)
+    draw = random.Random(seed)
+    os.mkfifo(tmp_path / "progress")
+    pipe = os.open(tmp_path / "progress", os.O_RDWR | os.O_NONBLOCK)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        for _ in range(kills):
+            with contextlib.suppress(BlockingIOError):
+                os.read(pipe, 1 << 16)  # of the job before
+            job = executor.submit(run_workers_and_report, take_local_steps, WORKERS, tmp_path / "checkpoint", steps, tmp_path / "progress")
+            ((victim, step),) = kill_workers(job.done, pipe, 1, draw, time.monotonic() + 60)
+            outcomes = job.result()
+            print(f"killed rank {victim} in step {step}: {outcomes}")
+            assert "exit code -9" in outcomes[victim][1] and not any(succeeded for succeeded, _ in outcomes)
+    os.close(pipe)
+    for (weights, first), (undisturbed, begun) in zip(run_workers(take_local_steps, WORKERS, tmp_path / "checkpoint", steps), expected, strict=True):
+        assert first > begun == 0
+        assert all(map(torch.equal, weights, undisturbed))
 
 
 # Stopped

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from processes import run_workers
+from memory_traffic import copied_and_made
+from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
-from training import batch, loss_of, make_model, make_state
+from training import batch, loss_of, make_model, make_optimizer, make_state
 
 import regtopk_torch as rt
+from regtopk_torch.local_steps import _cut
 
 STEPS, DENSITY = 12, 0.05
 NESTEROV = functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -41,81 +44,145 @@ def weights_of(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def train(rank, every, outer, scaled=False, stop=None):
-    """Weights after each step; with a stop, after which all that goes on is what was saved."""
+def train(rank, every, outer, *, fragments=1, delay=0, scaled=False, stop=None, directory=None):
+    """Models and common weights after each step; with a stop, after which all that goes on is what was saved."""
     model = make_model()
     inner = make_inner(model)
-    local = rt.LocalSteps(model, inner, make_state("topk", DENSITY), every, outer)
+    make = functools.partial(rt.LocalSteps, every=every, outer=outer, fragments=fragments, delay=delay)
+    local = make(model, inner, make_state("topk", DENSITY))
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
     seen = []
     for step in range(STEPS):
         if step == stop:
-            saved = pickle.loads(pickle.dumps([model.state_dict(), inner.state_dict(), local.state_dict()]))
+            if directory is None:
+                saved = pickle.loads(pickle.dumps([model.state_dict(), inner.state_dict(), local.state_dict()]))
+            else:
+                rt.save(local, None, directory)
             model = make_model()
             inner = make_inner(model)
-            local = rt.LocalSteps(model, inner, make_state("topk", DENSITY), every, outer)
-            for part, of in zip((model, inner, local), saved, strict=True):
-                part.load_state_dict(of)
+            local = make(model, inner, make_state("topk", DENSITY))
+            if directory is None:
+                for part, of in zip((model, inner, local), saved, strict=True):
+                    part.load_state_dict(of)
+            else:
+                rt.load(local, None, directory)
         local_step(rank, model, inner, step, scaler)
-        assert local.step() == ((step + 1) % every == 0)
-        seen.append(weights_of(model))
+        begun = step + 1 - delay
+        assert local.step() == (begun > 0 and begun % (every // fragments) == 0)
+        seen.append((weights_of(model), [weights.detach().clone() for weights in local.common.values()]))
     return seen
 
 
-def simulate(workers, every, outer):
-    """The same, written out."""
+def simulate(workers, every, outer, fragments=1, delay=0):
+    """The same, written out: (models, common weights) after each step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     models = [make_model() for _ in range(workers)]
     inners = [make_inner(model) for model in models]
-    exchange = rt.LocalExchange(workers, DENSITY, method="topk")
     common = [weights.requires_grad_() for weights in weights_of(models[0])]
     optimizer = None if outer == "sgd" else outer(common)
-    seen = []
-    for step in range(STEPS):
+    runs = [range(*run) for run in itertools.pairwise(_cut([weights.numel() for weights in common], fragments))]
+    exchanges = [rt.LocalExchange(workers, DENSITY, method="topk") for _ in runs]
+    own = [list(model.parameters()) for model in models]
+    begun, seen = {}, []
+    for step in range(1, STEPS + 1):
         for rank in range(workers):
-            local_step(rank, models[rank], inners[rank], step)
-        if (step + 1) % every == 0:
-            with torch.no_grad():
-                averages = exchange.step([[c - w for c, w in zip(common, model.parameters(), strict=True)] for model in models])
-                for weights, average in zip(common, averages, strict=True):
+            local_step(rank, models[rank], inners[rank], step - 1)
+        with torch.no_grad():
+            for fragment, run in enumerate(runs):
+                if (step - (fragment + 1) * every // fragments) % every == 0:
+                    averages = exchanges[fragment].step([[common[i] - own[rank][i] for i in run] for rank in range(workers)])
+                    begun[step + delay] = run, averages, [[own[rank][i].clone() for i in run] for rank in range(workers)]
+            if step in begun:
+                run, averages, starts = begun[step]
+                for i, average in zip(run, averages, strict=True):
                     if optimizer is None:
-                        weights.sub_(average)
+                        common[i].sub_(average)
                     else:
-                        weights.grad = average
+                        common[i].grad = average
                 if optimizer is not None:
                     optimizer.step()
-                for model in models:
-                    for parameter, weights in zip(model.parameters(), common, strict=True):
-                        parameter.copy_(weights)
-        seen.append([weights_of(model) for model in models])
+                    optimizer.zero_grad()
+                for rank in range(workers):
+                    for i, start in zip(run, starts[rank], strict=True):
+                        own[rank][i].copy_(common[i] if delay == 0 else own[rank][i] - start + common[i])
+        seen.append(([weights_of(model) for model in models], [weights.detach().clone() for weights in common]))
     torch.set_num_threads(threads)
     return seen
 
 
-@pytest.mark.parametrize(("workers", "every", "outer"), [(2, 1, "sgd"), (3, 4, "sgd"), (2, 3, NESTEROV)])
-def test_local_steps_equal_the_loop_over_the_simulation_bit_for_bit(workers, every, outer):
-    expected = simulate(workers, every, outer)
-    results = run_workers(train, workers, every, outer)
+WAYS = [
+    (2, 1, "sgd", 1, 0),
+    (3, 4, "sgd", 1, 0),
+    (2, 3, NESTEROV, 1, 0),
+    (2, 4, "sgd", 2, 0),
+    (2, 6, NESTEROV, 3, 1),
+    (2, 4, "sgd", 1, 3),
+]
+
+
+@pytest.mark.parametrize(("workers", "every", "outer", "fragments", "delay"), WAYS)
+def test_local_steps_equal_the_loop_over_the_simulation_bit_for_bit(workers, every, outer, fragments, delay):
+    expected = simulate(workers, every, outer, fragments, delay)
+    results = run_workers(functools.partial(train, fragments=fragments, delay=delay), workers, every, outer)
     for step in range(STEPS):
         for rank in range(workers):
-            assert all(map(torch.equal, results[rank][step], expected[step][rank])), (step, rank)
-            same = all(map(torch.equal, results[rank][step], results[0][step]))
-            assert same == (rank == 0 or (step + 1) % every == 0)
+            models, common = results[rank][step]
+            assert all(map(torch.equal, models, expected[step][0][rank])), (step, rank)
+            assert all(map(torch.equal, common, expected[step][1])), (step, rank)
+        equal = [torch.equal(one, other) for one, other in zip(results[0][step][0], results[1][step][0], strict=True)]
+        due = delay == 0 and (step + 1) % (every // fragments) == 0
+        run = slice(*list(itertools.pairwise(_cut([weights.numel() for weights in common], fragments)))[(step + 1) // (every // fragments) % fragments - 1])
+        assert all(equal[run]) == due and all(equal) == (due and fragments == 1)
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+def test_fragments_are_whole_parameters_and_about_equal(parts):
+    for sizes in ([1, 20, 4, 2304, 24, 576, 24, 576, 24], [5] * 9, [0, 0, 0, 1, 0, 0, 0, 0, 9]):
+        ends = _cut(sizes, parts)
+        assert ends[0] == 0 and ends[-1] == 9 and len(ends) == parts + 1 and all(one < other for one, other in itertools.pairwise(ends))
+        for part, end in enumerate(ends[1:-1], 1):
+            target = sum(sizes) * part / parts
+            off = [abs(sum(sizes[:e]) - target) for e in (end - 1, end, end + 1)]
+            assert ends[part - 1] == end - 1 or off[1] <= off[0]
+            assert end == 9 - (parts - part) or off[1] <= off[2]
+    assert _cut([5] * 9, 3) == [0, 3, 6, 9]
 
 
 def test_a_grad_scaler_of_a_power_of_two_changes_no_bit():
     assert all(
-        all(map(torch.equal, scaled, plain))
-        for scaled, plain in zip(run_workers(train, 2, 3, "sgd", True)[0], run_workers(train, 2, 3, "sgd")[0], strict=True)
+        all(map(torch.equal, scaled[0], plain[0]))
+        for scaled, plain in zip(run_workers(functools.partial(train, scaled=True), 2, 3, "sgd")[0], run_workers(train, 2, 3, "sgd")[0], strict=True)
     )
 
 
-@pytest.mark.parametrize("outer", ["sgd", NESTEROV], ids=["sgd", "nesterov"])
-@pytest.mark.parametrize("stop", [6, 7], ids=["after a round", "between rounds"])
-def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_never_stopped(stop, outer):
-    for stopped, never in zip(run_workers(train, 2, 3, outer, False, stop), run_workers(train, 2, 3, outer), strict=True):
-        assert all(all(map(torch.equal, one, other)) for one, other in zip(stopped, never, strict=True))
+@pytest.mark.parametrize("way", ["state_dict", "save"])
+@pytest.mark.parametrize(
+    ("stop", "every", "fragments", "delay", "outer"),
+    [(6, 3, 1, 0, NESTEROV), (7, 3, 1, 0, "sgd"), (6, 6, 2, 2, NESTEROV), (7, 6, 2, 2, "sgd"), (8, 6, 2, 2, "sgd")],
+    ids=["after a round", "between rounds", "a round has begun", "a round is on its way", "a round was applied"],
+)
+def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_never_stopped(tmp_path, stop, every, fragments, delay, outer, way):
+    run = functools.partial(train, fragments=fragments, delay=delay)
+    stopping = functools.partial(run, stop=stop, directory=tmp_path if way == "save" else None)
+    for stopped, never in zip(run_workers(stopping, 2, every, outer), run_workers(run, 2, every, outer), strict=True):
+        for one, other in zip(stopped, never, strict=True):
+            assert all(all(map(torch.equal, these, those)) for these, those in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_round_makes_no_memory_and_gathers_nothing(lone, delay):
+    model = make_model()
+    local = rt.LocalSteps(model, make_inner(model), rt.TopKState(0.01), 2, delay=delay)
+
+    def steps():
+        applied.extend(local.step() for _ in range(4))
+
+    applied = []
+    steps()
+    copied, made = copied_and_made(steps)
+    assert applied.count(True) == 4 - delay
+    assert copied < math.inf and made < 4 * 500, "a small part of one of the parameters"
 
 
 class Weights(nn.Module):
@@ -169,6 +236,39 @@ def test_a_void_round_keeps_what_every_worker_has_and_gives_nothing_twice():
     assert zero[2][2] == [1.0, 3.0, 0.0, 1.0] and one[2][2] == [1.0, 3.0, 0.0, 0.0]
 
 
+def go_through_a_void_round_later(rank, directory, stop):
+    model = Weights([0.0, 0.0, 0.0, 0.0])
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    local = rt.LocalSteps(model, inner, rt.TopKState(0.25), 2, delay=1)
+    moves = [[4.0, 1.0, 0.0, 0.0], [0.0] * 4, [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 8.0, math.nan if rank == 1 else 1.0], [0.0, 0.0, 0.5, 0.0], [0.0] * 4, [0.0] * 4]
+    seen = []
+    for step, by in enumerate(moves, 1):
+        move(model, by)
+        applied = local.step()
+        if step == 5 and rank == 1:
+            with torch.no_grad():
+                model.values[3] = 0.0
+        seen.append((applied, weights_of(model)[0].tolist()))
+        if step == stop:
+            rt.save(local, None, directory)
+            model = Weights([0.0, 0.0, 0.0, 0.0])
+            inner = torch.optim.SGD(model.parameters(), lr=1.0)
+            local = rt.LocalSteps(model, inner, rt.TopKState(0.25), 2, delay=1)
+            rt.load(local, None, directory)
+    return seen, local.void_rounds, local.state_dict()["state"]["parameters"]["values"]["residual"].tolist()
+
+
+@pytest.mark.parametrize("stop", [None, 4, 5])
+def test_a_round_that_is_found_to_be_void_later_keeps_what_was_done_meanwhile(tmp_path, stop):
+    for rank, (seen, void_rounds, residual) in enumerate(run_workers(go_through_a_void_round_later, 2, tmp_path, stop)):
+        assert [applied for applied, _ in seen] == [False, False, True, False, False, False, True] and void_rounds == 1
+        own = 0.0 if rank else -1.0
+        assert seen[2][1] == [-4.0, 0.0, -1.0, 0.0], "the average, and what was done since its round began"
+        assert seen[4][1] == seen[5][1] == [-4.0, 0.0, -9.5, own]
+        assert seen[6][1] == [-4.0, 0.0, -9.5, 0.0], "what was held back, and nothing twice"
+        assert residual == [0.0, 1.0, 0.0, -own]
+
+
 def move_buffers(rank, buffers):
     model = Weights([0.0])
     local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), rt.TopKState(1.0), 2, buffers=buffers)
@@ -189,25 +289,50 @@ def test_buffers_are_kept_or_averaged_as_asked():
 
 
 def differ(rank, case):
+    """Rank 1 makes something else; return what the first step says, or the fourth, for which the other one waits."""
     model = make_model()
-    if rank == 1 and case == "weights":
+    odd = rank == 1
+    if odd and case == "weights":
         with torch.no_grad():
             model.scale.add_(1)
     outer = functools.partial(NESTEROV, lr=0.5 + rank) if case == "outer" else "sgd"
-    local = rt.LocalSteps(model, make_inner(model), rt.TopKState(0.5), 2 + (rank if case == "every" else 0), outer, buffers="average" if rank and case == "buffers" else "keep")
-    try:
-        for step in range(4):
-            local_step(rank, model, make_inner(model), step)
-            local.step()
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    options = {"every": 120 if odd and case == "every" else 6, "fragments": 3 if odd and case == "fragments" else 2, "delay": int(odd and case == "delay")}
+    options["buffers"] = "average" if odd and case == "buffers" else "keep"
+    local = rt.LocalSteps(model, make_inner(model), rt.TopKState(0.5), outer=outer, **options)
+    for step in range(4):
+        local_step(rank, model, make_inner(model), step)
+        if odd and case == "replaced" and step == 2:
+            model.layers[2] = nn.Linear(24, 24)
+        if odd and case == "resized" and step == 2:
+            model.scale.data = torch.ones(1)
+        result = error_of(local.step)
+        if result[0] is not None:
+            return step, result
+    return None
 
 
-@pytest.mark.parametrize(("case", "words"), [("every", "same every on every rank, got 2 on rank 0 and 3 on rank 1"), ("weights", "same common weights (checksum) on every rank"), ("outer", "same outer on every rank"), ("buffers", "same buffers on every rank, got average on rank 1 and keep on rank 0")])
-def test_ranks_that_differ_are_an_error_on_every_rank_in_the_first_round(case, words):
-    for rank, message in enumerate(run_workers(differ, 2, case)):
-        assert message.startswith(f"rank {rank}: average: expected the ") and words in message, message
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("every", "same every on every rank, got 120 on rank 1 and 6 on rank 0"),
+        ("fragments", "same fragments on every rank, got 2 on rank 0 and 3 on rank 1"),
+        ("delay", "same delay on every rank, got 0 on rank 0 and 1 on rank 1"),
+        ("weights", "same common weights (checksum) on every rank"),
+        ("outer", "same outer on every rank"),
+        ("buffers", "same buffers on every rank, got average on rank 1 and keep on rank 0"),
+    ],
+)
+def test_ranks_that_differ_are_an_error_on_every_rank_in_the_first_step(case, words):
+    for rank, (step, (kind, message, seconds)) in enumerate(run_workers(differ, 2, case)):
+        assert step == 0 and kind is ValueError and seconds < 10
+        assert message.startswith(f"rank {rank}: LocalSteps: expected the ") and words in message, message
+
+
+@pytest.mark.parametrize(("case", "name"), [("replaced", "layers.2.weight"), ("resized", "scale")])
+def test_a_model_that_changes_is_an_error_on_every_rank(case, name):
+    for step, (kind, message, seconds) in run_workers(differ, 2, case):
+        assert step == 2 and kind is not None and seconds < 10
+        assert f"rank 1: LocalSteps: expected {name} to be the parameter that was there at first" in message, message
 
 
 @pytest.fixture
@@ -233,26 +358,72 @@ def test_bad_arguments_are_refused(lone):
     ]:
         with pytest.raises(kind, match=words):
             rt.LocalSteps(*arguments)
+    for options, words in [
+        ({"fragments": 0}, "expected fragments to be an integer of at least 1, got 0"),
+        ({"fragments": 1.0}, "expected fragments to be an integer of at least 1, got 1.0"),
+        ({"delay": -1}, "expected delay to be an integer of at least 0, got -1"),
+        ({"every": 5, "fragments": 2}, "expected every to be a multiple of fragments, got every=5 and fragments=2"),
+        ({"every": 6, "fragments": 2, "delay": 3}, "expected delay < every / fragments = 3, got 3"),
+        ({"delay": 1}, "expected delay < every / fragments = 1, got 1"),
+        ({"every": 10, "fragments": 10}, "expected at most one fragment for each of 9 parameters, got fragments=10"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            rt.LocalSteps(model, inner, state, **options)
     with pytest.raises(ValueError, match="expected buffers 'keep' or 'average', got 'sum'"):
         rt.LocalSteps(model, inner, state, buffers="sum")
 
 
-def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone):
+def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone, tmp_path):
     model = make_model()
-    local = rt.LocalSteps(model, make_inner(model), rt.TopKState(0.1), 1, NESTEROV)
-    local_step(0, model, make_inner(model), 0)
-    local.step()
+    local = rt.LocalSteps(model, make_inner(model), rt.TopKState(0.1), 2, NESTEROV, delay=1)
+    for step in range(2):
+        local_step(0, model, make_inner(model), step)
+        local.step()
     saved = copy.deepcopy(local.state_dict())
-    for change, kind, words in [
+    changes = [
         (lambda d: d.pop("common"), TypeError, "expected a state dict of LocalSteps"),
-        (lambda d: d["common"].pop("scale"), ValueError, "expected common weights of the model's 9 parameters"),
-        (lambda d: d["common"].update(scale=torch.ones(2)), ValueError, "expected scale of dtype"),
+        (lambda d: d["common"].pop("scale"), ValueError, "common: expected weights of the model's 9 parameters"),
+        (lambda d: d["common"].update(scale=torch.ones(2)), ValueError, "common: expected scale of dtype"),
         (lambda d: d.update(origin=d["common"] | {"scale": torch.ones((), dtype=torch.float64)}), ValueError, "origin: expected scale of dtype"),
+        (lambda d: d.update(origin={"scale": torch.ones(())}), ValueError, "origin: expected"),
+        (lambda d: d["pending"]["average"].pop("scale"), ValueError, "expected the fragments and the delay of the round that is not applied yet"),
+        (lambda d: d["pending"].update(due=4), ValueError, "expected the fragments and the delay of the round that is not applied yet"),
+        (lambda d: d["pending"]["start"].update(scale=torch.ones(2)), ValueError, "start: expected scale of dtype"),
         (lambda d: d.update(outer=None), ValueError, "expected the state of an outer optimizer"),
+        (lambda d: d["outer"]["param_groups"][0]["params"].pop(), ValueError, r"expected an optimizer of groups of \[9\] parameters, got \[8\]"),
+        (lambda d: d.update(optimizer=d["outer"]), ValueError, r"expected an optimizer of groups of \[3, 6\] parameters, got \[9\]"),
+        (lambda d: d.update(model={"scale": torch.ones(())}), ValueError, "expected a model of the same parameters and buffers, got another"),
         (lambda d: d["state"].update(world_size=2), ValueError, "expected a state dict of world_size 1"),
-    ]:
+    ]
+    for change, kind, words in changes:
         damaged = copy.deepcopy(saved)
         change(damaged)
         with pytest.raises(kind, match=words):
             local.load_state_dict(damaged)
         assert str(local.state_dict()) == str(saved)
+    rt.save(local, None, tmp_path)
+    twin = make_model()
+    for other, words in [
+        (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, NESTEROV), "expected the fragments and the delay of the round"),
+        (rt.LocalSteps(twin, make_optimizer(twin), rt.TopKState(0.1), 2, NESTEROV, delay=1), r"expected an optimizer of groups of \[9\] parameters"),
+        (rt.TopKState(0.1), "expected a state dict of regtopk_torch"),
+    ]:
+        with pytest.raises(rt.CheckpointError, match=words):
+            rt.load(other, None, tmp_path)
+    with pytest.raises(rt.CheckpointError, match="expected None in place of a module"):
+        rt.save(local, model, tmp_path)
+
+
+def make_local_steps():
+    model = make_model()
+    return rt.LocalSteps(model, make_inner(model), rt.TopKState(0.1))
+
+
+def save_local_steps(rank, directory):
+    rt.save(make_local_steps(), None, directory)
+
+
+def test_local_steps_of_another_number_of_ranks_are_refused(tmp_path, lone):
+    run_workers(save_local_steps, 2, tmp_path)
+    with pytest.raises(rt.CheckpointError, match="expected LocalSteps of 1 ranks, as there are now, got those of 2"):
+        rt.load(make_local_steps(), None, tmp_path)

@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
@@ -9,6 +10,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+
+#include "../ops/operators.h"
 
 namespace regtopk {
 namespace {
@@ -49,6 +52,40 @@ std::vector<Group> group_by_dtype(const std::vector<at::Tensor>& tensors, const 
   return groups;
 }
 
+// The tensors as one, without a copy, where each begins in row-major order behind the one before it; undefined elsewhere.
+at::Tensor as_one(const std::vector<at::Tensor>& parts) {
+  const at::Tensor* first = nullptr;
+  int64_t numel = 0;
+  for (const at::Tensor& part : parts) {
+    if (part.numel() == 0) continue;
+    if (first == nullptr) first = &part;
+    const bool follows = part.is_alias_of(*first) && part.storage_offset() == first->storage_offset() + numel;
+    if (!follows || !part.is_contiguous() || part.is_neg()) return {};
+    numel += part.numel();
+  }
+  if (first == nullptr) return {};
+  // A device's kernels load whole vectors.
+  constexpr int64_t kVectorBytes = 16;
+  if (!first->is_cpu() && first->storage_offset() * static_cast<int64_t>(first->element_size()) % kVectorBytes != 0) return {};
+  return first->as_strided({numel}, {1});
+}
+
+// Those at the places; none of none.
+std::vector<at::Tensor> taken(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& places) {
+  std::vector<at::Tensor> result;
+  if (tensors.empty()) return result;
+  for (const size_t place : places) result.push_back(tensors[place].detach());
+  return result;
+}
+
+void check_out(const std::string& who, const std::vector<at::Tensor>& out) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        at::has_internal_overlap(out[i]) != at::MemOverlap::Yes, who,
+        ": expected tensors in out whose entries have memory of their own, got one of strides ", out[i].strides(), " at place ", i);
+  }
+}
+
 }  // namespace
 
 bool Average::is_completed() const {
@@ -60,13 +97,20 @@ std::vector<at::Tensor> Average::wait() {
   for (const auto& future : pending_) future->waitAndThrow();
   const c10::InferenceMode no_inference(false);
   const at::NoGradGuard no_grad;
+  // Versions count the caller's memory, and have been counted.
+  const at::AutoDispatchBelowADInplaceOrView no_versions;
   for (const auto& [from, to] : std::exchange(to_copy_, {})) to.copy_(from);
   return averages_;
 }
 
+bool Average::is_void() {
+  for (const auto& future : pending_) future->wait();
+  return regtopk::is_void(verdict_, round_);
+}
+
 std::shared_ptr<Average> TensorsExchange::average(
     const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-    const Fingerprint& terms, bool absent) {
+    const std::vector<at::Tensor>& out, bool absent) {
   RECORD_FUNCTION("regtopk::average", std::vector<c10::IValue>());
   // What is kept outlives the caller's modes, and what is returned is as any other tensor.
   const c10::InferenceMode no_inference(false);
@@ -77,13 +121,13 @@ std::shared_ptr<Average> TensorsExchange::average(
     groups = group_by_dtype(tensors, keys, exchange_->scale());
     // All buckets are checked before any is sent: what one sends must not be lost to another's error.
     for (const Group& group : groups) worker.check(group.bucket);
+    check_out(worker.who, out);
   } catch (const std::exception& error) {
     exchange_->transport().announce_failure(error.what());
     throw;
   }
   const auto describe = [&] {
-    Fingerprint lines = terms;
-    lines.emplace_back("number of tensors", std::to_string(tensors.size()));
+    Fingerprint lines{{"number of tensors", std::to_string(tensors.size())}};
     for (size_t i = 0; i < tensors.size(); ++i) {
       lines.emplace_back(
           c10::str("tensor ", i), c10::str(names[i], " of shape ", tensors[i].sizes(), " and dtype ", tensors[i].scalar_type()));
@@ -97,16 +141,11 @@ std::shared_ptr<Average> TensorsExchange::average(
   for (size_t index = 0; index < groups.size(); ++index) {
     const auto& [bucket, places] = groups[index];
     const int64_t numel = bucket.layout.numel();
-    const at::Tensor average = memory_for(index, numel, tensors[places.front()].options());
-    std::vector<at::Tensor> parts;
-    for (const size_t place : places) parts.push_back(tensors[place].contiguous().view({-1}));
-    // A device's kernels load whole vectors.
-    const bool in_place = parts.size() == 1 && !parts.front().is_neg() && (parts.front().is_cpu() || parts.front().storage_offset() == 0);
-    const at::Tensor given = in_place ? parts.front() : at::cat_out(const_cast<at::Tensor&>(average), parts);
+    const Memory memory = place(index, taken(tensors, places), taken(out, places));
     if (numel > 0) {
       const auto owners = [&] { return std::vector<Owner>(places.size()); };
       try {
-        result->pending_.push_back(exchange_->exchange(bucket, given, average, owners, describe, absent));
+        result->pending_.push_back(exchange_->exchange(bucket, memory.given, memory.average, owners, describe, absent));
       } catch (...) {
         // What the other buckets have sent returns: the caller gets nothing for it.
         if (!result->pending_.empty()) worker.steps.clock().make_void(worker.steps.round());
@@ -118,17 +157,45 @@ std::shared_ptr<Average> TensorsExchange::average(
     int64_t offset = 0;
     for (const size_t place : places) {
       const at::Tensor& tensor = tensors[place];
-      at::Tensor part = average.narrow(0, offset, tensor.numel()).view(tensor.sizes());
+      at::Tensor part = memory.average.narrow(0, offset, tensor.numel()).view(tensor.sizes());
       offset += tensor.numel();
-      if (!tensor.is_contiguous()) {
-        const at::Tensor in_its_order = at::empty_like(tensor);
-        result->to_copy_.emplace_back(part, in_its_order);
-        part = in_its_order;
+      if (!out.empty() || !tensor.is_contiguous()) {
+        const at::Tensor taking = out.empty() ? at::empty_like(tensor) : out[place];
+        if (!memory.is_out) result->to_copy_.emplace_back(part, taking);
+        part = taking;
       }
       result->averages_[place] = part;
     }
   }
+  for (const at::Tensor& each : out) {  // written below what would count it
+    if (!each.is_inference()) each.unsafeGetTensorImpl()->bump_version();
+  }
+  result->verdict_ = exchange_->worker().steps.clock().verdict(tensors.front().device());
+  result->round_ = worker.steps.round();
   return result;
+}
+
+TensorsExchange::Memory TensorsExchange::place(size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out) {
+  const at::AutoDispatchBelowADInplaceOrView no_views;
+  for (at::Tensor& part : parts) part = part.contiguous();
+  Memory memory{as_one(parts), as_one(out), /*is_out=*/true};
+  if (memory.given.defined() && memory.average.defined() && memory.given.is_set_to(memory.average)) {
+    memory.given = memory.average;  // in place, as a gradient's bucket
+    return memory;
+  }
+  // What is written must not be what is still to be read.
+  const auto is_read = [&](const at::Tensor& part) { return part.is_alias_of(memory.average); };
+  memory.is_out = memory.average.defined() && std::none_of(parts.begin(), parts.end(), is_read);
+  if (!memory.is_out) {
+    int64_t numel = 0;
+    for (const at::Tensor& part : parts) numel += part.numel();
+    memory.average = memory_for(bucket, numel, parts.front().options());
+  }
+  if (!memory.given.defined()) {
+    for (at::Tensor& part : parts) part = part.view({-1});
+    memory.given = at::cat_out(memory.average, parts);
+  }
+  return memory;
 }
 
 at::Tensor TensorsExchange::memory_for(size_t bucket, int64_t numel, const at::TensorOptions& options) {

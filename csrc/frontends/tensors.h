@@ -16,13 +16,17 @@ class Average {
   bool is_completed() const;
   // The averages, in the order of the tensors. Raises the error of the first bucket that has one.
   std::vector<at::Tensor> wait();
+  // Whether the step is void: some average is not finite, or the step was aborted. Waits, on a device for its kernels too.
+  bool is_void();
 
  private:
   friend class TensorsExchange;
   std::vector<GroupExchange::FuturePtr> pending_;
   std::vector<at::Tensor> averages_;
-  // Averages in row-major order, and the tensors in the order of the caller's memory that are to take them.
+  // Averages that lie one after the other in row-major order, and the tensors elsewhere that are to take them.
   std::vector<std::pair<at::Tensor, at::Tensor>> to_copy_;
+  at::Tensor verdict_;
+  int64_t round_ = -1;
 };
 
 class TensorsExchange {
@@ -30,13 +34,20 @@ class TensorsExchange {
   explicit TensorsExchange(std::shared_ptr<GroupExchange> exchange) : exchange_(std::move(exchange)) {}
 
   // Dense tensors on one device, each with its key, which is the same on every rank and no address, and the name by which
-  // messages call it. Of `terms`, which are compared where ranks compare their tensors, any difference is an error. The tensors
-  // have been read when this returns. Of a rank that is `absent`, which contributes nothing, they are zeros.
+  // messages call it. `out` takes the averages: none, or a tensor for each, of its shape, dtype and device. The tensors have been
+  // read when this returns, but for those that are `out`. Of a rank that is `absent`, which contributes nothing, they are zeros.
   std::shared_ptr<Average> average(
       const std::vector<at::Tensor>& tensors, const std::vector<ParameterKey>& keys, const std::vector<std::string>& names,
-      const Fingerprint& terms, bool absent);
+      const std::vector<at::Tensor>& out, bool absent);
 
  private:
+  // Where the entries of a bucket are read, and where their averages are written.
+  struct Memory {
+    at::Tensor given, average;  // may be the same
+    bool is_out;                // whether those are the caller's
+  };
+  // Copies no entry where the parts, or `out`, lie one after the other.
+  Memory place(size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out);
   // Memory for the entries of a bucket: the last call's, if its caller has let go of all of it.
   at::Tensor memory_for(size_t bucket, int64_t numel, const at::TensorOptions& options);
 
