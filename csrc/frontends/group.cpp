@@ -60,16 +60,20 @@ GroupExchange::FuturePtr GroupExchange::exchange(
     }
     if (!average.is_same(gradient)) average.copy_(gradient);
     const double bytes = dense::send(*worker_, plan.get(), average);
-    moved.finish = [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); };
     moved.fail = [] {};
-    return transport_->all_reduce(std::move(moved));
+    return transport_->exchange(
+        {{{Transport::Collective::Kind::kAllReduce, average},
+          [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); }}},
+        std::move(moved));
   }
   const own_support::Sent sent =
       absent ? own_support::send_nothing(*worker_, *plan, gradient) : own_support::send(*worker_, *plan, gradient);
   own_support::make_room(*worker_, *plan, /*rows=*/1);
-  moved.finish = [worker = worker_, plan, sent, average] { own_support::receive({{*worker, *plan, sent.payload}}, average); };
   moved.fail = [worker = worker_, plan, sent] { own_support::fail(*worker, *plan, sent.payload); };
-  return transport_->gather(sent.message, plan->received, std::move(moved));
+  return transport_->exchange(
+      {{{Transport::Collective::Kind::kGather, sent.message, plan->received},
+        [worker = worker_, plan, sent, average] { own_support::receive({{*worker, *plan, sent.payload}}, average); }}},
+      std::move(moved));
 }
 
 std::shared_ptr<Plan> GroupExchange::enter(
