@@ -86,7 +86,8 @@ std::shared_ptr<GroupExchange> make_exchange(
     auto [payloads, control, store, timeout, on_stream, open_stage] = open_groups(caller);
     const std::string who = c10::str("rank ", payloads->getRank(), ": ", caller);
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
-    GlooTransport::Groups groups{{payloads}, control, store, milliseconds, std::move(open_stage)};
+    GlooTransport::Groups groups{
+        {payloads}, control, store, milliseconds, std::make_shared<std::function<GroupPtr(int64_t)>>(std::move(open_stage))};
     std::shared_ptr<GlooTransport> gloo(
         new GlooTransport(std::move(groups), who, std::move(own_calls)), &delete_without_gil<GlooTransport>);
     if (!on_stream) return gloo;

@@ -91,7 +91,7 @@ void GlooTransport::open_stages(size_t count) {
       return groups_.open_stage;
     }();
     if (stage >= count || !open_stage) return;
-    GroupPtr group = open_stage(static_cast<int64_t>(stage));
+    GroupPtr group = (*open_stage)(static_cast<int64_t>(stage));
     const std::lock_guard lock(groups_mutex_);
     if (groups_.control) groups_.stages.push_back(std::move(group));
   }

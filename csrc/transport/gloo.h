@@ -36,7 +36,8 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
     GroupPtr control;
     c10::intrusive_ptr<c10d::Store> store;  // of this exchange alone
     std::chrono::milliseconds timeout{};
-    std::function<GroupPtr(int64_t stage)> open_stage = nullptr;  // of a later one; waits for the other ranks
+    // Of a later one; waits for the other ranks. Not copied, which may take another language's lock.
+    std::shared_ptr<const std::function<GroupPtr(int64_t stage)>> open_stage = nullptr;
   };
   // `who` begins messages of buckets; `own_calls` as for Watch.
   GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls);
