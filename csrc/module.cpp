@@ -71,23 +71,28 @@ void delete_without_gil(T* object) {
 }
 
 // What Python's `open_groups` returns: the groups of payloads and of control, the exchange's own store, the timeout in seconds,
-// and the backend of the model's group for a type of device whose collectives are work of a stream, if it has one.
+// the backend of the model's group for a type of device whose collectives are work of a stream, if it has one, and what opens the group of
+// a later stage.
 using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
-using GroupTuple = std::tuple<GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>>;
+using GroupTuple = std::tuple<
+    GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>,
+    std::function<GroupPtr(int64_t)>>;
 
 std::shared_ptr<GroupExchange> make_exchange(
     const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple(const std::string& caller)> open_groups,
     std::function<double()> scale, Worker::AppliedKeys applied) {
   const auto open = [open_groups = std::move(open_groups)](
                         const std::string& caller, std::function<std::string()> own_calls) -> std::shared_ptr<Transport> {
-    auto [payloads, control, store, timeout, on_stream] = open_groups(caller);
+    auto [payloads, control, store, timeout, on_stream, open_stage] = open_groups(caller);
     const std::string who = c10::str("rank ", payloads->getRank(), ": ", caller);
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
-    auto gloo = std::make_unique<GlooTransport>(GlooTransport::Groups{payloads, control, store, milliseconds}, who, std::move(own_calls));
-    Transport* const transport = on_stream
-                                     ? new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who)
-                                     : static_cast<Transport*>(gloo.release());
-    return {transport, &delete_without_gil<Transport>};
+    GlooTransport::Groups groups{
+        {payloads}, control, store, milliseconds, std::make_shared<std::function<GroupPtr(int64_t)>>(std::move(open_stage))};
+    std::shared_ptr<GlooTransport> gloo(
+        new GlooTransport(std::move(groups), who, std::move(own_calls)), &delete_without_gil<GlooTransport>);
+    if (!on_stream) return gloo;
+    return {
+        new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who), &delete_without_gil<Transport>};
   };
   std::shared_ptr<GroupExchange> exchange(
       new GroupExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<GroupExchange>);
@@ -199,7 +204,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      const py::object& wire_dtype, bool elias_fano, std::function<double(int64_t)> schedule) {
+                      const py::object& wire_dtype, bool elias_fano, bool leader, std::function<double(int64_t)> schedule) {
             return Options{
                 .regularised = regularised,
                 .density = density,
@@ -209,10 +214,12 @@ PYBIND11_MODULE(_C, module) {
                 .dense_steps = dense_steps,
                 .wire_dtype = wire_dtype.is_none() ? std::nullopt : std::optional(dtype_of("Options", wire_dtype)),
                 .elias_fano = elias_fano,
+                .leader = leader,
                 .schedule = std::move(schedule)};
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
-          py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("schedule") = py::none());
+          py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
+          py::arg("schedule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 

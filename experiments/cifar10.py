@@ -45,6 +45,7 @@ def parse(arguments):
     add("--warmup-steps", "first steps, in which the density falls from 0.25 to --density (%(default)s)", type=int, default=0, metavar="STEPS")
     add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "2bit"), default="fp32")
     add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
+    add("--support", "who chooses the entries: each worker its own, or one for all (%(default)s)", choices=("own", "leader"), default="own")
     add("--model", "(%(default)s)", choices=MODELS, default="resnet18")
     add("--workers", "in this process (2), or what torchrun has started; make hands it to torchrun as --nproc-per-node", type=int, metavar="N")
     add("--steps", "exchanges (%(default)s)", type=int, default=1000)
@@ -118,7 +119,7 @@ def name_run(options):
     if options.method != "dense":
         usual = (("decay", 1.0), ("dense_steps", 0), ("warmup_steps", 0))
         parts += [f"{name.split('_')[0]}{getattr(options, name):g}" for name, value in usual if getattr(options, name) != value]
-        parts += [part for part in (options.wire_dtype, options.index_code) if part not in ("fp32", "offsets")]
+        parts += [part for part in (options.wire_dtype, options.index_code, options.support) if part not in ("fp32", "offsets", "own")]
     if options.partition != "iid":
         parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
     if options.local_steps > 1:

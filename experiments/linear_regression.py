@@ -52,7 +52,7 @@ def make_problem(num_workers, seed, homogeneous=False):
     return Problem(curvature, offset, torch.linalg.solve(curvature.sum(0), offset.sum(0)))
 
 
-def make_exchange(run, num_workers):
+def make_exchange(run, num_workers, support="own"):
     """Return (exchange, number of its workers), (None, N) for dense.
 
     The genie lets every worker send the k entries where the mean over workers of residual + gradient is largest. Their
@@ -66,10 +66,10 @@ def make_exchange(run, num_workers):
     if run["method"] == "genie":
         return rt.LocalExchange(1, run["density"], method="topk"), 1
     options = {"mu": run["mu"], "distortion": run["distortion"]} if run["method"] == "regtopk" else {}
-    return rt.LocalExchange(num_workers, run["density"], method=run["method"], **options), num_workers
+    return rt.LocalExchange(num_workers, run["density"], method=run["method"], support=support, **options), num_workers
 
 
-def train(run, *, workers, steps, dtype="float64", homogeneous=False):
+def train(run, *, workers, steps, dtype="float64", homogeneous=False, support="own"):
     """Train from w = 0 and return the run's results as a dict.
 
     log10_gap: after the last step, None where it is not finite; curve: [step, log10_gap] of about CURVE_POINTS steps;
@@ -84,7 +84,7 @@ def train(run, *, workers, steps, dtype="float64", homogeneous=False):
     kind = getattr(torch, dtype)
     curvature, offset = problem.curvature.to(kind), problem.offset.to(kind)
     weights = torch.zeros(DIMENSION, dtype=kind)
-    exchange, senders = make_exchange(run, workers)
+    exchange, senders = make_exchange(run, workers, support)
 
     def log10_gap():
         squared = ((weights.double() - problem.minimiser) ** 2).sum().item()
@@ -117,6 +117,7 @@ def parse(arguments):
     add("--density", "fraction of the entries each worker sends (0.6)", type=float, default=[0.6], **several)
     add("--mu", "RegTop-k's mu, no unit (4)", type=float, default=[4.0], **several)
     add("--distortion", "RegTop-k's form (previous)", nargs="+", choices=("previous", "current"), default=["previous"])
+    add("--support", "who chooses the entries: each worker its own, or one for all (%(default)s)", choices=("own", "leader"), default="own")
     add("--seed", "of the problem (0)", type=int, default=[0], **several)
     add("--workers", "N (%(default)s)", type=int, default=20, metavar="N")
     add("--steps", "updates of the weights (%(default)s)", type=int, default=2500)
@@ -134,7 +135,7 @@ def main(arguments=None):
     import torch
 
     torch.set_num_threads(options.threads)
-    settings = {name: getattr(options, name) for name in ("workers", "steps", "dtype", "homogeneous")}
+    settings = {name: getattr(options, name) for name in ("workers", "steps", "dtype", "homogeneous", "support")}
 
     def compute(run):
         return train(run, **settings)

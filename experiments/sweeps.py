@@ -7,6 +7,8 @@ from runlog.record import Recorder, read_log
 
 # Of a run's row: how it was made. Everything else in the row is a result.
 RUN_KEYS = ("method", "density", "mu", "distortion", "seed")
+# What logs mean that are older than a setting.
+EARLIER = {"support": "own"}
 
 
 def list_runs(methods, densities, mus, distortions, seeds):
@@ -68,8 +70,8 @@ def _read_rows(path, settings, keys):
         return {}
     header, records = read_log(path)
     for name, value in settings.items():
-        if header["settings"].get(name) != value:
-            raise ValueError(f"sweep: expected {name} {header['settings'].get(name)}, as in the log {path}, got {value}; name another log")
+        if (found := header["settings"].get(name, EARLIER.get(name))) != value:
+            raise ValueError(f"sweep: expected {name} {found}, as in the log {path}, got {value}; name another log")
     rows = [{key: value for key, value in record.items() if key != "event"} for record in records if record["event"] == "run"]
     return {json.dumps({key: row[key] for key in keys}): row for row in rows}
 

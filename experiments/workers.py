@@ -27,7 +27,8 @@ def compression_of(options):
     """Return the density and the other options that both methods have, as `rt.TopKState` takes them."""
     density = rt.WarmupDensity(max(0.25, options.density), options.density, options.warmup_steps) if options.warmup_steps else options.density
     wire_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "2bit": "2bit"}[options.wire_dtype]
-    return density, {"decay": options.decay, "dense_steps": options.dense_steps, "wire_dtype": wire_dtype, "index_code": options.index_code}
+    same = {name: getattr(options, name) for name in ("decay", "dense_steps", "index_code", "support")}
+    return density, {**same, "wire_dtype": wire_dtype}
 
 
 class Workers:

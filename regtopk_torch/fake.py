@@ -48,3 +48,23 @@ def _(residual, payload, wire, **options):
 @torch.library.register_fake("regtopk::from_wire_")
 def _(wire, payloads, **options):
     return None
+
+
+@torch.library.register_fake("regtopk::take_")
+def _(residual, payload, lead, spans, idle, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::average_slice_")
+def _(rows, averages, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::spread_")
+def _(gradient, payload, rows, averages, spans, idle, verdict, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::feedback_")
+def _(feedback, payload, rows, averages, spans, idle, **options):
+    return None

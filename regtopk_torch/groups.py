@@ -36,9 +36,11 @@ def check_model(who, ddp, group):
 
 
 def open_groups(state, caller="sparse_hook"):
-    """Return (group for payloads, group for control, store, timeout in seconds, stream); waits for the other ranks.
+    """Return (group for payloads, group for control, store, timeout in seconds, stream, open_stage); waits for the other ranks.
 
     `caller` is who messages are from. `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
+
+    open_stage(number) opens the group of a later stage of the exchange, as all ranks do together.
 
     The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
     rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
@@ -66,14 +68,18 @@ def open_groups(state, caller="sparse_hook"):
             f"rank {rank}: {caller}: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
-    try:
-        payloads = dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, size, _options(limit, threads=4))
-        control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, _options(limit, threads=1))
-    except RuntimeError as error:
-        raise dist.DistBackendError(
-            f"rank {rank}: {caller}: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
-        ) from error
-    return payloads, control, store, limit.total_seconds(), _stream_of(models[0].process_group if models else group)
+
+    def open_group(name, threads):
+        try:
+            return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, _options(limit, threads=threads))
+        except RuntimeError as error:
+            raise dist.DistBackendError(
+                f"rank {rank}: {caller}: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
+            ) from error
+
+    payloads, control = open_group("payloads", 4), open_group("control", 1)
+    stream = _stream_of(models[0].process_group if models else group)
+    return payloads, control, store, limit.total_seconds(), stream, lambda stage: open_group(f"stage {stage}", 2)
 
 
 def _stream_of(group):

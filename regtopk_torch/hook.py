@@ -19,7 +19,7 @@ def sparse_hook(state, bucket):
     Returns:
         torch.futures.Future: of the bucket's own buffer.
 
-    One all-gather per bucket, issued before this function returns; the first use of a bucket layout also waits for an
+    One all-gather per bucket, issued before this function returns, or of three collectives the first; the first use of a bucket layout also waits for an
     all-gather in which the ranks compare their options.
 
     A hook cannot see two things. Under `join(divide_by_initial_world_size=False)` the average still divides by N. And what

@@ -11,8 +11,9 @@ from regtopk_torch import _C
 METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
 INDEX_CODES = ("offsets", "elias-fano")
+SUPPORTS = ("own", "leader")
 # What every method takes, by name, and what it is unless it is given.
-COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets"}
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own"}
 
 
 def check_options(who, *, method, density, mu, distortion, **common):
@@ -20,7 +21,7 @@ def check_options(who, *, method, density, mu, distortion, **common):
     unknown = [name for name in common if name not in COMMON]
     if unknown:
         raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
-    decay, dense_steps, wire_dtype, index_code = (common.get(name, usual) for name, usual in COMMON.items())
+    decay, dense_steps, wire_dtype, index_code, support = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) else [("density", density)])
@@ -43,9 +44,13 @@ def check_options(who, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16 or '2bit', got {wire_dtype!r}")
     if index_code not in INDEX_CODES:
         raise ValueError(f"{who}: expected index_code {' or '.join(map(repr, INDEX_CODES))}, got {index_code!r}")
+    if support not in SUPPORTS:
+        raise ValueError(f"{who}: expected support {' or '.join(map(repr, SUPPORTS))}, got {support!r}")
+    if support == "leader" and wire_dtype == "2bit":
+        raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype='2bit'; two bits have levels that a slice of the values lacks")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) else float(density), mu=float(mu), distortion=distortion,
-        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", schedule=_checked(who, density) if callable(density) else None,
+        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", schedule=_checked(who, density) if callable(density) else None,
     )  # fmt: skip
 
 

@@ -181,8 +181,10 @@ class Worker:
     in_vain: bool = False
     idle: torch.Tensor | None = None  # bool [J]: what was zero on all workers in the last step
 
-    def compress(self, gradient, zero=None):
+    def compress(self, gradient, zero=None, support=None):
         """Return this step's Message and update the residual: what is sent plus what is kept is what was given.
+
+        `support`, ascending indices, is what a leader has chosen instead of this worker (+): no score is taken.
 
         `zero`, bool [J], marks the parameters whose gradient is zero in all entries here. Those that were so on all workers in
         the last step are idle (+): they score 0, are sent as 0 if at all, and keep their residual.
@@ -201,21 +203,24 @@ class Worker:
         sent_index = None if self.sent is None else self.sent.index
         feedback = None if self.mu is None else self.feedback
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
-        index = select(score, entries_to_send(self.density, gradient.numel()))  # line 6
-        value = to_wire(accumulated[index], gradient.dtype)  # line 7
+        index = select(score, entries_to_send(self.density, gradient.numel())) if support is None else support  # line 6
+        finite = accumulated.isfinite()
+        # Whether an entry that is not finite has been chosen depends on the leader: it is the message's flag that says it.
+        given = accumulated if support is None else torch.where(finite, accumulated, self.residual)
+        value = to_wire(given[index], gradient.dtype)  # line 7
         if self.wire_dtype == "2bit":
             value = two_bits(index, value)[0]
         elif self.wire_dtype is not None and self.wire_dtype.itemsize < gradient.dtype.itemsize:
             value = to_wire(to_wire(value, torch.float32), self.wire_dtype).to(gradient.dtype)
 
-        finite = accumulated.isfinite()
-        kept = accumulated.clone()
+        kept = given.clone()
         applied = value.isfinite() if self.wire_dtype == "2bit" else torch.ones(len(value), dtype=torch.bool)
         kept[index[applied]] -= value[applied].to(wide)  # line 8
-        self.residual = torch.where(finite, kept, self.residual)  # (+) an entry that is not finite keeps what it had
+        # (+) an entry that is not finite keeps what it had
+        self.residual = torch.where(finite, kept, self.residual if support is None else kept)
         self.residual[idle] = waiting
 
-        repeated, displaced = self._compare_with_last_step(accumulated, score, index)
+        repeated, displaced = self._compare_with_last_step(accumulated, score, index) if support is None else (0, 0)
         self.sent = Message(index, value, not bool(finite.all()), repeated, displaced)
         self.feedback = None
         return self.sent
@@ -296,24 +301,41 @@ class Exchange:
     """N workers, one bucket: `average = exchange.step([gradient_0, ...])`, gradients of shape [J].
 
     `sizes` are the numbers of entries of the bucket's parameters; without them, as the operators, which know no parameters,
-    it treats a gradient of zero as any other.
+    it treats a gradient of zero as any other. With `leader` worker t mod N chooses the support of all in step t (+).
     """
 
     workers: list = field(default_factory=list)
     sizes: list | None = None
+    leader: bool = False
+    steps: int = 0
 
     def step(self, gradients):
         """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
         zero = [zero_entries(gradient, self.sizes) if self.sizes else None for gradient in gradients]
-        messages = [worker.compress(*given) for worker, *given in zip(self.workers, gradients, zero, strict=True)]
+        messages = self.led_messages(gradients, zero) if self.leader else [w.compress(*given) for w, *given in zip(self.workers, gradients, zero, strict=True)]
+        self.steps += 1
+        dtype, workers = gradients[0].dtype, len(messages)
         total = sum_in_rank_order(messages, gradients[0].numel())
-        void = not bool(total.isfinite().all())
+        if self.leader and any(message.non_finite for message in messages):
+            total[messages[0].index] = math.nan
+        # By a tensor: dividing by a number may multiply by its rounded inverse.
+        average = to_wire(total / torch.tensor(float(workers), dtype=total.dtype), dtype)
+        void = not bool(average.isfinite().all())
+        if self.leader:
+            total = workers * average.to(total.dtype)  # averages travel: more of Z than they say comes to nobody
         idle = torch.stack(zero).all(dim=0) if self.sizes else None
         for worker in self.workers:
             worker.receive(total, void=void, idle=idle)
-        # By a tensor: dividing by a number may multiply by its rounded inverse.
-        average = to_wire(total / torch.tensor(float(len(messages)), dtype=total.dtype), gradients[0].dtype)
         return average if idle is None else torch.where(idle, torch.zeros_like(average), average)
+
+    def led_messages(self, gradients, zero):
+        """The messages of all at the support that the leader chooses."""
+        leader = self.steps % len(self.workers)
+        led = {leader: self.workers[leader].compress(gradients[leader], zero[leader])}
+        for rank, worker in enumerate(self.workers):
+            if rank != leader:
+                led[rank] = worker.compress(gradients[rank], zero[rank], led[leader].index)
+        return [message for _, message in sorted(led.items())]
 
 
 def encode(message, numel, *, step=0, plan=0, elias_fano=False, coded=None):

@@ -45,6 +45,11 @@ class TopKState(Averaging):
             stays in the residual, and sent + kept is what was given, exactly.
         index_code (str): how the places of the values travel. "offsets": 2 bytes each, at most a bit per gradient entry.
             "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at density 0.001, 8.6 at 0.01.
+        support (str): who chooses the entries. "own": each rank its own, and sends them to every other: what it sends grows with the
+            number of ranks. "leader": in step t rank t mod N chooses by its own score for all, and every rank sends its values there, so
+            that each average is over all ranks; a rank sends at most the places and twice the k values, whatever N is, in three
+            collectives one after the other instead of one. CPU gradients, and values of 16 bits or more. RegTop-k's Z is N times the
+            average in the gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
@@ -115,8 +120,9 @@ class TopKState(Averaging):
         steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
         (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets,
         entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
-        (entries that plain magnitude would have sent and the RegTop-k factor did not), bytes_sent and bytes_dense (what this
-        rank puts on the network: (N - 1) payloads, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
+        (entries that plain magnitude would have sent and the RegTop-k factor did not; with a leader both of what this rank chose),
+        bytes_sent and bytes_dense (what this rank puts on the network: (N - 1) payloads, or with a leader (N - 1) / N of the places, an
+        even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
         exchange_seconds (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers.
         """
         statistics = self._exchange.statistics()
@@ -334,7 +340,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

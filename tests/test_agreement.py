@@ -39,6 +39,8 @@ def disagree(rank, case, entry):
             state = rt.RegTopKState(0.05, wire_dtype=torch.bfloat16 if odd else None)
         elif case == "index code":
             state = rt.RegTopKState(0.05, index_code="elias-fano" if odd else "offsets")
+        elif case == "support":
+            state = rt.RegTopKState(0.05, support="leader" if odd else "own")
         elif case == "distortion":
             state = rt.RegTopKState(0.05, distortion="current" if odd else "previous")
         else:
@@ -68,6 +70,7 @@ def disagree(rank, case, entry):
         ("distortion", "distortion", "previous", "current"),
         ("wire dtype", "wire dtype", "the gradients'", "BFloat16"),
         ("index code", "index code", "offsets", "elias-fano"),
+        ("support", "support", "own", "leader"),
         ("dtype", "gradient dtype", "Float", "Double"),
         ("step", "step", "0", "8"),
         ("pause", "mode", "sparse", r"dense \(paused\)"),

@@ -72,6 +72,12 @@ def test_at_density_0_6_regtop_k_goes_on_where_top_k_and_the_printed_form_stop()
     assert topk["displaced"] == 0
 
 
+def test_where_one_worker_after_the_other_chooses_for_all_top_k_goes_on_at_a_density_of_0_05():
+    workers, steps = 8, 400  # of the paper's 20 and 2500
+    led, own = (linear_regression.train(make_run("topk", 0.05), workers=workers, steps=steps, support=support) for support in ("leader", "own"))
+    assert led["log10_gap"] < -4 and own["log10_gap"] > -1
+
+
 def command(*options):
     status, printed, errors = run_module("experiments.linear_regression", *options)
     assert status == 0, errors
@@ -145,3 +151,6 @@ def test_a_log_of_other_settings_is_an_error(tmp_path, monkeypatch):
     write_sweep(path, monkeypatch, [])
     with pytest.raises(SystemExit, match="sweep: expected steps 3, as in the log .*sweep.jsonl, got 4; name another log"):
         linear_regression.main(["--workers", "2", "--steps", "4", "--out", str(path), "--threads", str(torch.get_num_threads())])
+    with pytest.raises(SystemExit, match="sweep: expected support own, as in the log .*sweep.jsonl, got leader; name another log"):
+        options = ["--workers", "2", "--steps", "3", "--support", "leader", "--out", str(path)]
+        linear_regression.main([*options, "--threads", str(torch.get_num_threads())])

@@ -135,6 +135,7 @@ class Mode:
 
 UNUSED = {"find_unused_parameters": True}
 NARROW = {"wire_dtype": torch.bfloat16, "index_code": "elias-fano"}
+LEADER = {"support": "leader"}
 COMPILED = {"bucket_cap_mb": 1}  # dynamo splits the graph by DDP's buckets and takes no less
 MODES = {
     "plain": Mode(),
@@ -176,6 +177,15 @@ MODES = {
     "re-entrant activation checkpointing": Mode(lambda rank: Checkpointed(True), {"static_graph": True}),
     "narrow": Mode(state=NARROW),
     "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": "2bit"}),
+    "leader": Mode(state=LEADER),
+    "leader, three ranks": Mode(world_size=3, state=LEADER),
+    "leader, used now and then, four ranks": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, world_size=4, state=LEADER),
+    "leader, used now and then, skipped": Mode(
+        lambda rank: WithBranch(rank, all_or_nobody), UNUSED | {"skip_all_reduce_unused_params": True}, state=LEADER
+    ),
+    "leader, join, three ranks": Mode(join=True, world_size=3, state=LEADER),
+    "leader, narrow, channels_last": Mode(lambda rank: Images(), state=LEADER | NARROW),
+    "leader, two dtypes": Mode(lambda rank: two_dtypes(), state=LEADER),
     "another process group": Mode(new_group_at=5),
     "subgroup": Mode(world_size=3, group=(0, 2)),
     "compiled inside": Mode(

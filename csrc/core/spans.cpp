@@ -81,13 +81,22 @@ ParkedSpans::~ParkedSpans() {
 }
 
 void clear_idle_spans(const AggregateArguments& arguments, const Spans& spans, const uint8_t* idle) {
+  with_value_type(arguments.layout.type, [&]<typename T>(T) {
+    for (int64_t span = 0; span < spans.count; ++span) {
+      if (idle[span] == 0 || spans.begin(span) == spans.end(span)) continue;
+      std::memset(
+          static_cast<T*>(arguments.gradient) + spans.begin(span), 0, static_cast<size_t>(spans.end(span) - spans.begin(span)) * sizeof(T));
+    }
+  });
+  clear_idle_feedback(arguments, spans, idle);
+}
+
+void clear_idle_feedback(const AggregateArguments& arguments, const Spans& spans, const uint8_t* idle) {
   const PayloadLayout& layout = arguments.layout;
   with_value_type(layout.type, [&]<typename T>(T) {
     using Accumulate = typename Traits<T>::Accumulate;
     for (int64_t span = 0; span < spans.count; ++span) {
       if (idle[span] == 0 || spans.begin(span) == spans.end(span)) continue;
-      std::memset(
-          static_cast<T*>(arguments.gradient) + spans.begin(span), 0, static_cast<size_t>(spans.end(span) - spans.begin(span)) * sizeof(T));
       for (int64_t row = 0; arguments.feedback != nullptr && row < arguments.feedback_workers; ++row) {
         const PayloadView payload(arguments.payloads + (arguments.first_feedback_worker + row) * layout.bytes, layout);
         Accumulate* const kept = static_cast<Accumulate*>(arguments.feedback) + row * layout.k;

@@ -48,6 +48,7 @@ class ParkedSpans {
 // The end of an aggregate for idle spans: their average is 0, and their feedback infinite, so that what was sent of them,
 // and is about to return, is not regularised.
 void clear_idle_spans(const AggregateArguments& arguments, const Spans& spans, const uint8_t* idle);
+void clear_idle_feedback(const AggregateArguments& arguments, const Spans& spans, const uint8_t* idle);  // of the two, this alone
 
 // Whether all values are finite.
 bool all_finite(const void* values, int64_t numel, ValueType type, const ParallelFor& parallel_for);

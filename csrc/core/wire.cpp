@@ -54,22 +54,6 @@ PayloadHeader wire_header(PayloadHeader header, const WireLayout& wire) {
   return header;
 }
 
-std::optional<PayloadError> check_header(const PayloadHeader& header, const PayloadLayout& layout, const WireLayout& wire) {
-  const PayloadHeader wanted = wire_header(make_header(layout, header.step, header.plan), wire);
-  const std::pair<const char*, std::pair<uint64_t, uint64_t>> fields[] = {
-      {"magic", {wanted.magic, header.magic}},
-      {"version", {wanted.version, header.version}},
-      {"value type", {static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type)}},
-      {"support", {static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support)}},
-      {"numel", {wanted.numel, header.numel}},
-      {"k", {wanted.k, header.k}},
-      {"spans", {wanted.spans, header.spans}}};
-  for (const auto& [name, values] : fields) {
-    if (values.first != values.second) return PayloadError{name, std::to_string(values.first), std::to_string(values.second)};
-  }
-  return std::nullopt;
-}
-
 // Writes tile starts and support of what the code stands for.
 std::optional<PayloadError> decode(const PayloadLayout& layout, const WireLayout& wire, const uint8_t* bytes, uint8_t* payload) {
   const uint8_t* const low = bytes + wire.index_at;
@@ -197,6 +181,22 @@ void code_tile(
 
 }  // namespace
 
+std::optional<PayloadError> check_wire_header(const PayloadHeader& header, const PayloadLayout& layout, const WireLayout& wire) {
+  const PayloadHeader wanted = wire_header(make_header(layout, header.step, header.plan), wire);
+  const std::pair<const char*, std::pair<uint64_t, uint64_t>> fields[] = {
+      {"magic", {wanted.magic, header.magic}},
+      {"version", {wanted.version, header.version}},
+      {"value type", {static_cast<uint64_t>(wanted.value_type), static_cast<uint64_t>(header.value_type)}},
+      {"support", {static_cast<uint64_t>(wanted.support), static_cast<uint64_t>(header.support)}},
+      {"numel", {wanted.numel, header.numel}},
+      {"k", {wanted.k, header.k}},
+      {"spans", {wanted.spans, header.spans}}};
+  for (const auto& [name, values] : fields) {
+    if (values.first != values.second) return PayloadError{name, std::to_string(values.first), std::to_string(values.second)};
+  }
+  return std::nullopt;
+}
+
 void to_wire(
     const PayloadLayout& layout, const WireLayout& wire, uint8_t* payload, void* residual, uint8_t* bytes,
     const ParallelFor& parallel_for) {
@@ -254,7 +254,7 @@ void to_wire(
 std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLayout& wire, const uint8_t* bytes, uint8_t* payload) {
   PayloadHeader header;
   std::memcpy(&header, bytes, sizeof header);
-  if (auto error = check_header(header, layout, wire)) return error;
+  if (auto error = check_wire_header(header, layout, wire)) return error;
   return with_value_type(layout.type, [&]<typename T>(T) -> std::optional<PayloadError> {
     PayloadWriter<T> writer(payload, layout);  // zeroes all but the values
     header.value_type = layout.type;

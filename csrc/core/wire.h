@@ -76,6 +76,9 @@ struct WireLayout {
   REGTOPK_HOST_DEVICE static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 };
 
+// The header of a wire form, but for what differs from rank to rank and from step to step.
+std::optional<PayloadError> check_wire_header(const PayloadHeader& header, const PayloadLayout& layout, const WireLayout& wire);
+
 // Writes the wire form of a payload of this process, at an address that is a multiple of 8. The payload's values become what
 // the wire carries, and the difference returns to the residual [J] of the accumulate type: sent plus kept stays what was given.
 void to_wire(

@@ -22,37 +22,24 @@
 #include <memory>
 #include <vector>
 
-#include "worker.h"
+#include "../transport/transport.h"
+#include "scheme.h"
 
 namespace regtopk::own_support {
 
-struct Sent {
-  at::Tensor payload;  // to be remembered
-  at::Tensor message;  // to be sent
-};
-// Both in buffers of the plan; the gradient is only read.
-Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient);
-
-// The same of a worker that contributes nothing this time: all its residuals wait, its history ends. `zero` is of zeros.
-Sent send_nothing(Worker& worker, Plan& plan, const at::Tensor& zero);
+// In buffers of the plan; the gradient is only read.
+Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient, bool absent = false);
 
 // Buffers of the plan for what is received: messages of all workers, and `rows` of feedback. Made once, on the thread and the
 // stream of the front end.
 void make_room(const Worker& worker, Plan& plan, int64_t rows);
 
-// Who receives: a worker and its plan for the bucket.
-struct Receiver {
-  Worker& worker;
-  Plan& plan;
-  at::Tensor payload;  // what it has sent
-};
-
 // Writes the average of what the first plan has received to `gradient`, and remembers for each receiver, of consecutive
 // ranks, what it sent. ValueError, before anything is written, where the bytes are not what every rank should have sent.
 void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient);
 
-// The payload reached nobody: it returns to the residual at the next step, and what the step's other buckets sent with it,
-// unless an optimizer steps all the same.
-void fail(Worker& worker, Plan& plan, const at::Tensor& payload);
+// All of it, but for `send`, between processes.
+std::vector<Transport::Stage> stages(
+    const std::shared_ptr<Worker>& worker, const std::shared_ptr<Plan>& plan, const Sent& sent, const at::Tensor& average);
 
 }  // namespace regtopk::own_support

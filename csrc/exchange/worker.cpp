@@ -46,6 +46,9 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU, got ",
       bucket.layout.device, "; this build has no kernels for it");
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || !options.leader, who, ": expected gradients on the CPU with support='leader', got ",
+      bucket.layout.device, "; it has no kernels for a device yet, support='own' has");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 

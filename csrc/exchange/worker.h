@@ -29,6 +29,7 @@ struct Options {
   int64_t dense_steps = 0;  // the first ones, without compression
   std::optional<at::ScalarType> wire_dtype;  // of the values that travel, where it has fewer bytes than the gradients'
   bool elias_fano = false;  // the index code
+  bool leader = false;      // chooses for all ranks, else each for itself
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
 };
 

@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "../exchange/dense.h"
+#include "../exchange/own_support.h"
+#include "../exchange/shared_support.h"
 
 namespace regtopk {
 
@@ -60,16 +62,16 @@ GroupExchange::FuturePtr GroupExchange::exchange(
     }
     if (!average.is_same(gradient)) average.copy_(gradient);
     const double bytes = dense::send(*worker_, plan.get(), average);
-    moved.finish = [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); };
     moved.fail = [] {};
-    return transport_->all_reduce(std::move(moved));
+    return transport_->exchange(
+        {{{Transport::Collective::Kind::kAllReduce, average},
+          [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); }}},
+        std::move(moved));
   }
-  const own_support::Sent sent =
-      absent ? own_support::send_nothing(*worker_, *plan, gradient) : own_support::send(*worker_, *plan, gradient);
-  own_support::make_room(*worker_, *plan, /*rows=*/1);
-  moved.finish = [worker = worker_, plan, sent, average] { own_support::receive({{*worker, *plan, sent.payload}}, average); };
-  moved.fail = [worker = worker_, plan, sent] { own_support::fail(*worker, *plan, sent.payload); };
-  return transport_->gather(sent.message, plan->received, std::move(moved));
+  const bool leader = worker_->options.leader;
+  const Sent sent = (leader ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, gradient, absent);
+  moved.fail = [worker = worker_, plan, sent] { fail(*worker, *plan, sent.payload); };
+  return transport_->exchange((leader ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
 }
 
 std::shared_ptr<Plan> GroupExchange::enter(
@@ -113,6 +115,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"dense_steps", std::to_string(options.dense_steps)},
       {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
       {"index code", options.elias_fano ? "elias-fano" : "offsets"},
+      {"support", options.leader ? "leader" : "own"},
       {"mu", options.regularised ? round_trip(options.mu) : "none"},
       {"distortion", options.regularised ? options.distortion : "none"},
       {"mode", !bucket.keeps ? "all-reduce of sparse tensors"

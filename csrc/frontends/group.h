@@ -9,7 +9,7 @@
 #include <unordered_set>
 
 #include "../exchange/agreement.h"
-#include "../exchange/own_support.h"
+#include "../exchange/scheme.h"
 #include "../transport/transport.h"
 
 namespace regtopk {

@@ -4,11 +4,14 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
 
 #include <unordered_set>
 
 #include "../exchange/dense.h"
+#include "../exchange/own_support.h"
+#include "../exchange/shared_support.h"
 
 namespace regtopk {
 namespace {
@@ -147,14 +150,38 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
     for (const auto& one : workers_) dense::receive(*one, average, bytes);
     return;
   }
-  std::vector<own_support::Receiver> receivers;
+  std::vector<Receiver> receivers;
+  std::vector<at::Tensor> messages;
   for (int64_t rank = 0; rank < workers(); ++rank) {
-    const own_support::Sent sent = own_support::send(worker(rank), *plans[rank], gradient_of(rank));
-    if (rank == 0) own_support::make_room(worker(0), *plans.front(), workers());
-    plans.front()->received[rank].copy_(sent.message);
+    const auto send = worker(0).options.leader ? shared_support::choose_or_keep : own_support::send;
+    const Sent sent = send(worker(rank), *plans[rank], gradient_of(rank), /*absent=*/false);
     receivers.push_back({worker(rank), *plans[rank], sent.payload});
+    messages.push_back(sent.message);
   }
+  if (worker(0).options.leader) return swap(receivers, messages, average);
+  own_support::make_room(worker(0), *plans.front(), workers());
+  for (int64_t rank = 0; rank < workers(); ++rank) plans.front()->received[rank].copy_(messages[rank]);
   own_support::receive(receivers, average);
+}
+
+void LocalExchange::swap(const std::vector<Receiver>& receivers, const std::vector<at::Tensor>& messages, const at::Tensor& average) {
+  const int64_t leader = shared_support::leader_of(worker(0));
+  const auto sent_by = [&](int64_t rank) { return Sent{receivers[rank].payload, messages[rank]}; };
+  const auto support_of = [&](int64_t rank) { return shared_support::support_in(worker(rank), receivers[rank].plan, sent_by(rank)); };
+  for (int64_t rank = 0; rank < workers(); ++rank) {
+    if (rank != leader) support_of(rank).copy_(support_of(leader));
+    shared_support::follow(worker(rank), receivers[rank].plan, sent_by(rank));
+  }
+  std::vector<at::Tensor> rows;
+  for (const Receiver& each : receivers) rows.push_back(each.plan.rows);
+  const at::Tensor sent = at::stack(rows);  // [from, to, bytes]
+  for (int64_t rank = 0; rank < workers(); ++rank) {
+    Plan& plan = receivers[rank].plan;
+    plan.received.copy_(sent.select(1, rank));
+    shared_support::average(worker(rank), plan);
+    receivers.front().plan.averages[rank].copy_(plan.slice);
+  }
+  shared_support::receive(receivers, average);
 }
 
 }  // namespace regtopk

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "../exchange/own_support.h"
+#include "../exchange/scheme.h"
 
 namespace regtopk {
 
@@ -27,6 +27,9 @@ class LocalExchange {
  private:
   // One bucket of all workers: gradient_of(rank) is flat, in the bucket's order, and may be the caller's own memory.
   void exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of);
+
+  // The rest of a bucket whose support a leader chooses.
+  void swap(const std::vector<Receiver>& receivers, const std::vector<at::Tensor>& messages, const at::Tensor& average);
 
   std::vector<std::unique_ptr<Worker>> workers_;
 };

@@ -55,6 +55,9 @@ struct Plan {
   at::Tensor received;         // [workers, bytes], where a transport puts everybody's messages
   at::Tensor payloads;         // [workers, bytes], made of them; `received` itself where payloads travel as they are
   at::Tensor feedback_buffer;  // [rows, k]
+  // Of a support that a leader has chosen, bytes: its message; what this rank sends to each, its own averages, and those of all.
+  at::Tensor lead, rows, slice, averages;
+  bool follows = false;  // the payload under way has no entries yet: the leader's support has not come
 
   // One flag a span. A device takes them in without being waited for.
   void set_applied(std::vector<uint8_t> flags);

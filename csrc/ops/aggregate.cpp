@@ -2,51 +2,22 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
-#include <atomic>
-
 #include "../core/aggregate.h"
-#include "../core/deed.h"
 #include "checks.h"
 #include "operators.h"
 
 namespace regtopk {
 namespace {
 
-// Any thread may write it, of this state or of one that shares the verdict: rounds only grow.
-void make_void(const at::Tensor& verdict, int64_t round) {
-  if (round < 0) return;
-  std::atomic_ref(verdict.mutable_data_ptr<int64_t>()[round % kVerdictRounds]).store(round, std::memory_order_relaxed);
-}
-
 // Received bytes are untrusted: all of them are checked before anything is written.
 void check_received(const std::vector<PayloadView>& payloads, int64_t step, int64_t plan) {
-  const auto fail = [](int64_t rank, const PayloadError& error) {
-    TORCH_CHECK_VALUE(
-        false, "aggregate_: expected ", error.field, " ", error.expected, " in the payload of rank ", rank, ", got ", error.got);
-  };
-  const int64_t workers = static_cast<int64_t>(payloads.size());
-  for (int64_t rank = 0; rank < workers; ++rank) {
-    if (const auto error = check_payload(payloads[rank].bytes(), payloads[rank].layout(), torch_parallel_for())) fail(rank, *error);
+  for (size_t rank = 0; rank < payloads.size(); ++rank) {
+    if (const auto error = check_payload(payloads[rank].bytes(), payloads[rank].layout(), torch_parallel_for()))
+      raise_payload_error("aggregate_", *error, static_cast<int64_t>(rank));
   }
-  if (payloads[0].layout().spans > 0) {
-    const ExchangePart first = payloads[0].exchange_part();
-    for (int64_t rank = 1; rank < workers; ++rank) {
-      const ExchangePart other = payloads[rank].exchange_part();
-      TORCH_CHECK_VALUE(
-          first.deed == other.deed,
-          "aggregate_: expected every rank to have made the same calls of reset, load_state_dict, pause, resume and skipped, got ",
-          describe_deed(first.deed), " on rank 0 and ", describe_deed(other.deed), " on rank ", rank, "; make the call on every rank");
-      TORCH_CHECK_VALUE(
-          first.scale == other.scale, "aggregate_: expected the same gradient scale on every rank, got ", first.scale, " on rank 0 and ",
-          other.scale, " on rank ", rank, "; give every rank's state a GradScaler with the same arguments, or none");
-    }
-  }
-  for (int64_t rank = 0; rank < workers; ++rank) {
-    const PayloadHeader header = payloads[rank].header();
-    if (header.step != static_cast<uint64_t>(step)) fail(rank, {"step", std::to_string(step), std::to_string(header.step)});
-    if (header.plan != static_cast<uint64_t>(plan))
-      fail(rank, {"plan", std::to_string(plan), std::to_string(static_cast<int64_t>(header.plan))});
-  }
+  std::vector<const uint8_t*> heads;
+  for (const PayloadView& payload : payloads) heads.push_back(payload.bytes());
+  check_heads("aggregate_", heads, payloads[0].layout().spans > 0, step, plan);
 }
 
 void aggregate_cpu(

@@ -4,7 +4,10 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+
+#include "../core/deed.h"
 
 #ifndef _OPENMP
 #error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
@@ -152,6 +155,45 @@ PayloadLayout check_own_payload(const char* who, const char* name, const at::Ten
     TORCH_CHECK_VALUE(false, who, ": expected ", error->field, " ", error->expected, " in ", name, ", got ", error->got);
   }
   return layout;
+}
+
+void raise_payload_error(const char* who, const PayloadError& error, int64_t rank) {
+  C10_THROW_ERROR(
+      ValueError, c10::str(who, ": expected ", error.field, " ", error.expected, " in the payload of rank ", rank, ", got ", error.got));
+}
+
+void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool have_exchange_parts, int64_t step, int64_t plan) {
+  const auto part_of = [&](size_t rank) {
+    ExchangePart part;
+    std::memcpy(&part, heads[rank] + sizeof(PayloadHeader), sizeof part);
+    return part;
+  };
+  for (size_t rank = 1; have_exchange_parts && rank < heads.size(); ++rank) {
+    const ExchangePart first = part_of(0), other = part_of(rank);
+    TORCH_CHECK_VALUE(
+        first.deed == other.deed, who,
+        ": expected every rank to have made the same calls of reset, load_state_dict, pause, resume and skipped, got ",
+        describe_deed(first.deed), " on rank 0 and ", describe_deed(other.deed), " on rank ", rank, "; make the call on every rank");
+    TORCH_CHECK_VALUE(
+        first.scale == other.scale, who, ": expected the same gradient scale on every rank, got ", first.scale, " on rank 0 and ",
+        other.scale, " on rank ", rank, "; give every rank's state a GradScaler with the same arguments, or none");
+  }
+  for (size_t rank = 0; rank < heads.size(); ++rank) {
+    PayloadHeader header;
+    std::memcpy(&header, heads[rank], sizeof header);
+    const auto expect = [&](const char* field, int64_t expected, uint64_t got) {
+      if (got == static_cast<uint64_t>(expected)) return;
+      raise_payload_error(who, {field, std::to_string(expected), std::to_string(static_cast<int64_t>(got))}, static_cast<int64_t>(rank));
+    };
+    expect("step", step, header.step);
+    expect("plan", plan, header.plan);
+  }
+}
+
+void make_void(const at::Tensor& verdict, int64_t round) {
+  if (round < 0) return;
+  // Rounds only grow.
+  std::atomic_ref(verdict.mutable_data_ptr<int64_t>()[round % kVerdictRounds]).store(round, std::memory_order_relaxed);
 }
 
 ParallelFor torch_parallel_for() {

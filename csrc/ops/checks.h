@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../core/parallel.h"
 #include "../core/payload.h"
@@ -52,6 +53,14 @@ void check_feedback_rows(
 // to be as compress_ or encode wrote it.
 PayloadLayout check_own_payload(
     const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted = false);
+
+// Raises what is wrong with what that rank has sent.
+[[noreturn]] void raise_payload_error(const char* who, const PayloadError& error, int64_t rank);
+// Raises unless the heads of all ranks' messages, valid each by itself, are of this step of this plan, and their exchange parts, if
+// they have any, say the same.
+void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool have_exchange_parts, int64_t step, int64_t plan);
+// Says on the host that a round is void: by any thread, of this state or of one that shares the verdict.
+void make_void(const at::Tensor& verdict, int64_t round);
 
 // at::parallel_for, one tile a grain: torch.set_num_threads threads, the calling one among them.
 ParallelFor torch_parallel_for();

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "../core/compress.h"
+#include "../core/lead.h"
 #include "checks.h"
 #include "operators.h"
 
@@ -45,7 +46,7 @@ void compress_cpu(
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
     int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
-    int64_t sent_round, bool trusted, at::OptionalIntArrayRef bracket) {
+    int64_t sent_round, bool trusted, at::OptionalIntArrayRef bracket, bool choose) {
   constexpr const char* who = "compress_";
   const int64_t numel = gradient.numel(), span_count = check_spans(who, spans_tensor, numel);
   CompressArguments arguments{.layout = check_bucket(who, gradient, k, span_count)};
@@ -86,7 +87,8 @@ void compress_cpu(
   arguments.payload = payload.mutable_data_ptr<uint8_t>();
   arguments.step = static_cast<uint64_t>(step);
   arguments.plan = static_cast<uint64_t>(plan);
-  if (span_count == 0) return compress(arguments, torch_parallel_for());
+  const auto work = choose ? &compress : &regtopk::accumulate;
+  if (span_count == 0) return work(arguments, torch_parallel_for());
 
   const Spans spans = spans_of(*spans_tensor);
   const uint8_t* const was_idle = idle->const_data_ptr<uint8_t>();
@@ -102,7 +104,7 @@ void compress_cpu(
   for (int64_t span = 0; span < span_count; ++span) idle_now[span] = was_idle[span] & zero[span];
   {
     const ParkedSpans parked(arguments.residual, static_cast<int64_t>(c10::elementSize(accumulate)), spans, idle_now.data());
-    compress(arguments, torch_parallel_for());
+    work(arguments, torch_parallel_for());
   }
   const ExchangePart part{.scale = scale, .deed = static_cast<uint64_t>(deed)};
   std::memcpy(arguments.payload + sizeof(PayloadHeader), &part, sizeof part);

@@ -15,6 +15,10 @@
 // Received payloads that are not valid: on the CPU aggregate_ raises. A device, which nobody waits for, makes the result NaN
 // and the round void, leaves idle as it was, and lowers `status`, int64 [1], -1 to begin with, to what was found, if that is
 // less as an unsigned number (core/payload_status.h): the lowest of all calls.
+//
+// Of a support that a leader has chosen, core/lead.h, compress_ without `choose` leaves the followers a payload without entries, which
+// take_ fills at the leader's support, and of which rows [workers, head and slice] travel. average_slice_ writes a row of averages, 16
+// bytes with the step and then those of its slice; spread_ the bucket, of all rows of averages; feedback_ the feedback.
 #include <torch/library.h>
 
 TORCH_LIBRARY(regtopk, library) {
@@ -22,7 +26,7 @@ TORCH_LIBRARY(regtopk, library) {
       "compress_(Tensor gradient, Tensor(a!) residual, Tensor(b!) payload, Tensor? sent, Tensor? feedback, Tensor? spans=None, "
       "Tensor? idle=None, Tensor? verdict=None, Tensor? applied=None, Tensor(c!)? counters=None, *, int k, float mu=1.0, float decay=1.0, "
       "str distortion='previous', int step=0, int plan=0, float scale=1.0, int deed=0, int sent_round=-1, bool trusted=False, "
-      "int[]? bracket=None) -> ()");
+      "int[]? bracket=None, bool choose=True) -> ()");
   library.def(
       "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
       "Tensor(d!)? verdict=None, Tensor(e!)? status=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, "
@@ -39,6 +43,18 @@ TORCH_LIBRARY(regtopk, library) {
   library.def(
       "from_wire_(Tensor wire, Tensor(a!) payloads, *, ScalarType dtype, ScalarType wire_dtype, bool elias_fano=False, int numel, int k, "
       "int spans=0) -> ()");
+  library.def(
+      "take_(Tensor(a!) residual, Tensor(b!) payload, Tensor lead, Tensor spans, Tensor idle, *, ScalarType dtype, ScalarType wire_dtype, "
+      "bool elias_fano=False, int k, int leader=0) -> ()");
+  library.def(
+      "average_slice_(Tensor rows, Tensor(a!) averages, *, ScalarType dtype, ScalarType wire_dtype, bool elias_fano=False, int numel, "
+      "int k, int spans, int step, int plan) -> ()");
+  library.def(
+      "spread_(Tensor(a!) gradient, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor(b!) idle, Tensor(c!) verdict, *, "
+      "int k, int step, int round) -> ()");
+  library.def(
+      "feedback_(Tensor(a!) feedback, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor idle, *, ScalarType dtype, "
+      "int numel, str distortion, int step) -> ()");
   library.def("encode(Tensor indices, Tensor values, *, int numel, int step=0, int plan=0, int spans=0) -> Tensor");
   library.def("decode(Tensor payload, *, int numel, int k, ScalarType dtype) -> (Tensor indices, Tensor values)");
 }

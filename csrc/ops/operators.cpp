@@ -24,15 +24,15 @@ auto find_operator(const char* name) {
 void compress_(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const Optional& sent, const Optional& feedback,
     const Shared& shared, const Optional& applied, const at::Tensor& counters, const Selection& selection, const Stamp& stamp,
-    int64_t sent_round) {
+    int64_t sent_round, bool choose) {
   static const auto operation = find_operator<void(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
       const Optional&, const Optional&, const Optional&, int64_t, double, double, c10::string_view, int64_t, int64_t, double, int64_t,
-      int64_t, bool, at::OptionalIntArrayRef)>("regtopk::compress_");
+      int64_t, bool, at::OptionalIntArrayRef, bool)>("regtopk::compress_");
   operation.call(
       gradient, residual, payload, sent, feedback, shared.spans, shared.idle, shared.verdict, applied, counters, selection.k, selection.mu,
       selection.decay, selection.distortion, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed), sent_round,
-      /*trusted=*/true, /*bracket=*/std::nullopt);
+      /*trusted=*/true, /*bracket=*/std::nullopt, choose);
 }
 
 void aggregate_(
@@ -80,6 +80,47 @@ void from_wire_(
       find_operator<void(const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t, int64_t)>(
           "regtopk::from_wire_");
   operation.call(wire, payloads, dtype, form.dtype, form.elias_fano, numel, k, spans);
+}
+
+void take_(
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared, const Wire& form,
+    at::ScalarType dtype, int64_t k, int64_t leader) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool,
+      int64_t, int64_t)>("regtopk::take_");
+  operation.call(residual, payload, lead, shared.spans, shared.idle, dtype, form.dtype, form.elias_fano, k, leader);
+}
+
+void average_slice_(
+    const at::Tensor& rows, const at::Tensor& averages, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans,
+    const Stamp& stamp) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t, int64_t, int64_t, int64_t)>(
+      "regtopk::average_slice_");
+  operation.call(rows, averages, dtype, form.dtype, form.elias_fano, numel, k, spans, stamp.step, stamp.plan);
+}
+
+void spread_(
+    const at::Tensor& gradient, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
+    int64_t k, const Stamp& stamp) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+      int64_t, int64_t, int64_t)>("regtopk::spread_");
+  operation.call(gradient, payload, rows, averages, shared.spans, shared.idle, shared.verdict, k, stamp.step, stamp.round);
+}
+
+void feedback_(
+    const at::Tensor& feedback, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
+    at::ScalarType dtype, int64_t numel, const Selection& selection, const Stamp& stamp) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::ScalarType,
+      int64_t, c10::string_view, int64_t)>("regtopk::feedback_");
+  operation.call(feedback, payload, rows, averages, shared.spans, shared.idle, dtype, numel, selection.distortion, stamp.step);
+}
+
+MessageParts message_parts(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form) {
+  const WireLayout wire = check_wire("message_parts", numel, k, spans, dtype, form).second;
+  return {wire.index_at, wire.values_at, static_cast<int64_t>(c10::elementSize(form.dtype))};
 }
 
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans) {

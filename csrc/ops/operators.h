@@ -39,7 +39,7 @@ struct Stamp {
 void compress_(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
     const std::optional<at::Tensor>& feedback, const Shared& shared, const std::optional<at::Tensor>& applied, const at::Tensor& counters,
-    const Selection& selection, const Stamp& stamp, int64_t sent_round);
+    const Selection& selection, const Stamp& stamp, int64_t sent_round, bool choose = true);
 void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
     const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
@@ -56,6 +56,19 @@ void to_wire_(
     int64_t spans);
 void from_wire_(
     const at::Tensor& wire, const at::Tensor& payloads, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans);
+// Of a support that a leader has chosen; `lead` is its message, of which values are not read.
+void take_(
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared, const Wire& form,
+    at::ScalarType dtype, int64_t k, int64_t leader);
+void average_slice_(
+    const at::Tensor& rows, const at::Tensor& averages, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans,
+    const Stamp& stamp);
+void spread_(
+    const at::Tensor& gradient, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
+    int64_t k, const Stamp& stamp);
+void feedback_(
+    const at::Tensor& feedback, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
+    at::ScalarType dtype, int64_t numel, const Selection& selection, const Stamp& stamp);
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
@@ -67,6 +80,14 @@ std::string describe_status(int64_t status);
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 // And of its wire form.
 int64_t wire_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form);
+
+// Where in a message its head ends and its values begin, and the bytes of each.
+struct MessageParts {
+  int64_t head_bytes, values_at, value_bytes;
+};
+MessageParts message_parts(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form);
+// What is before the averages of a slice.
+inline constexpr int64_t kMarkBytes = 16;
 
 // Rounds that a verdict remembers.
 inline constexpr int64_t kVerdictRounds = 4096;

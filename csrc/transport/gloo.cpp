@@ -22,21 +22,40 @@ constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
 
 }  // namespace
 
-c10::intrusive_ptr<c10d::Work> all_gather(c10d::Backend& group, const at::Tensor& output, const at::Tensor& input) {
-  at::Tensor flat = output.view({-1}), sent = input;
-// torch 2.14 renamed this function and deprecates the name that earlier versions have; both work.
+c10::intrusive_ptr<c10d::Work> begin(c10d::Backend& group, const Transport::Collective& collective) {
+  using Kind = Transport::Collective::Kind;
+  at::Tensor input = collective.input, output = collective.output;
+  std::vector<at::Tensor> in_place{input};
+  switch (collective.kind) {
+    case Kind::kGather: {
+      at::Tensor flat = output.view({-1});
+// torch 2.14 renamed these functions and deprecates the names that earlier versions have; both work.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return group._allgather_base(flat, sent);
+      return group._allgather_base(flat, input);
 #pragma GCC diagnostic pop
+    }
+    case Kind::kAllReduce:
+      return group.allreduce(in_place);
+    case Kind::kBroadcast: {
+      c10d::BroadcastOptions options;
+      options.rootRank = collective.root;
+      return group.broadcast(in_place, options);
+    }
+    case Kind::kSwap: {
+      std::vector<int64_t> equal;
+      return group.alltoall_base(output, input, equal, equal);
+    }
+  }
+  return nullptr;
 }
 
 GlooTransport::GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls)
     : groups_(std::move(groups)),
       timeout_(groups_.timeout),
       who_(std::move(who)),
-      rank_(groups_.payloads->getRank()),
-      workers_(groups_.payloads->getSize()),
+      rank_(groups_.control->getRank()),
+      workers_(groups_.control->getSize()),
       watch_(std::make_shared<Watch>(groups_.store, rank_, workers_, timeout_, std::move(own_calls))) {}
 
 GlooTransport::~GlooTransport() { close(); }
@@ -55,47 +74,57 @@ void GlooTransport::refuse_if_failed() const {
                             "; save what it holds and construct a new state"));
 }
 
-c10::intrusive_ptr<c10d::Backend> GlooTransport::open(const c10::intrusive_ptr<c10d::Backend> Groups::* group) const {
+template <typename Pick>
+GlooTransport::GroupPtr GlooTransport::open(const Pick& pick) const {
   refuse_if_failed();
   const std::lock_guard lock(groups_mutex_);
-  TORCH_CHECK(groups_.*group, who_, ": expected an open exchange, got one that was closed");
-  return groups_.*group;
+  TORCH_CHECK(groups_.control, who_, ": expected an open exchange, got one that was closed");
+  return pick(groups_);
 }
 
-Transport::FuturePtr GlooTransport::gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) {
-  return issue(kExchange, std::move(bucket), [&](c10d::Backend& group) { return all_gather(group, received, payload); });
+void GlooTransport::open_stages(size_t count) {
+  for (;;) {
+    size_t stage = 0;
+    const auto open_stage = [&] {
+      const std::lock_guard lock(groups_mutex_);
+      stage = groups_.stages.size();
+      return groups_.open_stage;
+    }();
+    if (stage >= count || !open_stage) return;
+    GroupPtr group = (*open_stage)(static_cast<int64_t>(stage));
+    const std::lock_guard lock(groups_mutex_);
+    if (groups_.control) groups_.stages.push_back(std::move(group));
+  }
 }
 
-Transport::FuturePtr GlooTransport::all_reduce(Bucket bucket) {
-  std::vector<at::Tensor> tensors{bucket.result};
-  return issue(kAllReduce, std::move(bucket), [&](c10d::Backend& group) { return group.allreduce(tensors); });
-}
-
-template <typename Collective>
-Transport::FuturePtr GlooTransport::issue(const char* activity, Bucket bucket, const Collective& collective) {
-  const int64_t number = watch_->begin();
-  c10::intrusive_ptr<c10d::Backend> group;
-  WorkPtr work;
+Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket bucket) {
+  const auto course = std::make_shared<Course>();
+  course->activity = stages.front().collective.kind == Collective::Kind::kAllReduce ? kAllReduce : kExchange;
+  course->number = watch_->begin();
+  const at::Device device = bucket.result.device();
+  course->result = c10::make_intrusive<c10::ivalue::Future>(
+      c10::TensorType::get(), device.is_cpu() ? std::vector<at::Device>() : std::vector<at::Device>{device});
+  course->stages = std::move(stages);
+  course->bucket = std::move(bucket);
   try {
-    group = open(&Groups::payloads);
-    work = collective(*group);
+    open_stages(course->stages.size());
+    issue(course, 0);
   } catch (...) {
-    bucket.fail();
+    course->bucket.fail();
     throw;
   }
-  return submit(std::move(group), work, activity, number, std::move(bucket));
+  return course->result;
 }
 
-Transport::FuturePtr GlooTransport::submit(
-    c10::intrusive_ptr<c10d::Backend> group, const WorkPtr& work, const char* activity, int64_t number, Bucket bucket) {
+void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
+  GroupPtr group = open([&](const Groups& groups) { return groups.stages.at(stage); });
+  const WorkPtr work = begin(*group, course->stages[stage].collective);
   const Clock::time_point issued = Clock::now();
   const FuturePtr arrival = work->getFuture();
-  const at::Device device = bucket.result.device();
-  const FuturePtr result = c10::make_intrusive<c10::ivalue::Future>(
-      c10::TensorType::get(), device.is_cpu() ? std::vector<at::Device>() : std::vector<at::Device>{device});
-  const auto complete = [=, who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_,
-                         bucket = std::move(bucket)](Completer::Outcome outcome, const std::string& why) {
+  const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_,
+                         failure = failure_](Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
+    const Bucket& bucket = course->bucket;
     const at::OptionalDeviceGuard guard(bucket.result.device());  // on its default stream, which gloo's copies are ordered with
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
     bool finished = false;
@@ -109,25 +138,37 @@ Transport::FuturePtr GlooTransport::submit(
                                   timeout.count() / 1000, " s, got ", got));
       };
       if (outcome == Completer::Outcome::kDoubted) lost(why);
-      if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete" + watch->absent(number));
+      if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete" + watch->absent(course->number));
       if (outcome == Completer::Outcome::kStopped) lost("a shutdown of this process");
       if (arrival->hasError()) {
-        const std::string contradiction = watch->contradiction(number, activity);
+        const std::string contradiction = watch->contradiction(course->number, course->activity);
         lost(contradiction.empty() ? arrival->tryRetrieveErrorMessage() : contradiction);
       }
-      bucket.finish();
+      try {
+        if (!course->error) course->stages[stage].then();
+      } catch (...) {
+        course->error = std::current_exception();
+      }
+      if (stage + 1 < course->stages.size()) {
+        if (course->error) course->stages[stage + 1].collective.input.zero_();
+        const auto transport = weak.lock();
+        if (!transport) lost("a shutdown of this process");
+        transport->issue(course, stage + 1);
+        return;
+      }
+      if (course->error) std::rethrow_exception(course->error);
       finished = true;
-      result->markCompleted(bucket.result);
+      course->result->markCompleted(bucket.result);
     } catch (...) {
       if (!finished) {
         bucket.fail();
-        result->setError(std::current_exception());
+        course->result->setError(std::current_exception());
       }
     }
   };
   const bool taken = completer_.submit(
       {.arrived = [arrival] { return arrival->completed(); },
-       .doubt = [watch = watch_, number, activity] { return watch->contradiction(number, activity); },
+       .doubt = [watch = watch_, course] { return watch->contradiction(course->number, course->activity); },
        .doubt_from = issued + watch_->patience(),
        .doubt_every = watch_->interval(),
        .deadline = issued + timeout_,
@@ -137,7 +178,6 @@ Transport::FuturePtr GlooTransport::submit(
     group.release();  // as in close()
   }
   arrival->addCallback([wake = completer_.waker()](c10::ivalue::Future&) { wake(); }, /*uses_future=*/false);
-  return result;
 }
 
 void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const std::string& activity, int64_t number) {
@@ -181,9 +221,9 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
 
 at::Tensor GlooTransport::gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity) {
   const at::Tensor all = at::zeros({workers_, own.numel()}, at::kByte);
-  const auto control = open(&Groups::control);
+  const auto control = open([](const Groups& groups) { return groups.control; });
   const int64_t number = watch_->begin();
-  wait(all_gather(*control, all, own), caller, activity, number);
+  wait(begin(*control, {.kind = Collective::Kind::kGather, .input = own, .output = all}), caller, activity, number);
   return all;
 }
 
@@ -219,10 +259,9 @@ std::vector<std::string> GlooTransport::gather_texts(const std::string& own, con
 }
 
 void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) {
-  std::vector<at::Tensor> tensors{tensor};
-  const auto control = open(&Groups::control);
+  const auto control = open([](const Groups& groups) { return groups.control; });
   const int64_t number = watch_->begin();
-  wait(control->allreduce(tensors), caller, activity, number);
+  wait(begin(*control, {.kind = Collective::Kind::kAllReduce, .input = tensor}), caller, activity, number);
 }
 
 void GlooTransport::wait_idle() {
@@ -239,7 +278,9 @@ void GlooTransport::close() {
   }
   // Destroying a gloo group waits for its outstanding collectives, which may never end. The process is about to end or the
   // exchange failed: the group is left to the operating system.
-  if (outstanding) groups.payloads.release();
+  for (GroupPtr& group : groups.stages) {
+    if (outstanding) group.release();
+  }
   const std::lock_guard lock(failure_->mutex);
   if (!failure_->why.empty()) groups.control.release();
 }

@@ -1,11 +1,15 @@
 // Collectives on gloo, on process groups of the exchange's own.
 //
-//   hook call, autograd's thread:   issues the collective; the future of its result
-//   completer's thread:             it has arrived -> finish -> the future is complete
+//   hook call, autograd's thread:   issues a bucket's first collective; the future of its result
+//   completer's thread:             it has arrived -> then -> issues the next one ... -> the future is complete
 //
 // gloo matches collectives by the order in which they are issued, and messages of unequal size on one group, as when ranks
-// disagree, end the process: so payloads and dense sums have a group that nobody else uses, what ranks compare beforehand has
-// another, and collectives are issued by the hook call alone, in bucket order, never by a callback.
+// disagree, end the process: so each stage of the buckets has a group that nobody else uses, what ranks compare beforehand has
+// another, and collectives are issued in bucket order, the first ones by the hook call, later ones by the completer, which takes up
+// what has arrived in the order of issue; never by a callback.
+//
+// No rank waits for one that waits for it: if a rank waits for a later stage of bucket b that another has not issued, that one
+// waits for a later stage of a bucket before b, and so on; first stages wait for no completer.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -22,15 +26,18 @@
 
 namespace regtopk {
 
-// The rows of `output`, the inputs of all ranks.
-c10::intrusive_ptr<c10d::Work> all_gather(c10d::Backend& group, const at::Tensor& output, const at::Tensor& input);
+c10::intrusive_ptr<c10d::Work> begin(c10d::Backend& group, const Transport::Collective& collective);
 
-class GlooTransport final : public Transport {
+class GlooTransport final : public Transport, public std::enable_shared_from_this<GlooTransport> {
  public:
+  using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
   struct Groups {
-    c10::intrusive_ptr<c10d::Backend> payloads, control;
+    std::vector<GroupPtr> stages;  // the first one's, to begin with
+    GroupPtr control;
     c10::intrusive_ptr<c10d::Store> store;  // of this exchange alone
     std::chrono::milliseconds timeout{};
+    // Of a later one; waits for the other ranks. Not copied, which may take another language's lock.
+    std::shared_ptr<const std::function<GroupPtr(int64_t stage)>> open_stage = nullptr;
   };
   // `who` begins messages of buckets; `own_calls` as for Watch.
   GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls);
@@ -39,8 +46,7 @@ class GlooTransport final : public Transport {
 
   int64_t rank() const override { return rank_; }
   int64_t workers() const override { return workers_; }
-  FuturePtr gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) override;
-  FuturePtr all_reduce(Bucket bucket) override;
+  FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override;
   void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) override;
   void announce_failure(const std::string& why) override { watch_->announce_failure(why); }
@@ -50,11 +56,20 @@ class GlooTransport final : public Transport {
 
  private:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
-  // One of the groups; raises RuntimeError once the transport is closed, DistBackendError once a wait has failed.
-  c10::intrusive_ptr<c10d::Backend> open(const c10::intrusive_ptr<c10d::Backend> Groups::* group) const;
-  template <typename Collective>
-  FuturePtr issue(const char* activity, Bucket bucket, const Collective& collective);
-  FuturePtr submit(c10::intrusive_ptr<c10d::Backend> group, const WorkPtr& work, const char* activity, int64_t number, Bucket bucket);
+  // On its way through its stages.
+  struct Course {
+    std::vector<Stage> stages;
+    Bucket bucket;
+    const char* activity;
+    int64_t number;  // of the activity
+    FuturePtr result;
+    std::exception_ptr error = nullptr;  // of a `then`
+  };
+  // A group, of those that a function picks; raises RuntimeError once the transport is closed, DistBackendError once a wait has failed.
+  template <typename Pick>
+  GroupPtr open(const Pick& pick) const;
+  void open_stages(size_t count);
+  void issue(const std::shared_ptr<Course>& course, size_t stage);
   // Waits for a collective on the control group.
   void wait(const WorkPtr& work, const std::string& caller, const std::string& activity, int64_t number);
   at::Tensor gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity);

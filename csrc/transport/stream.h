@@ -3,7 +3,8 @@
 //
 //   hook call, autograd's thread:   issues the collective behind what the stream has to do, and the rest behind the collective
 //
-// Nothing waits on the host, so that there is no thread and nothing to wake. The model's group is enough: DDP calls the hook in
+// Nothing waits on the host, so that there is no thread and nothing to wake; but between the stages of a bucket for a backend that is no
+// work of a stream: its collectives would come out of order otherwise. The model's group is enough: DDP calls the hook in
 // bucket order on every rank, from the thread that would issue its own all-reduces on the same group; a communicator of one's
 // own would cost its buffers and put a second one in flight beside it. What ranks compare beforehand, and a save, go through
 // gloo as ever.
@@ -17,12 +18,11 @@ class StreamTransport final : public Transport {
  public:
   // `group` serves tensors of that type of device; `gloo` takes all else.
   StreamTransport(
-      c10::intrusive_ptr<c10d::Backend> group, at::DeviceType device_type, std::unique_ptr<GlooTransport> gloo, std::string who);
+      c10::intrusive_ptr<c10d::Backend> group, at::DeviceType device_type, std::shared_ptr<GlooTransport> gloo, std::string who);
 
   int64_t rank() const override { return gloo_->rank(); }
   int64_t workers() const override { return gloo_->workers(); }
-  FuturePtr gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) override;
-  FuturePtr all_reduce(Bucket bucket) override;
+  FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override {
     return gloo_->gather_texts(own, caller, activity);
   }
@@ -34,16 +34,18 @@ class StreamTransport final : public Transport {
   void close() override;
 
  private:
-  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
-  template <typename Collective>
-  FuturePtr issue(Bucket bucket, const Collective& collective);
+  using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
+  struct Course;
+  // What is to be done behind `arrival`, that of a stage.
+  FuturePtr follow(const std::shared_ptr<Course>& course, size_t stage, const FuturePtr& arrival);
+  void wait_for(const FuturePtr& future) const;
 
   const std::string who_;
   const at::DeviceType device_type_;
   std::mutex mutex_;
   c10::intrusive_ptr<c10d::Backend> group_;  // null once closed
   std::vector<FuturePtr> pending_;           // of buckets since the last wait: what follows must come after them on the stream
-  const std::unique_ptr<GlooTransport> gloo_;
+  const std::shared_ptr<GlooTransport> gloo_;
 };
 
 }  // namespace regtopk

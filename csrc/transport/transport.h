@@ -1,5 +1,5 @@
-// What moves bytes between the ranks of a model. A scheme asks for a collective and says what is to be done with what it
-// brings; a transport decides who issues it, in which order, and on which thread or stream the rest is done.
+// What moves bytes between the ranks of a model. A scheme says through which collectives a bucket goes and what is to be done with what
+// each brings; a transport decides who issues them, in which order, and on which thread or stream the rest is done.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,23 +16,36 @@ class Transport {
  public:
   using FuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
 
-  // What is done with a collective of one bucket.
+  struct Collective {
+    enum class Kind {
+      kGather,     // puts `input` of every rank into the rows of `output`
+      kAllReduce,  // adds up `input` of every rank, in place
+      kBroadcast,  // `input` of the root to every rank, in place
+      kSwap,       // row r of `input` to rank r, into the row of this rank in its `output`
+    } kind;
+    at::Tensor input;
+    at::Tensor output = {};
+    int64_t root = 0;
+  };
+  struct Stage {
+    Collective collective;
+    std::function<void()> then;  // when it has arrived
+  };
   struct Bucket {
-    at::Tensor result;             // what the future holds in the end
-    int64_t step;                  // for messages
-    std::function<void(double)> count_seconds;  // from issuing it until its arrival was seen
-    std::function<void()> finish;  // when it has arrived; may throw, which is the future's error
-    std::function<void()> fail;    // instead of finish, or after it threw
+    at::Tensor result;           // what the future holds in the end
+    int64_t step;                // for messages
+    std::function<void(double)> count_seconds;  // from issuing a collective until its arrival was seen
+    std::function<void()> fail;  // where the bucket does not come to its end
   };
 
   virtual ~Transport() = default;
   virtual int64_t rank() const = 0;
   virtual int64_t workers() const = 0;
 
-  // Puts `payload` of every rank into the rows of `received` [ranks, bytes]. Issued before this returns.
-  virtual FuturePtr gather(const at::Tensor& payload, const at::Tensor& received, Bucket bucket) = 0;
-  // Adds up `bucket.result` of every rank, in place. Issued before this returns.
-  virtual FuturePtr all_reduce(Bucket bucket) = 0;
+  // Takes a bucket through its stages, all ranks through the same. The first collective is issued before this returns. What a `then`
+  // throws is the future's error; what this rank would send afterwards is zeros then, which no other rank takes for a message: none waits
+  // for it in vain, and each has an error of its own.
+  virtual FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) = 0;
 
   // These wait. `caller` is who a message is from; `activity` says what is waited for, in words that are the same on every rank.
   virtual std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) = 0;

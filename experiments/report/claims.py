@@ -15,7 +15,7 @@ MU = 4.0  # the authors' for the linear regression
 TOPK = {"method": "topk"}
 PREVIOUS = {"method": "regtopk", "mu": MU, "distortion": "previous"}
 CURRENT = {"method": "regtopk", "mu": MU, "distortion": "current"}
-PROBLEMS = [{"homogeneous": same, "dtype": dtype} for same, dtype in ((False, "float64"), (True, "float64"), (False, "float32"))]
+PROBLEMS = [{"homogeneous": same, "dtype": dtype, "support": "own"} for same, dtype in ((False, "float64"), (True, "float64"), (False, "float32"))]
 HETEROGENEOUS, HOMOGENEOUS, SINGLE = PROBLEMS
 
 
@@ -102,6 +102,17 @@ def find_genie(evidence):
     return Finding(f"{text}, dense {spread(values('log10_gap', dense), 1)}", len(dense), "none", runs)
 
 
+def find_leader(evidence, density):
+    """Compare the final gap of Top-k with one worker after the other choosing for all with that of Top-k with each choosing its own."""
+    at_density = select(evidence.regression, homogeneous=False, dtype="float64", density=density)
+    led, topk = pair(at_density, TOPK | {"support": "leader"}, TOPK | {"support": "own"})
+    regularised = select(at_density, **PREVIOUS, support="leader")
+    gaps, others = values("log10_gap", led), values("log10_gap", topk)
+    comparison = compare(gaps, others)
+    text = f"leader {spread(gaps, 1)} ({number(min(gaps), 1)}…{number(max(gaps), 1)}), with RegTop-k's score {spread(values('log10_gap', regularised), 1)}; own {spread(others, 1)}"
+    return Finding(text, comparison.n, comparison.describe(digits=1), [*led, *regularised, *topk], comparison)
+
+
 def pairs_of(runs):
     """Return {(density, mu): (RegTop-k's runs in its "previous" form, Top-k's runs), at the seeds that both have}."""
     options = sorted({(run.options["density"], run.options["mu"]) for run in select(runs, method="regtopk", distortion="previous")})
@@ -176,6 +187,7 @@ CLAIMS = {
     "fig-2-printed": ("linear_regression_curves", partial(find_gap, density=0.6, wanted=CURRENT, name="as printed")),
     "fig-2-densities": ("linear_regression_density", partial(find_gaps, settings=HETEROGENEOUS, only=(0.2, 0.3, 0.7, 0.8))),
     **{f"fig-2-mu-{density}": ("linear_regression_mu", partial(find_mu, density=density)) for density in (0.5, 0.6)},
+    "fig-2-leader": ("linear_regression_density", partial(find_leader, density=0.05)),
     "fig-2-genie": ("linear_regression_density", find_genie),
     "fig-2-homogeneous": ("linear_regression_density", partial(find_gaps, settings=HOMOGENEOUS)),
     "fig-2-fp32": ("linear_regression_density", partial(find_gaps, settings=SINGLE)),

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.sweeps import RUN_KEYS
+from experiments.sweeps import EARLIER, RUN_KEYS
 from runlog.record import read_log, read_logs
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -91,7 +91,7 @@ def read_run(folder):
 def _read_sweeps(results, name):
     """Return the Runs of the sweeps, several in a log, below `results` / `name`."""
     return [
-        Run(path.relative_to(results).as_posix(), None, row["seed"], header["settings"] | row, [], [], row)
+        Run(path.relative_to(results).as_posix(), None, row["seed"], EARLIER | header["settings"] | row, [], [], row)
         for path in sorted(results.glob(f"{name}/*.jsonl")) for header, records in read_logs(path) for row in records if row["event"] == "run"
     ]  # fmt: skip
 

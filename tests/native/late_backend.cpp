@@ -54,6 +54,14 @@ class LateBackend : public c10d::Backend {
   WorkPtr allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions&) override {
     return later([this, tensors]() mutable { return inner_->allreduce(tensors); });
   }
+  WorkPtr broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override {
+    return later([this, tensors, options]() mutable { return inner_->broadcast(tensors, options); });
+  }
+  WorkPtr alltoall_base(
+      at::Tensor& output, at::Tensor& input, std::vector<int64_t>& outputs, std::vector<int64_t>& inputs,
+      const c10d::AllToAllOptions&) override {
+    return later([this, output, input, outputs, inputs]() mutable { return inner_->alltoall_base(output, input, outputs, inputs); });
+  }
 
  private:
   struct Task {

@@ -1,0 +1,71 @@
+#include "scheme.h"
+
+#include <algorithm>
+
+namespace regtopk {
+
+std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
+Selection selection_of(const Worker& worker, const Plan& plan) {
+  return {plan.k(), worker.options.mu, worker.options.decay, worker.options.distortion};
+}
+
+Stamp stamp_of(const Worker& worker, const Plan& plan) {
+  return {worker.steps.step(), plan.hash, plan.round, worker.steps.scale(), worker.deed()};
+}
+
+int64_t span_count(const Plan& plan) { return static_cast<int64_t>(plan.layout.spans.size()); }
+
+Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choose, bool absent) {
+  if (absent) {
+    plan.settle(worker.report.counters());
+    worker.report.counters().select(0, 2).add_(plan.forget());
+    plan.shared.idle.fill_(1);
+  }
+  plan.follows = !choose;
+  const at::Tensor payload = plan.next_payload();
+  compress_(
+      gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
+      worker.report.counters(), selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round, choose);
+  if (absent) mark_absent_(payload);
+  if (!plan.has_wire_form()) return {payload, payload};
+  reserve(plan.message, {plan.message_bytes()}, payload.options());
+  return {payload, plan.message};
+}
+
+void write_message(const Plan& plan, const Sent& sent) {
+  if (plan.has_wire_form()) to_wire_(plan.residual, sent.payload, sent.message, plan.wire(), plan.layout.dtype, plan.k(), span_count(plan));
+}
+
+void say_who(const Worker& worker, const std::function<void()>& operation) {
+  try {
+    operation();
+  } catch (const c10::ValueError& error) {
+    const std::string text = error.what_without_backtrace();
+    C10_THROW_ERROR(ValueError, worker.who + text.substr(std::min(text.size(), text.find(':'))));
+  }
+}
+
+void remember(const Receiver& receiver, const at::Tensor& feedback, double bytes) {
+  const auto& [worker, plan, payload] = receiver;
+  plan.remember(payload, feedback, plan.round);
+  const double gradient_bytes = static_cast<double>(plan.numel) * static_cast<double>(c10::elementSize(plan.layout.dtype));
+  Statistics& statistics = worker.statistics;
+  statistics.entries += plan.numel;
+  statistics.sent_entries += plan.k();
+  statistics.bytes_sent += bytes;
+  statistics.bytes_dense += 2.0 * static_cast<double>(worker.workers - 1) / static_cast<double>(worker.workers) * gradient_bytes;
+}
+
+void fail(Worker& worker, Plan& plan, const at::Tensor& payload) {
+  worker.steps.clock().make_void(plan.round);
+  if (plan.follows) {
+    plan.forget();
+    plan.shared.idle.zero_();
+    return;
+  }
+  plan.remember(payload, at::Tensor(), plan.round);
+  plan.in_vain = true;
+}
+
+}  // namespace regtopk
