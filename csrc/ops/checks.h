@@ -62,6 +62,9 @@ void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool
 // Says on the host that a round is void: by any thread, of this state or of one that shares the verdict.
 void make_void(const at::Tensor& verdict, int64_t round);
 
+// Where the parts of a bucket lie, as check_spans has found them right.
+inline Spans spans_of(const at::Tensor& spans) { return {spans.const_data_ptr<int64_t>(), spans.numel() - 1}; }
+
 // at::parallel_for, one tile a grain: torch.set_num_threads threads, the calling one among them.
 ParallelFor torch_parallel_for();
 

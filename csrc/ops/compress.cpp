@@ -23,8 +23,6 @@ bool round_is_void(const at::Tensor& verdict, int64_t round) {
   return round >= 0 && verdict.const_data_ptr<int64_t>()[round % kVerdictRounds] == round;
 }
 
-Spans spans_of(const at::Tensor& spans) { return {spans.const_data_ptr<int64_t>(), spans.numel() - 1}; }
-
 bool any(const uint8_t* flags, int64_t numel) {
   return std::any_of(flags, flags + numel, [](uint8_t flag) { return flag != 0; });
 }
@@ -87,7 +85,9 @@ void compress_cpu(
   arguments.payload = payload.mutable_data_ptr<uint8_t>();
   arguments.step = static_cast<uint64_t>(step);
   arguments.plan = static_cast<uint64_t>(plan);
-  const auto work = choose ? &compress : &regtopk::accumulate;
+  const auto work = [choose](const CompressArguments& arguments, const ParallelFor& parallel_for) {
+    choose ? compress(arguments, parallel_for) : regtopk::accumulate(arguments, parallel_for);
+  };
   if (span_count == 0) return work(arguments, torch_parallel_for());
 
   const Spans spans = spans_of(*spans_tensor);

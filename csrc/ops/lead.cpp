@@ -12,8 +12,6 @@
 namespace regtopk {
 namespace {
 
-Spans spans_of(const at::Tensor& spans) { return {spans.const_data_ptr<int64_t>(), spans.numel() - 1}; }
-
 // Where each worker's row begins, and what lies behind its head.
 struct Rows {
   std::vector<const uint8_t*> heads, slices;
