@@ -5,9 +5,9 @@
     h1, h5, ...    every worker takes H steps of its own AdamW; Top-k of what they did to the weights is averaged
     diloco15       the same with all entries and Nesterov momentum outside, each 15 steps
 
-A row is one of these and, behind hyphens, how entries travel: bf16 or 2bit, either with Elias-Fano's code of the places; and d95, a decay
-of 0.95 of what is held back. All but dense and diloco may send equal bytes, those of --budget of the entries per step at 6 bytes each,
-and less where that is enough for all entries.
+A row is one of these and, behind hyphens, how entries travel: bf16 or 2bit, either with Elias-Fano's code of the places; d95, a decay
+of 0.95 of what is held back; and leader, where one worker after the other chooses the entries of all. All but dense and diloco may send
+equal bytes, those of --budget of the entries per step at 6 bytes each, and less where that is enough for all entries.
 
 Text is Python's own standard library, or --text. Alone it simulates the workers of every row, a sweep; under torchrun each process is a
 worker, of one row. Options that take several values make the sweep; with --out one that was killed goes on when the same command is given again.
@@ -32,7 +32,7 @@ WARM_UP = 20  # steps
 LAST_RATE = 0.1  # of the first
 VALIDATION_WINDOWS = 256
 ROWS = (
-    "dense", "topk", "regtopk", "topk-2bit", "h1", "h5", "h15", "h40", "h1-2bit-d95", "h5-2bit-d95", "h15-2bit-d95", "h40-2bit-d95",
+    "dense", "topk", "regtopk", "topk-d95", "topk-2bit", "topk-leader", "h1", "h5", "h15", "h40", "h1-2bit-d95", "h5-2bit-d95", "h15-2bit-d95", "h40-2bit-d95",
     "h5-bf16-d95", "diloco15",
 )  # fmt: skip
 
@@ -46,7 +46,8 @@ class Row:
         self.name, self.kind, self.every = name, kind[: len(kind) - len(digits)], int(digits or 0)  # every 0: gradients
         self.wire = next((form for form in forms if form in ("bf16", "2bit")), None)
         self.decay = 0.95 if "d95" in forms else 1.0
-        known = {"bf16", "2bit", "d95"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
+        self.support = "leader" if "leader" in forms else "own"
+        known = {"bf16", "2bit", "d95", "leader"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
         if not known or self.kind not in ("dense", "topk", "regtopk", "h", "diloco"):
             raise ValueError(f"expected a row such as {', '.join(ROWS)}, got {name}")
 
@@ -54,13 +55,13 @@ class Row:
     def sends_all(self):
         return self.kind in ("dense", "diloco")
 
-    def options(self, numel, budget):
-        """Return (density, the exchange's other options): the largest density whose payloads keep to the budget."""
+    def options(self, numel, workers, budget):
+        """Return (density, the exchange's other options): the largest density whose messages keep to the budget."""
         allowed, low, high = 6 * budget * numel * max(1, self.every), 1, numel
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if wire_bytes_of(self, numel, middle) <= allowed else (low, middle - 1)
-        given = {"decay": self.decay, "wire_dtype": _wire_dtype(self.wire)}
+            low, high = (middle, high) if wire_bytes_of(self, numel, workers, middle) <= allowed else (low, middle - 1)
+        given = {"decay": self.decay, "wire_dtype": _wire_dtype(self.wire), "support": self.support}
         return low / numel, {**given, "index_code": "offsets" if self.wire is None else "elias-fano"}
 
 
@@ -70,14 +71,18 @@ def _wire_dtype(wire):
     return torch.bfloat16 if wire == "bf16" else wire
 
 
-def wire_bytes_of(row, numel, k):
-    """Return the bytes of a message of k entries."""
+def wire_bytes_of(row, numel, workers, k):
+    """Return the bytes that a worker sends to each other one for k entries; where one leads in turn, on average and without heads."""
     import torch
 
     from regtopk_torch import _C
 
     wire_dtype = {None: torch.float32, "bf16": torch.bfloat16, "2bit": torch.bits2x4}[row.wire]
-    return _C.wire_bytes(numel, k, torch.float32, 0, wire_dtype, row.wire is not None)
+    message = _C.wire_bytes(numel, k, torch.float32, 0, wire_dtype, row.wire is not None)
+    if row.support == "own":
+        return message
+    value_bytes = wire_dtype.itemsize
+    return (message - k * value_bytes + k * (value_bytes + torch.float32.itemsize)) / workers  # places, a slice, its averages
 
 
 class Text:
@@ -203,7 +208,7 @@ def simulate(options, text, row, rate, seed):
     numel = sum(parameter.numel() for parameter in parameters)
     exchange = None
     if not row.sends_all:
-        density, given = row.options(numel, options.budget)
+        density, given = row.options(numel, options.workers, options.budget)
         exchange = rt.LocalExchange(options.workers, density, method="regtopk" if row.kind == "regtopk" else "topk", mu=5.0, **given)
     replicas = [copy.deepcopy(model) for _ in range(options.workers)] if row.every else [model]
     optimizers = [make_adamw(replica) for replica in replicas]
@@ -258,7 +263,7 @@ def train(options, text, row, rate, seed):
 
     rank, model = dist.get_rank(), make_model(options.size, seed)
     numel = sum(parameter.numel() for parameter in model.parameters())
-    density, given = (1.0, {}) if row.sends_all else row.options(numel, options.budget)
+    density, given = (1.0, {}) if row.sends_all else row.options(numel, options.workers, options.budget)
     state = rt.RegTopKState(density, **given) if row.kind == "regtopk" else None if row.kind == "dense" else rt.TopKState(density, **given)
     optimizer, trained, local = make_adamw(model), model, None
     if row.every:

@@ -9,6 +9,7 @@ from processes import run_workers
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # experiments are not installed
 
+import regtopk_torch as rt  # noqa: E402
 from experiments import language_model  # noqa: E402
 
 OPTIONS = ["--workers", "2", "--steps", "6", "--batch-size", "2", "--evaluate-every", "6", "--budget", "0.01"]
@@ -30,7 +31,7 @@ def train(rank, name, text):
     return language_model.train(options, language_model.Text(text, 64), options.rows[name], 0.001, 0)
 
 
-@pytest.mark.parametrize("row", ["topk", "h2-2bit-d95", "diloco3"])
+@pytest.mark.parametrize("row", ["topk", "h2-2bit-d95", "h2-leader", "diloco3"])
 def test_processes_train_as_the_simulation_does_and_send_as_much(row, text):
     options = options_of(row, text)
     threads = torch.get_num_threads()
@@ -46,12 +47,16 @@ def test_processes_train_as_the_simulation_does_and_send_as_much(row, text):
 
 def test_rows_send_equal_bytes(text):
     numel = 420_000
-    for name in ("topk", "h5", "h5-2bit-d95", "h5-bf16-d95"):
+    for name in ("topk", "h5", "h5-2bit-d95", "h5-bf16-d95", "topk-leader"):
         row = language_model.Row(name)
-        density, given = row.options(numel, 0.005)
-        sent = language_model.wire_bytes_of(row, numel, round(density * numel)) / max(1, row.every)
+        density, given = row.options(numel, 4, 0.005)
+        sent = language_model.wire_bytes_of(row, numel, 4, round(density * numel)) / max(1, row.every)
         assert 0.99 < sent / (0.005 * numel * 6) <= 1
         assert given["decay"] == (0.95 if "d95" in name else 1.0)
+        exchange = rt.LocalExchange(4, density, **given)
+        for _ in range(4):
+            exchange.step([[torch.rand(numel)] for _ in range(4)])
+        assert exchange.stats(0)["bytes_sent"] / 4 / 3 / max(1, row.every) == pytest.approx(sent, abs=150)  # bytes of heads
 
 
 def test_what_is_no_row_is_an_error_in_words(capsys):
