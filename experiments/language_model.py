@@ -127,7 +127,7 @@ class Text:
 
 
 def make_model(size, seed):
-    """Return a decoder in the form and with the start weights of GPT-2: embedding and output share theirs."""
+    """Return a decoder in the form of GPT-2: embedding and output share their weights. Start weights are those of a narrow network."""
     import torch
     import torch.nn as nn
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -152,9 +152,11 @@ def make_model(size, seed):
             self.embedding, self.positions = nn.Embedding(256, width), nn.Parameter(torch.zeros(context, width))
             self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(layers))), nn.LayerNorm(width)
             for name, parameter in self.named_parameters():
-                if parameter.dim() == 2:
+                if name == "positions":
+                    nn.init.normal_(parameter, std=0.02)
+                elif parameter.dim() == 2:
                     ends_a_part = name.endswith(("out.weight", "feed.2.weight"))
-                    nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if ends_a_part else 0.02)
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 / ((2 * layers) ** 0.5 if ends_a_part else 1))
                 elif name.endswith("bias"):
                     nn.init.zeros_(parameter)
 
@@ -167,11 +169,16 @@ def make_model(size, seed):
     return Gpt()
 
 
-def set_rate(optimizer, rate, step, steps):
+def take_step(model, optimizer, rate, step, steps):
+    """Step with the gradients of the model, clipped as is usual for transformers."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     done = min(1.0, step / max(1, steps - 1))
     rate *= min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.step()
 
 
 def make_adamw(model):
@@ -222,8 +229,7 @@ def simulate(options, text, row, rate, seed):
             replica.zero_grad()
             replica(text.batch(seed, rank, step, options.batch_size)).backward()
             if row.every:
-                set_rate(optimizers[rank], rate, step, options.steps)
-                optimizers[rank].step()
+                take_step(replica, optimizers[rank], rate, step, options.steps)
             else:
                 given.append([parameter.grad for parameter in parameters])
                 replica.zero_grad(set_to_none=True)
@@ -239,8 +245,9 @@ def simulate(options, text, row, rate, seed):
                 for parameter, average in zip(parameters, averages, strict=True):
                     parameter.grad = average
                 if outer is None:
-                    set_rate(optimizers[0], rate, step, options.steps)
-                (outer or optimizers[0]).step()
+                    take_step(model, optimizers[0], rate, step, options.steps)
+                else:
+                    outer.step()
                 model.zero_grad(set_to_none=True)
             if row.every:
                 for replica in replicas:
@@ -277,8 +284,7 @@ def train(options, text, row, rate, seed):
     for step in range(options.steps):
         optimizer.zero_grad()
         trained(text.batch(seed, rank, step, options.batch_size)).backward()
-        set_rate(optimizer, rate, step, options.steps)
-        optimizer.step()
+        take_step(model, optimizer, rate, step, options.steps)
         if local is not None:
             local.step()
         if (step + 1) % options.evaluate_every == 0 or step + 1 == options.steps:
