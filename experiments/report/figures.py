@@ -179,7 +179,8 @@ def draw_gains(option, by, axes, runs):
             axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colour, markersize=3, label=None if place else group)
         axes.set_xticks(range(len(others)), [name for name, _ in others])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=1)
+    if max(map(abs, axes.get_ylim())) > 1:
+        axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=7)
 
