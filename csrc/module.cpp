@@ -160,7 +160,7 @@ PieceTuples export_pieces(Worker& worker) {
   return result;
 }
 
-void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step) {
+void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step, const std::vector<double>& density_state) {
   Pieces pieces;
   for (const auto& [key, tuple] : tuples) {
     const auto& [parameter, residual, sent_index, sent_value, feedback, idle] = tuple;
@@ -168,7 +168,7 @@ void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step) {
                    sent_index.value_or(at::Tensor()),       sent_value.value_or(at::Tensor()),
                    feedback.value_or(at::Tensor()),         idle ? at::ones({1}, at::kByte) : at::Tensor()};
   }
-  worker.replace_pieces(std::move(pieces), step);
+  worker.replace_pieces(std::move(pieces), step, density_state);
 }
 
 }  // namespace
@@ -204,7 +204,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      const py::object& wire_dtype, bool elias_fano, bool leader, std::function<double(int64_t)> schedule) {
+                      const py::object& wire_dtype, bool elias_fano, bool leader, std::function<double(int64_t)> schedule,
+                      const std::optional<std::tuple<double, double, double, double>>& adaptive) {
             return Options{
                 .regularised = regularised,
                 .density = density,
@@ -215,11 +216,12 @@ PYBIND11_MODULE(_C, module) {
                 .wire_dtype = wire_dtype.is_none() ? std::nullopt : std::optional(dtype_of("Options", wire_dtype)),
                 .elias_fano = elias_fano,
                 .leader = leader,
-                .schedule = std::move(schedule)};
+                .schedule = std::move(schedule),
+                .adaptive = adaptive ? std::optional(std::make_from_tuple<AdaptiveDensity>(*adaptive)) : std::nullopt};
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
-          py::arg("schedule") = py::none());
+          py::arg("schedule") = py::none(), py::arg("adaptive") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 
@@ -253,8 +255,12 @@ PYBIND11_MODULE(_C, module) {
           "export_pieces", [](GroupExchange& exchange) { return export_pieces(exchange.idle_worker()); }, release_gil())
       .def(
           "import_pieces",
-          [](GroupExchange& exchange, const PieceTuples& pieces, int64_t step) { import_pieces(exchange.idle_worker(), pieces, step); },
-          release_gil())
+          [](GroupExchange& exchange, const PieceTuples& pieces, int64_t step, const std::vector<double>& density_state) {
+            import_pieces(exchange.idle_worker(), pieces, step, density_state);
+          },
+          py::arg("pieces"), py::arg("step"), py::arg("density_state") = std::vector<double>(), release_gil())
+      .def(
+          "density_state", [](GroupExchange& exchange) { return exchange.idle_worker().density_state(); }, release_gil())
       .def(
           "clear", [](GroupExchange& exchange, const std::vector<ParameterKey>& keys) { exchange.idle_worker().clear(keys); },
           release_gil())
@@ -319,8 +325,9 @@ PYBIND11_MODULE(_C, module) {
           "export_pieces", [](LocalExchange& exchange, int64_t rank) { return export_pieces(exchange.worker(rank)); }, release_gil())
       .def(
           "import_pieces",
-          [](LocalExchange& exchange, int64_t rank, const PieceTuples& pieces, int64_t step) {
-            import_pieces(exchange.worker(rank), pieces, step);
+          [](LocalExchange& exchange, int64_t rank, const PieceTuples& pieces, int64_t step, const std::vector<double>& density_state) {
+            import_pieces(exchange.worker(rank), pieces, step, density_state);
           },
-          release_gil());
+          py::arg("rank"), py::arg("pieces"), py::arg("step"), py::arg("density_state") = std::vector<double>(), release_gil())
+      .def("density_state", [](LocalExchange& exchange, int64_t rank) { return exchange.worker(rank).density_state(); });
 }

@@ -1,4 +1,4 @@
-"""Load CIFAR-10, or scikit-learn's digits enlarged to the same shape, as tensors in memory."""
+"""Load CIFAR-10, MNIST, or scikit-learn's digits enlarged to the shape of the first, as tensors in memory."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-CIFAR10_NAME = "CIFAR-10"
+CIFAR10_NAME, MNIST_NAME = "CIFAR-10", "MNIST"
 CIFAR10_FOLDER = "cifar-10-batches-py"  # torchvision's layout
 DIGITS_NAME = "scikit-learn digits, enlarged to 32x32x3"
 DIGITS_TEST_IMAGES = 360
@@ -32,8 +32,8 @@ CIFAR10(sys.argv[1], download=True)
 class Dataset:
     """Hold one data set for classification into ten classes.
 
-    `name` is what logs and tables print. Images are uint8 of shape (count, 3, 32, 32), labels int64 of shape
-    (count,), all on the CPU. `mean` and `deviation` are those of the training images, float32 of shape (3, 1, 1), in
+    `name` is what logs and tables print. Images are uint8 of shape (count, 3, 32, 32), of MNIST (count, 1, 28, 28), labels int64 of shape
+    (count,), all on the CPU. `mean` and `deviation` are those of the training images, float32 of shape (channels, 1, 1), in
     units of one grey level.
     """
 
@@ -46,11 +46,11 @@ class Dataset:
     def __post_init__(self):
         # A thousand images give the mean to 0.01 grey levels of noise per channel at a fraction of the time.
         sample = self.train_images[:: max(1, len(self.train_images) // 1000)].float()
-        self.mean = sample.mean(dim=(0, 2, 3)).view(3, 1, 1)
-        self.deviation = sample.std(dim=(0, 2, 3)).view(3, 1, 1)
+        self.mean = sample.mean(dim=(0, 2, 3)).view(-1, 1, 1)
+        self.deviation = sample.std(dim=(0, 2, 3)).view(-1, 1, 1)
 
     def normalise(self, images):
-        """Return uint8 `images` of shape (count, 3, 32, 32) as float32 with zero mean and unit deviation."""
+        """Return uint8 `images` as float32 with zero mean and unit deviation."""
         return (images.float() - self.mean) / self.deviation
 
 
@@ -92,6 +92,15 @@ def load_cifar10(folder):
         part = datasets.CIFAR10(str(folder), train=train, download=False)
         tensors += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
     return Dataset(CIFAR10_NAME, *tensors)
+
+
+def load_mnist(folder):
+    """Load the 60,000 training and 10,000 test images from `folder`/MNIST/raw, torchvision's layout; ValueError where they are not there."""
+    try:
+        parts = [import_torchvision().datasets.MNIST(str(folder), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(f"--data: expected the four files of MNIST in {Path(folder) / 'MNIST' / 'raw'}, got others; unpack them there") from error
+    return Dataset(MNIST_NAME, *(tensor for part in parts for tensor in (part.data.unsqueeze(1), part.targets)))
 
 
 def load_digits():

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from experiments.data import import_torchvision
 
+# Of 32 x 32 images in three colours; there is also "mnist_mlp".
 MODELS = ("resnet18", "resnet18_3x3", "vgg11_bn", "mobilenet_v2", "mlp", "tiny")
 TEST_BATCH = 250
 
@@ -16,7 +17,7 @@ def make_model(name, seed):
     resnet18: torchvision's, with its 7 x 7 stem (11,181,642). resnet18_3x3: with a 3 x 3 stem and no first pooling, as
     is usual for CIFAR-10 (11,173,962). vgg11_bn: torchvision's layers, averaged to 1 x 1 before one linear layer
     (9,231,114). mobilenet_v2: torchvision's without dropout (2,236,682). mlp: 128 hidden units (394,634). tiny: two layers with BatchNorm, for tests
-    (1,906).
+    (1,906). mnist_mlp: 128 hidden units for 28 x 28 grey images (101,770).
     """
     torch.manual_seed(seed)
     if name == "tiny":
@@ -24,6 +25,8 @@ def make_model(name, seed):
         return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(128, 10))
     if name == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 128), nn.ReLU(), nn.Linear(128, 10))
+    if name == "mnist_mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 128), nn.ReLU(), nn.Linear(128, 10))
     models = import_torchvision().models
     if name == "resnet18_3x3":
         model = models.resnet18(num_classes=10)

@@ -25,11 +25,11 @@ from regtopk_torch.directory import CheckpointError, load, save
 from regtopk_torch.hook import attach, sparse_hook
 from regtopk_torch.local import LocalExchange
 from regtopk_torch.local_steps import LocalSteps
-from regtopk_torch.schedules import WarmupDensity
+from regtopk_torch.schedules import AdaptiveDensity, WarmupDensity
 from regtopk_torch.states import RegTopKState, TopKState
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "LocalExchange", "LocalSteps", "RegTopKState", "TopKState", "WarmupDensity", "attach", "has_cuda_kernels", "load", "save", "sparse_hook"]
+__all__ = ["AdaptiveDensity", "CheckpointError", "LocalExchange", "LocalSteps", "RegTopKState", "TopKState", "WarmupDensity", "attach", "has_cuda_kernels", "load", "save", "sparse_hook"]
 
 has_cuda_kernels = _C.has_cuda_kernels
 

@@ -4,6 +4,7 @@ A piece holds flat tensors in the parameter's memory order, the order of a gradi
 (row-major) order, so that it does not depend on the memory format.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,13 @@ class Piece(NamedTuple):
     sent_value: torch.Tensor | None = None  # [m], gradient dtype
     feedback: torch.Tensor | None = None  # [m], accumulate dtype
     idle: bool = False  # zero gradient on all ranks in the last step
+
+
+class Progress(NamedTuple):
+    """Where a state is, the same on every rank."""
+
+    step: int  # the last one
+    density_state: list  # what an AdaptiveDensity has measured, else empty
 
 
 def plain_name(name):
@@ -56,8 +64,9 @@ def _memory_index(parameter):
     return in_shape_of(torch.arange(parameter.numel(), device="cpu"), parameter).flatten()
 
 
-def to_state_dict(pieces, named_keys, header, *, step):
-    """Return {format, version, method, distortion, world_size, rank, step, parameters: {name: entry}}.
+def to_state_dict(pieces, named_keys, header, progress):
+    """Return {format, version, method, distortion, world_size, rank, step, parameters: {name: entry}}, and density_state, a list of
+    float, where the density is an AdaptiveDensity.
 
     An entry has `shape` (list of int) and, once the parameter has been exchanged, `residual` (the parameter's shape, fp32 or
     fp64) and the history of the last step: `sent_index` (int64 [m], flat and ascending), `sent_value` ([m], gradient dtype),
@@ -84,11 +93,12 @@ def to_state_dict(pieces, named_keys, header, *, step):
                 if feedback is not None:
                     entry["feedback"] = feedback[order]
         parameters[name] = entry
-    return {"format": FORMAT, "version": VERSION, **header, "step": step, "parameters": parameters}
+    measured = {"density_state": progress.density_state} if progress.density_state else {}
+    return {"format": FORMAT, "version": VERSION, **header, "step": progress.step, **measured, "parameters": parameters}
 
 
 def from_state_dict(who, state_dict, named_keys, header):
-    """Return (pieces, step) for the extension; raise without side effects if `state_dict` does not fit.
+    """Return (pieces, Progress) for the extension; raise without side effects if `state_dict` does not fit.
 
     `named_keys` is [(name, parameter, key)], or a function of (who, state_dict) that returns it.
     """
@@ -103,6 +113,9 @@ def from_state_dict(who, state_dict, named_keys, header):
     step = state_dict.get("step")
     if type(step) is not int or not -1 <= step < 2**62:
         raise ValueError(f"{who}: expected step to be an integer in [-1, 2^62), got {step!r}")
+    measured = state_dict.get("density_state", [])
+    if not isinstance(measured, list) or len(measured) not in (0, 7) or not all(type(n) is float and math.isfinite(n) for n in measured):
+        raise ValueError(f"{who}: expected density_state to be a list of 7 finite numbers, got {str(measured)[:80]}")
     if callable(named_keys):
         named_keys = named_keys(who, state_dict)
     parameters = state_dict.get("parameters")
@@ -131,7 +144,7 @@ def from_state_dict(who, state_dict, named_keys, header):
             raise ValueError(f"{who}: expected {name} of shape {list(parameter.shape)}, got {shape}")
         if "residual" in entry:
             pieces[key] = _piece(f"{who}: {name}", entry, parameter, keep_feedback=same_feedback)
-    return pieces, step
+    return pieces, Progress(step, list(measured))
 
 
 def shares(rank, world_size, saved_world_size):
@@ -157,7 +170,7 @@ def shares(rank, world_size, saved_world_size):
 
 
 def from_state_dicts(read, saved_world_size, named_keys, header):
-    """Return (pieces, step, entries of history that were dropped) from the state dicts of a group of `saved_world_size` ranks.
+    """Return (pieces, Progress, entries of history that were dropped) from the state dicts of a group of `saved_world_size` ranks.
 
     Args:
         read (function): of a saved rank, to (how messages name its state dict, the state dict); called once for each rank
@@ -177,8 +190,8 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
     steps, dropped = set(), 0
     for saved, weight in shares(rank, world_size, saved_world_size):
         who, state_dict = read(saved)
-        pieces, step = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
-        steps.add(step)
+        pieces, progress = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
+        steps.add(progress.step)
         for key, piece in pieces.items():
             share = piece.residual.double() * weight
             sums[key] = sums[key].add_(share) if key in sums else share
@@ -188,7 +201,7 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
     if len(steps) > 1:
         raise ValueError(f"{who}: expected state dicts of one step, got steps {sorted(steps)}")
     loaded = {key: Piece(parameters[key], total.to(accumulate_dtype(parameters[key].dtype))) for key, total in sums.items()}
-    return loaded, steps.pop(), dropped
+    return loaded, progress, dropped
 
 
 def _piece(where, entry, parameter, *, keep_feedback):

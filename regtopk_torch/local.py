@@ -15,7 +15,7 @@ class LocalExchange:
 
     Args:
         num_workers (int): N >= 1.
-        density (float or callable), decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
+        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
         method (str): "regtopk" or "topk".
         mu, distortion: as for RegTopKState; Top-k ignores them.
 
@@ -103,7 +103,8 @@ class LocalExchange:
             pieces = self._pieces(rank)
             named = [(str(key), pieces[key].residual, key) for key in sorted(pieces)]
             header = {**self._header, "rank": rank}
-            workers.append(checkpoint.to_state_dict(pieces, named, header, step=self._exchange.last_step(rank)))
+            progress = checkpoint.Progress(self._exchange.last_step(rank), self._exchange.density_state(rank))
+            workers.append(checkpoint.to_state_dict(pieces, named, header, progress))
         return {"workers": workers}
 
     def load_state_dict(self, state_dict):
@@ -120,9 +121,9 @@ class LocalExchange:
                 raise TypeError(f"{who}: expected a state dict of worker {rank}, got {type(worker).__name__}")
             named = [_like_a_gradient(f"{who}: worker {rank}", name, entry) for name, entry in parameters.items()]
             loaded.append(checkpoint.from_state_dict(who, worker, named, {**self._header, "rank": rank}))
-        for rank, (pieces, step) in enumerate(loaded):
+        for rank, (pieces, progress) in enumerate(loaded):
             # The workers of a simulation know their parameters by index alone.
-            self._exchange.import_pieces(rank, {key: piece._replace(parameter=None) for key, piece in pieces.items()}, step)
+            self._exchange.import_pieces(rank, {key: piece._replace(parameter=None) for key, piece in pieces.items()}, *progress)
 
 
 def _check_gradients(gradients):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from regtopk_torch import _C
+from regtopk_torch.schedules import AdaptiveDensity
 
 METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
@@ -24,11 +25,12 @@ def check_options(who, *, method, density, mu, distortion, **common):
     decay, dense_steps, wire_dtype, index_code, support = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
-    numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) else [("density", density)])
+    adaptive = isinstance(density, AdaptiveDensity)
+    numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) or adaptive else [("density", density)])
     for name, value in numbers_given:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{who}: expected {name} to be a number, got {value!r}")
-    if not callable(density) and not 0 < density <= 1:
+    if not (callable(density) or adaptive) and not 0 < density <= 1:
         raise ValueError(
             f"{who}: expected 0 < density <= 1, got density={density}; pass a fraction, 0.001 keeps one entry in 1000"
         )
@@ -49,8 +51,9 @@ def check_options(who, *, method, density, mu, distortion, **common):
     if support == "leader" and wire_dtype == "2bit":
         raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype='2bit'; two bits have levels that a slice of the values lacks")
     return _C.Options(
-        regularised=method == "regtopk", density=1.0 if callable(density) else float(density), mu=float(mu), distortion=distortion,
+        regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
         decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", schedule=_checked(who, density) if callable(density) else None,
+        adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ Tensors are on the CPU and flat, shape [J] unless said otherwise.
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -297,6 +298,46 @@ def zero_entries(gradient, sizes):
 
 
 @dataclass
+class AdaptiveDensity:
+    """The density that follows the average's norm on a budget of bytes (+): `regtopk_torch.AdaptiveDensity` says the rule.
+
+    `message_bytes` gives the bytes that k entries of this bucket take on the network.
+    """
+
+    mean: float
+    power: float
+    minimum: float
+    maximum: float
+    message_bytes: Callable[[int], int]
+    density: float | None = None  # of the next step
+    average_norm: float = 0.0
+    norms: int = 0
+    overspent: float = 0.0  # in steps of mean_bytes
+    steps: int = 0
+
+    def __post_init__(self):
+        self.density = self.mean
+
+    def measure(self, average, *, void):
+        numel = average.numel()
+        sent, usual = (self.message_bytes(entries_to_send(density, numel)) for density in (self.density, self.mean))
+        self.steps += 1
+        self.overspent += sent / usual - 1
+        self.density = self.mean
+        norm = math.sqrt(math.fsum((average.double() ** 2).tolist())) if not void else 0.0
+        if norm == 0:
+            return
+        self.norms = min(self.norms + 1, 100)
+        self.average_norm += (norm - self.average_norm) / self.norms
+        wanted = self._clipped(self.mean * (norm / self.average_norm) ** self.power)
+        owed = self.overspent / (6 * max(1, self.steps / 1000))
+        self.density = self._clipped(wanted / (1 + owed) if owed > 0 else wanted * (1 - owed))
+
+    def _clipped(self, density):
+        return min(max(density, self.minimum), self.maximum)
+
+
+@dataclass
 class Exchange:
     """N workers, one bucket: `average = exchange.step([gradient_0, ...])`, gradients of shape [J].
 
@@ -308,9 +349,12 @@ class Exchange:
     sizes: list | None = None
     leader: bool = False
     steps: int = 0
+    density: AdaptiveDensity | None = None  # instead of the workers'
 
     def step(self, gradients):
         """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
+        for worker in self.workers if self.density else []:
+            worker.density = self.density.density
         zero = [zero_entries(gradient, self.sizes) if self.sizes else None for gradient in gradients]
         messages = self.led_messages(gradients, zero) if self.leader else [w.compress(*given) for w, *given in zip(self.workers, gradients, zero, strict=True)]
         self.steps += 1
@@ -326,7 +370,10 @@ class Exchange:
         idle = torch.stack(zero).all(dim=0) if self.sizes else None
         for worker in self.workers:
             worker.receive(total, void=void, idle=idle)
-        return average if idle is None else torch.where(idle, torch.zeros_like(average), average)
+        average = average if idle is None else torch.where(idle, torch.zeros_like(average), average)
+        if self.density:
+            self.density.measure(average, void=void)
+        return average
 
     def led_messages(self, gradients, zero):
         """The messages of all at the support that the leader chooses."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import numbers
 import warnings
 import weakref
 
@@ -27,9 +28,9 @@ class TopKState(Averaging):
     the state gives them back. Ranks use their states for the first time in the same order. Options are fixed.
 
     Args:
-        density (float or callable): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5),
-            at least 1. A callable takes the number of a step, counted from 0, and returns its density, the same on every rank,
-            as `WarmupDensity` does. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
+        density (float, callable or AdaptiveDensity): fraction of a bucket's entries that is sent, 0 < density <= 1; k =
+            floor(density * J + 0.5), at least 1. A callable takes the number of a step, counted from 0, and returns its density, the
+            same on every rank, as `WarmupDensity` does; an `AdaptiveDensity` follows the gradient. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
         process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
         grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
             rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
@@ -76,7 +77,7 @@ class TopKState(Averaging):
     def _construct(self, given, process_group, grad_scaler):
         who = type(self).__name__
         options = check_options(who, **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
-        self._given = {name: float(value) if name in ("mu", "decay") or (name == "density" and not callable(value)) else value for name, value in given.items()}
+        self._given = {name: float(value) if name in ("mu", "decay") or (name == "density" and isinstance(value, numbers.Real)) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         if process_group is not None and not isinstance(process_group, (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))):
@@ -103,7 +104,7 @@ class TopKState(Averaging):
 
     @property
     def density(self):
-        """Fraction of a bucket's entries that is sent, or the callable that says it for each step."""
+        """Fraction of a bucket's entries that is sent, or what says it for each step."""
         return self._given["density"]
 
     @property
@@ -159,7 +160,8 @@ class TopKState(Averaging):
         left = _not_among(pieces, {key for _, _, key in named_keys})
         if left:
             raise ValueError(f"{who}: expected the module whose gradients were exchanged, got one without parameters of shapes {left}")
-        return self._with_dtypes(checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), step=self._exchange.last_step()))
+        progress = checkpoint.Progress(self._exchange.last_step(), self._exchange.density_state())
+        return self._with_dtypes(checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), progress))
 
     def load_state_dict(self, state_dict, module):
         """Replace residuals, history and step by those of `state_dict`, made on the same rank of a world of the same size.
@@ -199,8 +201,8 @@ class TopKState(Averaging):
     def _pieces(self):
         return {key: checkpoint.Piece(*piece) for key, piece in self._exchange.export_pieces().items()}
 
-    def _import(self, named_keys, pieces, step, history_dropped):
-        self._exchange.import_pieces(self._adopt(named_keys, pieces), step)
+    def _import(self, named_keys, pieces, progress, history_dropped):
+        self._exchange.import_pieces(self._adopt(named_keys, pieces), *progress)
         self._exchange.did(_C.Deed.LOAD)
         self._history_dropped += history_dropped
 
@@ -287,8 +289,8 @@ class TopKState(Averaging):
 
     def __getstate__(self):
         pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
-        step = self._exchange.last_step()
-        return {"options": self._given, "grad_scaler": self._grad_scaler, "step": step, "pieces": pieces, "forms": self._forms}
+        kept = {"step": self._exchange.last_step(), "density_state": self._exchange.density_state(), "pieces": pieces, "forms": self._forms}
+        return {"options": self._given, "grad_scaler": self._grad_scaler, **kept}
 
     def __deepcopy__(self, memo):
         memo[id(self._grad_scaler)] = self._grad_scaler  # the loss of the copied model goes through the same one
@@ -300,7 +302,7 @@ class TopKState(Averaging):
     def __setstate__(self, copied):
         self._construct(copied["options"], None, copied["grad_scaler"])
         pieces = {key if piece[0] is None else _C.parameter_key(piece[0]): tuple(piece) for key, *piece in copied["pieces"]}
-        self._exchange.import_pieces(pieces, copied["step"])
+        self._exchange.import_pieces(pieces, copied["step"], copied.get("density_state", []))
         self._forms = dict(copied.get("forms", {}))
 
     def _note(self, optimizer):

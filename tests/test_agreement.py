@@ -39,6 +39,8 @@ def disagree(rank, case, entry):
             state = rt.RegTopKState(0.05, wire_dtype=torch.bfloat16 if odd else None)
         elif case == "index code":
             state = rt.RegTopKState(0.05, index_code="elias-fano" if odd else "offsets")
+        elif case == "adaptive density":
+            state = rt.RegTopKState(rt.AdaptiveDensity(0.05, power=1 + rank))
         elif case == "support":
             state = rt.RegTopKState(0.05, support="leader" if odd else "own")
         elif case == "distortion":
@@ -65,6 +67,7 @@ def disagree(rank, case, entry):
     "case, field, on_0, on_1",
     [
         ("density", "density", "0.05", "0.01"),
+        ("adaptive density", "density", "adaptive, mean 0.05, power 1, 0.0125 to 0.2", "adaptive, mean 0.05, power 2, 0.0125 to 0.2"),
         ("method", "method", "RegTop-k", "Top-k"),
         ("mu", "mu", "2", "3"),
         ("distortion", "distortion", "previous", "current"),

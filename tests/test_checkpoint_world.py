@@ -42,12 +42,12 @@ def test_a_multiple_of_the_ranks_takes_copies():
 def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
     parameter = torch.empty(1000, dtype=dtype)
     named_keys = [("weight", parameter, 7)]
-    header = {"method": "topk", "distortion": "previous"}
+    header, measured = {"method": "topk", "distortion": "previous"}, [float(number) for number in range(7)]
     normal = torch.randn(len(SIZES), 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     for saved_size in SIZES:
         dicts = [
             {"format": "regtopk_torch", "version": 1, **header, "world_size": saved_size, "rank": rank, "step": 4,
-             "parameters": {"weight": {"shape": [1000], "residual": normal[rank]}}}
+             "density_state": measured, "parameters": {"weight": {"shape": [1000], "residual": normal[rank]}}}
             for rank in range(saved_size)
         ]  # fmt: skip
         saved = normal[:saved_size].double()
@@ -58,7 +58,7 @@ def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
                 )
                 for rank in range(size)
             ]
-            assert all(step == 4 and dropped == 0 for _, step, dropped in loaded)
+            assert all(progress == (4, measured) and dropped == 0 for _, progress, dropped in loaded)
             now = torch.stack([pieces[7].residual for pieces, _, _ in loaded])
             assert now.dtype == dtype
             now = now.double()

@@ -136,6 +136,7 @@ class Mode:
 UNUSED = {"find_unused_parameters": True}
 NARROW = {"wire_dtype": torch.bfloat16, "index_code": "elias-fano"}
 LEADER = {"support": "leader"}
+ADAPTIVE = {"density": rt.AdaptiveDensity(0.05, power=2)}
 COMPILED = {"bucket_cap_mb": 1}  # dynamo splits the graph by DDP's buckets and takes no less
 MODES = {
     "plain": Mode(),
@@ -186,6 +187,13 @@ MODES = {
     "leader, join, three ranks": Mode(join=True, world_size=3, state=LEADER),
     "leader, narrow, channels_last": Mode(lambda rank: Images(), state=LEADER | NARROW),
     "leader, two dtypes": Mode(lambda rank: two_dtypes(), state=LEADER),
+    "adaptive, no_sync": Mode(no_sync=True, state=ADAPTIVE),
+    "adaptive, used now and then, four ranks": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, world_size=4, state=ADAPTIVE),
+    "adaptive, used now and then, skipped": Mode(
+        lambda rank: WithBranch(rank, all_or_nobody), UNUSED | {"skip_all_reduce_unused_params": True}, state=ADAPTIVE
+    ),
+    "adaptive, join, three ranks": Mode(join=True, world_size=3, state=ADAPTIVE),
+    "adaptive, leader, narrow, two dtypes": Mode(lambda rank: two_dtypes(), state=ADAPTIVE | LEADER | NARROW),
     "another process group": Mode(new_group_at=5),
     "subgroup": Mode(world_size=3, group=(0, 2)),
     "compiled inside": Mode(
@@ -207,7 +215,7 @@ def train(rank, name, method, entry):
     module = mode.model(rank)
     ddp = mode.wrap(module, **{"bucket_cap_mb": BUCKET_CAP_MB, "process_group": group, **mode.options})
     plain = ddp if isinstance(ddp, DistributedDataParallel) else ddp._orig_mod
-    state = make_state(method, 0.05, process_group=group, **mode.state)
+    state = make_state(method, process_group=group, **{"density": 0.05, **mode.state})
     books = Books(module)
     if entry == "attach":
         rt.attach(plain, state)
@@ -250,7 +258,7 @@ def test_a_mode_equals_the_simulation_keeps_replicas_equal_and_loses_nothing(nam
     results = [both for both in run_workers(train_by_both_entries, mode.world_size, name, method) if both[0]]
     by_hook, attached = zip(*results, strict=True)
     check_replicas(by_hook, mode)
-    exchange = rt.LocalExchange(len(results), 0.05, method=method, mu=1.0, **mode.state)
+    exchange = rt.LocalExchange(len(results), method=method, mu=1.0, **{"density": 0.05, **mode.state})
     check_against_simulation([result[0] for result in by_hook], method, exchange)
     for rank, (one, other) in enumerate(results):
         assert other[1] == one[1], "attach and register_comm_hook give the same bits"

@@ -46,7 +46,9 @@ def test_every_claim_has_a_row_and_every_end_of_training_a_line_in_the_findings(
     lines = re.findall(r"^\* \[[^]]+\]\(\S+#([^)]+)\): .*\d", FINDINGS, re.MULTILINE)
     ends = [name for name in names if name.startswith("end-")]
     assert len(ends) >= 3 and sorted(name for name in lines if name.startswith("end-")) == ends
-    assert len(lines) == len(set(lines)) == 10 + len(ends)
+    rules = [name for name in names if name.startswith("adaptive-")]
+    assert len(rules) == 2 and set(rules) < set(lines)
+    assert len(lines) == len(set(lines)) == 10 + len(ends) + len(rules)
 
 
 def test_the_readme_s_sentences_are_what_the_committed_logs_show():
@@ -224,6 +226,26 @@ def test_an_end_of_training_is_held_against_none_at_the_seeds_that_all_ends_have
     assert claims.claims_of(logs.Evidence(tmp_path)).keys() - claims.CLAIMS.keys() == {"end-mlp-sgd", "end-resnet18-adamw"}
     (drawn,) = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
     assert drawn.name == "end_of_training.svg" and all(f">{text}<" in drawn.read_text() for text in ("mlp", "resnet18", "sgd", "adamw", "flush", "dense"))
+
+
+def test_rules_for_k_are_held_against_a_fixed_one_at_their_density(tmp_path):
+    folder = tmp_path / "adaptive_density"
+    folder.mkdir()
+    with record.Recorder(folder / "mnist.jsonl", seed=None, settings={"steps": 10}) as recorder:
+        for density in (0.5, 0.001):
+            for seed in range(3):
+                for rule, gain in (("fixed", 0.0), ("power-1", 0.01 * seed), ("threshold", 0.02 + 0.001 * seed)):
+                    sent = 1000 + round(100 * gain)
+                    recorder.write("run", density=density, rule=rule, seed=seed, accuracy=density + gain, loss=1 - gain, bytes_sent=sent)
+    found, n, test, log, figure = cells_of("adaptive-0.5", tmp_path)
+    assert found == (
+        "fixed 50.00 ± 0.00 %; points more than it: power-1 1.00, threshold 2.10; test loss fixed 1.0000, power-1 0.9900, threshold 0.9790; "
+        "bytes 1.000…1.002 times those of fixed"
+    )
+    assert n == "3" and test == "2 paired t-tests, uncorrected: p < 0.05 at threshold"
+    assert log == "[mnist](results/adaptive_density/mnist.jsonl)" and figure == "[figure](figures/adaptive_density.svg)"
+    (drawn,) = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
+    assert drawn.name == "adaptive_density.svg" and all(f">{text}<" in drawn.read_text() for text in ("0.5", "0.001", "power-1", "threshold"))
 
 
 def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):

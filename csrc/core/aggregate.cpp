@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "plain.h"
@@ -56,7 +57,33 @@ bool aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
   return finite;
 }
 
+template <typename T>
+double squared_norm_of(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  const PayloadLayout& layout = arguments.layout;
+  std::vector<double> sums(layout.tiles);
+  parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
+    std::vector<bool> seen(std::min(kTileEntries, layout.numel));  // an entry that several workers sent counts once
+    for (int64_t tile = begin; tile < end; ++tile) {
+      std::fill(seen.begin(), seen.end(), false);
+      const T* const gradient = static_cast<const T*>(arguments.gradient) + tile * kTileEntries;
+      for (int64_t worker = 0; worker < arguments.workers; ++worker) {
+        const PayloadView payload(arguments.payloads + worker * layout.bytes, layout);
+        payload.for_each_entry(tile, [&](int64_t, int64_t offset) {
+          const double value = static_cast<double>(Traits<T>::load(gradient[offset]));
+          if (!seen[offset]) sums[tile] += value * value;
+          seen[offset] = true;
+        });
+      }
+    }
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 }  // namespace
+
+double squared_norm(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  return with_value_type(arguments.layout.type, [&]<typename T>(T) { return squared_norm_of<T>(arguments, parallel_for); });
+}
 
 bool aggregate_plain(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
   return with_value_type(arguments.layout.type, [&]<typename T>(T) { return aggregate_values<T>(arguments, parallel_for); });

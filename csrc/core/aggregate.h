@@ -38,4 +38,7 @@ inline int64_t contributors(const AggregateArguments& arguments) {
 // Returns whether every entry of the gradient is finite. Picks a path as compress() does.
 bool aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for);
 
+// The squared 2-norm of what aggregate() has written, of the entries in some payload alone: all others are 0. In a fixed order.
+double squared_norm(const AggregateArguments& arguments, const ParallelFor& parallel_for);
+
 }  // namespace regtopk

@@ -46,6 +46,15 @@ void say_who(const Worker& worker, const std::function<void()>& operation) {
   }
 }
 
+void measure(
+    const std::vector<Receiver>& receivers, const at::Tensor& average, const at::Tensor& payloads,
+    const std::function<double(int64_t k)>& bytes_of) {
+  const Receiver& first = receivers.front();
+  if (!first.worker.options.adaptive) return;
+  const double squared = squared_norm(average, payloads, first.plan.k(), span_count(first.plan));
+  for (const Receiver& each : receivers) each.worker.measure(each.plan, squared, bytes_of);
+}
+
 void remember(const Receiver& receiver, const at::Tensor& feedback, double bytes) {
   const auto& [worker, plan, payload] = receiver;
   plan.remember(payload, feedback, plan.round);
@@ -59,6 +68,7 @@ void remember(const Receiver& receiver, const at::Tensor& feedback, double bytes
 
 void fail(Worker& worker, Plan& plan, const at::Tensor& payload) {
   worker.steps.clock().make_void(plan.round);
+  worker.begin_measuring_anew();  // other ranks may know more of the step
   if (plan.follows) {
     plan.forget();
     plan.shared.idle.zero_();

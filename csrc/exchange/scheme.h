@@ -49,6 +49,12 @@ void write_message(const Plan& plan, const Sent& sent);
 // What an operator finds wrong with received bytes, it says; a user knows the rank and the hook.
 void say_who(const Worker& worker, const std::function<void()>& operation);
 
+// Measures an average where the next step's density follows it; `payloads`, [any, bytes], have all entries that are not 0, and k entries
+// take `bytes_of` k.
+void measure(
+    const std::vector<Receiver>& receivers, const at::Tensor& average, const at::Tensor& payloads,
+    const std::function<double(int64_t k)>& bytes_of);
+
 // The average has come: keeps what was sent, and counts it with the bytes that it took.
 void remember(const Receiver& receiver, const at::Tensor& feedback, double bytes);
 

@@ -1,30 +1,48 @@
 #include "shared_support.h"
 
-#include <ATen/ops/zeros.h>
-
 namespace regtopk::shared_support {
 namespace {
 
-MessageParts parts_of(const Plan& plan) { return message_parts(plan.numel, plan.k(), plan.layout.dtype, span_count(plan), plan.wire()); }
+MessageParts parts_of(const Plan& plan, int64_t k) {
+  return message_parts(plan.numel, k, plan.layout.dtype, span_count(plan), plan.wire());
+}
+MessageParts parts_of(const Plan& plan) { return parts_of(plan, plan.k()); }
 
 // Entries of a slice: whole words, and the same of every rank.
-int64_t slice_entries(const Worker& worker, const Plan& plan) {
+int64_t slice_entries(const Worker& worker, int64_t k) {
   constexpr int64_t kGrain = 4;
-  return (plan.k() + worker.workers * kGrain - 1) / (worker.workers * kGrain) * kGrain;
+  return (k + worker.workers * kGrain - 1) / (worker.workers * kGrain) * kGrain;
+}
+
+// What this rank sends to each, of k entries: a head and a slice of its values; then its averages.
+int64_t row_bytes(const Worker& worker, const Plan& plan, int64_t k) {
+  const MessageParts parts = parts_of(plan, k);
+  return parts.head_bytes + slice_entries(worker, k) * parts.value_bytes;
+}
+int64_t averages_bytes(const Worker& worker, const Plan& plan, int64_t k) {
+  return kMarkBytes + slice_entries(worker, k) * static_cast<int64_t>(c10::elementSize(plan.layout.dtype));
+}
+
+// A broadcast is shared out evenly: in N steps every rank leads once.
+double bytes_of(const Worker& worker, const Plan& plan, int64_t k) {
+  const double share = static_cast<double>(worker.workers - 1) / static_cast<double>(worker.workers);
+  return share * static_cast<double>(parts_of(plan, k).values_at) +
+         static_cast<double>((worker.workers - 1) * (row_bytes(worker, plan, k) + averages_bytes(worker, plan, k)));
 }
 
 void make_room(const Worker& worker, Plan& plan) {
   const auto bytes = plan.residual.options().dtype(at::kByte);
-  const MessageParts parts = parts_of(plan);
-  const int64_t entries = slice_entries(worker, plan);
-  const int64_t row_bytes = parts.head_bytes + entries * parts.value_bytes;
-  const int64_t averages_bytes = kMarkBytes + entries * static_cast<int64_t>(c10::elementSize(plan.layout.dtype));
-  if (!plan.lead.defined() || plan.lead.numel() != plan.message_bytes()) plan.lead = at::zeros({plan.message_bytes()}, bytes);
-  if (!plan.rows.defined() || plan.rows.size(0) != worker.workers || plan.rows.size(1) != row_bytes)
-    plan.rows = at::zeros({worker.workers, row_bytes}, bytes);
-  reserve(plan.received, {worker.workers, row_bytes}, bytes);
-  reserve(plan.slice, {averages_bytes}, bytes);
-  reserve(plan.averages, {worker.workers, averages_bytes}, bytes);
+  const int64_t of_row = row_bytes(worker, plan, plan.k()), of_averages = averages_bytes(worker, plan, plan.k());
+  const auto reserve_zeros = [&](at::Tensor& tensor, at::IntArrayRef shape) {
+    if (tensor.defined() && tensor.sizes() == shape) return;
+    reserve(tensor, shape, bytes);
+    tensor.zero_();
+  };
+  reserve_zeros(plan.lead, {plan.message_bytes()});
+  reserve_zeros(plan.rows, {worker.workers, of_row});
+  reserve(plan.received, {worker.workers, of_row}, bytes);
+  reserve(plan.slice, {of_averages}, bytes);
+  reserve(plan.averages, {worker.workers, of_averages}, bytes);
   if (worker.options.regularised) reserve(plan.feedback_buffer, {1, plan.k()}, plan.residual.options());
 }
 
@@ -86,10 +104,8 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient)
   say_who(worker, [&] {
     spread_(gradient, receivers.front().payload, plan.received, plan.averages, plan.shared, plan.k(), stamp_of(worker, plan));
   });
-  // A broadcast is shared out evenly: in N steps every rank leads once.
-  const double share = static_cast<double>(worker.workers - 1) / static_cast<double>(worker.workers);
-  const double bytes = share * static_cast<double>(parts_of(plan).values_at) +
-                       static_cast<double>((worker.workers - 1) * (plan.rows.size(1) + plan.slice.numel()));
+  measure(receivers, gradient, receivers.front().payload.unsqueeze(0), [&](int64_t k) { return bytes_of(worker, plan, k); });
+  const double bytes = bytes_of(worker, plan, plan.k());
   for (const Receiver& each : receivers) {
     if (&each.plan != &plan) each.plan.shared.idle.copy_(plan.shared.idle);
     at::Tensor feedback;

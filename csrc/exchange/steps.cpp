@@ -38,6 +38,7 @@ void Clock::hear_void(int64_t round) {
 }
 
 void Clock::make_void(int64_t round) {
+  ++times_made_void_;
   if (round < 0) return;
   hear_void(round);
   const std::lock_guard lock(mutex_);

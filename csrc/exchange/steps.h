@@ -30,12 +30,15 @@ class Clock {
   bool is_void(int64_t round) const;
   // Says that the results of that round were not applied.
   void make_void(int64_t round);
+  // How often somebody has said so here: other ranks may not know.
+  int64_t times_made_void() const { return times_made_void_; }
   // A device's verdict has come: the round is void.
   void hear_void(int64_t round);
 
  private:
   std::mutex mutex_;
   int64_t round_ = -1;
+  std::atomic<int64_t> times_made_void_ = 0;
   std::unordered_set<int64_t> begun_;  // workers that have begun a step in this round
   const at::Tensor verdict_;                    // of the host
   std::unordered_map<at::Device, at::Tensor> on_devices_;

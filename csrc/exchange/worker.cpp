@@ -12,18 +12,21 @@
 namespace regtopk {
 
 Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clock> clock)
-    : options(std::move(options_given)), who(std::move(who_given)), steps(std::move(clock)), density_(options.density) {}
+    : options(std::move(options_given)),
+      who(std::move(who_given)),
+      steps(std::move(clock)),
+      density_(options.adaptive ? options.adaptive->mean : options.density) {}
 
 double Worker::density_of(int64_t step) const {
-  if (!options.schedule) return options.density;
+  if (!options.schedule) return density_;
   const double density = options.schedule(step);
   TORCH_CHECK_VALUE(
       density > 0 && density <= 1, who, ": expected a density with 0 < density <= 1 of its schedule, got ", density, " for step ", step);
   return density;
 }
 
-int64_t Worker::entries_to_send(int64_t numel) const {
-  const double wanted = std::floor(density_ * static_cast<double>(numel) + 0.5);
+int64_t Worker::entries_to_send(double density, int64_t numel) const {
+  const double wanted = std::floor(density * static_cast<double>(numel) + 0.5);
   return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
 }
 
@@ -49,6 +52,9 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || !options.leader, who, ": expected gradients on the CPU with support='leader', got ",
       bucket.layout.device, "; it has no kernels for a device yet, support='own' has");
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || !options.adaptive, who, ": expected gradients on the CPU with an AdaptiveDensity, got ",
+      bucket.layout.device, "; the host would wait for a device's norm in each step, take a fixed density or a schedule");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
@@ -82,7 +88,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     publish_counts();
   }
   plan->round = steps.round();
-  plan->set_message(entries_to_send(plan->numel), wire_of(plan->layout.dtype));
+  plan->set_message(entries_to_send(density_, plan->numel), wire_of(plan->layout.dtype));
   return plan;
 }
 
@@ -113,10 +119,17 @@ void Worker::begin_step(double scale, const AppliedKeys& applied) {
     if (too_old && plan->sent.defined()) plan->forget_round();
   }
   if (scale != steps.scale()) store_.multiply(scale / steps.scale(), feedback_has_scale());
+  if (measures_anew_.exchange(false)) density_control.restore({});
+  if (options.adaptive) density_ = density_control.next(*options.adaptive, steps.is_void());
   seen_.clear();
   steps.begin(scale);
   ++statistics.steps;
   publish_counts();
+}
+
+void Worker::measure(const Plan& plan, double squared_norm, const std::function<double(int64_t k)>& bytes_of) {
+  const int64_t mean = entries_to_send(options.adaptive->mean, plan.numel);
+  density_control.note(squared_norm / steps.scale() / steps.scale(), bytes_of(plan.k()), bytes_of(mean));
 }
 
 void Worker::hear(bool wait) {
@@ -174,7 +187,8 @@ Pieces Worker::copy_pieces() {
   return pieces;
 }
 
-void Worker::replace_pieces(Pieces pieces, int64_t step) {
+void Worker::replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state) {
+  density_control.restore(density_state);
   Store::Garbage garbage;
   const std::lock_guard lock(mutex_);
   store_.replace(std::move(pieces), garbage);

@@ -15,6 +15,7 @@
 #include "../core/deed.h"
 #include "../memory/report.h"
 #include "../memory/store.h"
+#include "density.h"
 #include "statistics.h"
 #include "steps.h"
 
@@ -31,6 +32,7 @@ struct Options {
   bool elias_fano = false;  // the index code
   bool leader = false;      // chooses for all ranks, else each for itself
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
+  std::optional<AdaptiveDensity> adaptive;  // instead of `density`
 };
 
 // One bucket as a front end hands it over.
@@ -62,6 +64,10 @@ class Worker {
   bool begins_step(const Bucket& bucket) const;
   // Of the step under way.
   double density() const { return density_; }
+  // Of a bucket that has come back, what the next step's density depends on; `bytes_of` k entries in the plan's bucket.
+  void measure(const Plan& plan, double squared_norm, const std::function<double(int64_t k)>& bytes_of);
+  void begin_measuring_anew() { measures_anew_ = true; }  // with the next step; any thread may say so
+  DensityControl density_control;                        // of an adaptive one
   bool is_dense_step() const { return steps.step() < options.dense_steps; }
   // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
   // take on its scale.
@@ -77,7 +83,9 @@ class Worker {
   // These are in units of the gradient before scaling. Between steps only.
   double residual_norm();  // taken in fp64; reads every residual
   Pieces copy_pieces();
-  void replace_pieces(Pieces pieces, int64_t step);
+  // Of an AdaptiveDensity, else empty.
+  std::vector<double> density_state() const { return options.adaptive ? density_control.state(steps.is_void()) : std::vector<double>(); }
+  void replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state);
   void clear(const std::vector<ParameterKey>& keys);
 
   // What this rank alone did, for its messages.
@@ -87,7 +95,7 @@ class Worker {
  private:
   void wait_for_report() const;
   double density_of(int64_t step) const;
-  int64_t entries_to_send(int64_t numel) const;
+  int64_t entries_to_send(double density, int64_t numel) const;
   Wire wire_of(at::ScalarType gradient_dtype) const;
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();
@@ -97,6 +105,7 @@ class Worker {
   std::mutex mutex_;
   Store store_;
   double density_;
+  std::atomic<bool> measures_anew_ = false;
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
 };

@@ -8,6 +8,23 @@
 #include "../exchange/shared_support.h"
 
 namespace regtopk {
+namespace {
+
+std::string describe_density(const Worker& worker) {
+  if (!worker.options.adaptive) return round_trip(worker.density());
+  const auto& [mean, power, minimum, maximum] = *worker.options.adaptive;
+  return c10::str(
+      "adaptive, mean ", round_trip(mean), ", power ", round_trip(power), ", ", round_trip(minimum), " to ", round_trip(maximum));
+}
+
+// What ranks that have measured the same say.
+std::string describe_measured(const Worker& worker) {
+  std::string text;
+  for (const double number : worker.density_control.settled()) text += round_trip(number) + " ";
+  return worker.options.adaptive ? text + round_trip(worker.density()) : "none";
+}
+
+}  // namespace
 
 GroupExchange::GroupExchange(Options options, std::shared_ptr<Clock> clock, Owner owner)
     : worker_(std::make_shared<Worker>(std::move(options), caller_, std::move(clock))),
@@ -78,7 +95,8 @@ std::shared_ptr<Plan> GroupExchange::enter(
     const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe) {
   // The caller has waited for all of the step before, unless one bucket's error let it go on while others were pending: what
   // those take and return must not be mixed with what this step does.
-  if (worker_->begins_step(bucket)) transport_->wait_idle();
+  const bool begins = worker_->begins_step(bucket);
+  if (begins) transport_->wait_idle();
   std::shared_ptr<Plan> plan;
   try {
     plan = worker_->enter(bucket, owners, owner_.applied);
@@ -87,10 +105,13 @@ std::shared_ptr<Plan> GroupExchange::enter(
     throw;
   }
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
-  if (worker_->density() != agreed_density_) {
+  if (worker_->options.schedule && worker_->density() != agreed_density_) {
     agree(*transport_, caller_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
     agreed_density_ = worker_->density();
   }
+  // An adaptive one is equal by construction, unless a rank has done alone what it depends on.
+  const std::pair alone(worker_->deed(), worker_->steps.clock().times_made_void());
+  if (begins && worker_->options.adaptive && std::exchange(alone_, alone) != alone) forget_agreements();
   if (worker_->is_dense_step() != dense_step_) {
     dense_step_ = worker_->is_dense_step();
     forget_agreements();
@@ -110,7 +131,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
   const Layout& layout = bucket.layout;
   Fingerprint fingerprint{
       {"method", options.regularised ? "RegTop-k" : "Top-k"},
-      {"density", round_trip(worker_->density())},
+      {"density", describe_density(*worker_)},
       {"decay", round_trip(options.decay)},
       {"dense_steps", std::to_string(options.dense_steps)},
       {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
@@ -126,6 +147,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
   fingerprint.insert(fingerprint.end(), description.begin(), description.end());
   fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
   fingerprint.emplace_back("calls of reset, load_state_dict, pause, resume and skipped", describe_deed(worker_->deed()));
+  fingerprint.emplace_back("measurements of the adaptive density, which reset() ends", describe_measured(*worker_));
   fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
   agree(*transport_, caller_, fingerprint);
 }

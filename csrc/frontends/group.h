@@ -74,6 +74,7 @@ class GroupExchange {
   bool closed_ = false, dense_ = false;  // paused
   bool dense_step_ = false;              // of the last bucket
   double agreed_density_;                // NaN before the first step of a schedule
+  std::pair<uint64_t, int64_t> alone_;   // what this rank may have done alone, at the beginning of the last step
   int64_t options_version_ = 0;
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
 };

@@ -26,6 +26,12 @@ void Plan::set_message(int64_t k, const Wire& wire) {
   wire_bytes_ = regtopk::wire_bytes(numel, k, layout.dtype, spans, wire);
 }
 
+int64_t Plan::message_bytes_of(int64_t k) const {
+  const int64_t spans = static_cast<int64_t>(layout.spans.size());
+  return has_wire_form() ? regtopk::wire_bytes(numel, k, layout.dtype, spans, wire_)
+                         : regtopk::payload_bytes(numel, k, layout.dtype, spans);
+}
+
 at::Tensor Plan::next_payload() {
   at::Tensor& payload = payloads_[sent.defined() && sent.is_same(payloads_[0]) ? 1 : 0];
   reserve(payload, {payload_bytes_}, residual.options().dtype(at::kByte));

@@ -45,6 +45,7 @@ struct Plan {
   int64_t k() const { return k_; }
   const Wire& wire() const { return wire_; }
   int64_t payload_bytes() const { return payload_bytes_; }
+  int64_t message_bytes_of(int64_t k) const;
   int64_t message_bytes() const { return has_wire_form() ? wire_bytes_ : payload_bytes_; }
   // Or a payload travels as it is.
   bool has_wire_form() const { return wire_.elias_fano || wire_.dtype != layout.dtype; }

@@ -71,6 +71,15 @@ void judge_cpu(const at::Tensor& tensor, const at::Tensor& verdict, int64_t roun
 
 }  // namespace
 
+double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans) {
+  AggregateArguments arguments{.layout = check_bucket("squared_norm", gradient, k, spans)};
+  check_rows("squared_norm", "payloads", payloads, arguments.layout.bytes);
+  arguments.workers = payloads.size(0);
+  arguments.payloads = payloads.const_data_ptr<uint8_t>();
+  arguments.gradient = gradient.mutable_data_ptr();
+  return squared_norm(arguments, torch_parallel_for());
+}
+
 TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
   library.impl("aggregate_", &aggregate_cpu);
   library.impl("judge_", &judge_cpu);

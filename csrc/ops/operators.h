@@ -43,6 +43,9 @@ void compress_(
 void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
     const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
+// The squared 2-norm of a gradient on the CPU that is 0 outside the entries of these payloads, which were checked: the same bits for any
+// number of threads, in time that follows k.
+double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans);
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round);
 void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,

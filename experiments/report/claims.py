@@ -1,7 +1,7 @@
 """Find what the logs show of each claim, and fill it into the documents, which state the claim."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -162,20 +162,32 @@ def find_by_option(evidence, group, place):
     return Finding(text, len(groups[0]), test, runs)
 
 
-def endings_of(runs):
-    """Return {ending: its runs}, "nothing" first as it is in the logs, at the seeds that all endings have."""
-    names = dict.fromkeys(run.options["ending"] for run in runs)
-    return dict(zip(names, at_common_seeds([select(runs, ending=name) for name in names])))
+def variants_of(runs, option):
+    """Return {value of the option: its runs}, in the order of the logs, at the seeds that all values have."""
+    names = dict.fromkeys(run.options[option] for run in runs)
+    return dict(zip(names, at_common_seeds([select(runs, **{option: name}) for name in names])))
+
+
+def find_gains(runs, option):
+    """Find the accuracy at the first value of an option, and what every other one adds to it."""
+    (name, usual), *others = variants_of(runs, option).items()
+    tests = {other: compare(values("accuracy", own), values("accuracy", usual)) for other, own in others}
+    gains = ", ".join(f"{other} {number(test.mean, 2)}" for other, test in tests.items())
+    return Finding(f"{name} {spread(values('accuracy', usual))} %; points more than it: {gains}", len(usual), describe_several(tests), runs)
 
 
 def find_endings(evidence, model, optimizer):
     """Find the accuracy that training without an ending came to, and what every ending adds to it."""
-    runs = select(evidence.endings, model=model, optimizer=optimizer)
-    endings = endings_of(runs)
-    nothing = endings.pop("nothing")
-    tests = {name: compare(values("accuracy", own), values("accuracy", nothing)) for name, own in endings.items()}
-    gains = ", ".join(f"{name} {number(test.mean, 2)}" for name, test in tests.items())
-    return Finding(f"nothing {spread(values('accuracy', nothing))} %; points more than it: {gains}", len(nothing), describe_several(tests), runs)
+    return find_gains(select(evidence.endings, model=model, optimizer=optimizer), "ending")
+
+
+def find_adaptive(evidence, density):
+    """Find what the rules for k add to a fixed one, with the losses and how far from equal the bytes in all were."""
+    found = find_gains(select(evidence.adaptive, density=density), "rule")
+    rules = variants_of(found.runs, "rule")
+    losses = ", ".join(f"{rule} {mean('loss', own, 4)}" for rule, own in rules.items())
+    against = [run.value("bytes_sent") / fixed.value("bytes_sent") for own in rules.values() for run, fixed in zip(own, rules["fixed"])]
+    return replace(found, found=f"{found.found}; test loss {losses}; bytes {min(against):.3f}…{max(against):.3f} times those of fixed")
 
 
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
@@ -206,10 +218,12 @@ CLAIMS = {
 
 
 def claims_of(evidence):
-    """Return CLAIMS, and a claim for each model and optimizer whose ends of training are in the evidence."""
+    """Return CLAIMS, and a claim for each model and optimizer whose ends of training, and each density at which rules for k, are in the evidence."""
     ends = dict.fromkeys((run.options["model"], run.options["optimizer"]) for run in evidence.endings)
     found = {f"end-{model}-{optimizer}": partial(find_endings, model=model, optimizer=optimizer) for model, optimizer in ends}
-    return CLAIMS | {name: ("end_of_training", find) for name, find in found.items()}
+    rules = {f"adaptive-{density:g}": partial(find_adaptive, density=density) for density in dict.fromkeys(run.options["density"] for run in evidence.adaptive)}
+    figures = {name: ("end_of_training", find) for name, find in found.items()} | {name: ("adaptive_density", find) for name, find in rules.items()}
+    return CLAIMS | figures
 
 
 def fill(document, evidence):

@@ -3,7 +3,7 @@
 from functools import partial
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, endings_of
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, variants_of
 from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
@@ -169,17 +169,18 @@ def draw_by_option(runs, option):
     return draw_panels(title, [accuracy, displaced])
 
 
-def draw_endings(axes, runs):
-    """Draw what every end of training adds to the accuracy of none, a point per seed."""
-    colours = {"sgd": "tab:red", "momentum": "tab:blue", "adamw": "tab:green"}
-    for number, optimizer in enumerate(dict.fromkeys(run.options["optimizer"] for run in runs)):
-        nothing, *ends = endings_of(select(runs, optimizer=optimizer)).items()
-        for place, (_, own) in enumerate(ends):
-            gains = [run.value("accuracy") - before.value("accuracy") for run, before in zip(own, nothing[1])]
-            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colours[optimizer], markersize=3, label=None if place else optimizer)
-        axes.set_xticks(range(len(ends)), [name for name, _ in ends])
+def draw_gains(option, by, axes, runs):
+    """Draw what every value of an option but the first adds to the accuracy of that one, a point per seed, in colours `by` another."""
+    for number, group in enumerate(dict.fromkeys(run.options[by] for run in runs)):
+        usual, *others = variants_of(select(runs, **{by: group}), option).items()
+        for place, (_, own) in enumerate(others):
+            gains = [run.value("accuracy") - before.value("accuracy") for run, before in zip(own, usual[1])]
+            colour = ("tab:red", "tab:blue", "tab:green")[number]
+            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colour, markersize=3, label=None if place else group)
+        axes.set_xticks(range(len(others)), [name for name, _ in others])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=1)
+    if max(map(abs, axes.get_ylim())) > 1:
+        axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=7)
 
@@ -204,8 +205,11 @@ def make_figures(evidence):
         yield "linear_regression_mu", draw_panels(REGRESSION, at(varied, (0.5, 0.6), by_mu))
     if evidence.endings:
         models = dict.fromkeys(run.options["model"] for run in evidence.endings)
-        panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), draw_endings) for model in models]
+        panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), partial(draw_gains, "ending", "optimizer")) for model in models]
         yield "end_of_training", draw_panels("What to do at the end of training, every seed", panels)
+    if evidence.adaptive:
+        panels = [("colours: mean density", "points more than a fixed k (test accuracy)", evidence.adaptive, partial(draw_gains, "rule", "density"))]
+        yield "adaptive_density", draw_panels("k by rules, equal bytes, MNIST, every seed", panels)
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
         if group == "density-0.001":  # the figure in README.md

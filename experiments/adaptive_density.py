@@ -1,0 +1,159 @@
+"""Compare what may vary from step to step, at equal bytes in all: nothing, k by the average's norm, or k by a threshold.
+
+N workers in this process train 128 hidden units on MNIST with Top-k:
+
+    fixed      k = density * J in every step
+    power-P    rt.AdaptiveDensity(density, power=P): k follows the norm of the last average to the power P
+    threshold  every entry of at least lambda, the same in all steps and workers, travels: what minimises the sum over the steps of the
+               squared errors for a number of entries in all; lambda is searched until the bytes are those of `fixed`, within 1 %
+
+Options that take several values make a sweep; with --out one that was killed goes on when the same command is given again.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from experiments import cifar10, sweeps
+from runlog.command import check, make_parser
+
+RULES = ("fixed", "power-1", "power-2", "threshold")
+WITHIN, TRIES = 0.01, 12  # of the search for lambda
+
+
+class Threshold:
+    """N workers with error feedback in plain PyTorch: each sends what is at least `threshold` in magnitude, as `rt.LocalExchange` its k."""
+
+    def __init__(self, threshold):
+        self.threshold, self._residuals, self._sent = threshold, None, {"sent_entries": 0, "bytes_sent": 0}
+
+    def step(self, gradients):
+        """Return the averages of what the workers send of [[tensor per parameter] per worker]."""
+        import torch
+
+        flat = torch.stack([torch.cat([part.flatten() for part in worker]) for worker in gradients])
+        accumulated = flat if self._residuals is None else self._residuals + flat
+        sent = torch.where(accumulated.abs() >= self.threshold, accumulated, 0.0)
+        self._residuals = accumulated - sent
+        for count in sent.count_nonzero(dim=1).tolist():
+            self._sent["sent_entries"] += count
+            self._sent["bytes_sent"] += (len(gradients) - 1) * bytes_of(flat.shape[1], count, len(gradients[0]))
+        averages = sent.mean(dim=0).split([part.numel() for part in gradients[0]])
+        return [average.view_as(part) for average, part in zip(averages, gradients[0])]
+
+    def stats(self):
+        """Return the sums over workers and steps, under the keys of `rt.LocalExchange.stats`."""
+        return self._sent
+
+
+def bytes_of(numel, count, parameters):
+    """Return the bytes of a payload of that many entries, fp32; one of none is counted as if it had one."""
+    import torch
+
+    import regtopk_torch as rt
+
+    return rt._C.payload_bytes(numel, max(1, count), torch.float32, parameters)
+
+
+def train(options, dataset, density, exchange, seed):
+    """Return (row of one training, the exchange): `exchange`, or with None a LocalExchange of that density, a number or a rule."""
+    from experiments.batches import make_batches
+    from experiments.models import make_model, test
+    from experiments.workers import LocalWorkers
+
+    job = cifar10.parse(["--method", "topk", "--device", "cpu"])
+    job.workers, job.batch_size, job.learning_rate, job.seed, job.density = options.workers, options.batch_size, options.learning_rate, seed, density
+    workers = LocalWorkers(job, make_model("mnist_mlp", seed), make_batches(dataset, job))
+    workers.exchange = exchange or workers.exchange
+    for step in range(options.steps):
+        losses = workers.step(step)
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(f"adaptive_density: expected finite training losses, got {losses} in step {step}")
+    correct, loss = test(workers.model, dataset)
+    count = len(dataset.test_labels)
+    sent = {name: int(workers.exchange.stats()[name]) for name in ("sent_entries", "bytes_sent")}
+    return {"accuracy": correct / count, "loss": round(loss / count, 6), **sent}
+
+
+def search(options, dataset, density, seed, start):
+    """Return the row of the threshold that sends the budget, `start` the first one tried."""
+    from experiments.models import make_model
+
+    sizes = [parameter.numel() for parameter in make_model("mnist_mlp", seed).parameters()]
+    of_one = bytes_of(sum(sizes), math.floor(density * sum(sizes) + 0.5), len(sizes))
+    budget = options.workers * (options.workers - 1) * options.steps * of_one
+    tried = {}  # log of the threshold: log of the bytes that it sends against the budget
+    threshold = start
+    for _ in range(TRIES):
+        row = train(options, dataset, density, Threshold(threshold), seed)
+        over = math.log(row["bytes_sent"] / budget)
+        if abs(over) <= WITHIN:
+            break
+        tried[math.log(threshold)] = over
+        above = [at for at, value in tried.items() if value > 0]  # sends too much: too low
+        below = [at for at, value in tried.items() if value < 0]
+        if above and below:
+            low, high = max(above), min(below)
+            threshold = math.exp(low + (high - low) * tried[low] / (tried[low] - tried[high]) if low < high else (low + high) / 2)
+        else:
+            threshold *= math.exp(over)
+    return {**row, "lambda": threshold}
+
+
+def parse(arguments):
+    parser = make_parser("experiments.adaptive_density", __doc__)
+
+    def add(name, help, **settings):
+        parser.add_argument(name, help=help, **settings)
+
+    add("--rule", "(all)", nargs="+", choices=RULES, default=list(RULES))
+    add("--density", "mean fraction of the entries that each worker sends (0.001)", nargs="+", type=float, default=[0.001], metavar="DENSITY")
+    add("--seed", "of start weights and order of images (0)", nargs="+", type=int, default=[0], metavar="SEED")
+    add("--workers", "N (%(default)s)", type=int, default=4, metavar="N")
+    add("--steps", "(%(default)s)", type=int, default=2000)
+    add("--batch-size", "images per step and worker (%(default)s)", type=int, default=20, metavar="IMAGES")
+    add("--learning-rate", "constant (%(default)s)", type=float, default=0.05, metavar="RATE")
+    add("--data", "folder that holds MNIST/raw, torchvision's layout (%(default)s)", default="data", metavar="DIR")
+    add("--out", "log to write, or to go on with", type=Path, metavar="FILE.jsonl")
+    add("--threads", "CPU threads (%(default)s)", type=int, default=1)
+    options = parser.parse_args(arguments)
+    check(
+        parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("steps", "batch_size", "threads")),
+        ("workers", lambda value: value >= 2, "at least 2"), ("learning_rate", lambda value: value > 0, "a number above 0"),
+    )  # fmt: skip
+    if not all(0 < density <= 1 for density in options.density):
+        parser.error(f"--density: expected 0 < density <= 1, got {options.density}")
+    return options
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    import torch
+
+    import regtopk_torch as rt
+    from experiments.data import load_mnist
+
+    torch.set_num_threads(options.threads)
+    found = {}  # the last threshold of each density: where the next search begins
+
+    def compute(run):
+        density, rule, seed = run["density"], run["rule"], run["seed"]
+        if rule == "threshold":
+            row = search(options, dataset, density, seed, found.get(density, 0.01))
+            found[density] = row["lambda"]
+            return row
+        adaptive = density if rule == "fixed" else rt.AdaptiveDensity(density, power=float(rule.removeprefix("power-")))
+        return {**train(options, dataset, adaptive, None, seed), "lambda": None}
+
+    runs = [{"density": density, "rule": rule, "seed": seed} for density in options.density for seed in options.seed for rule in options.rule]
+    settings = {name: getattr(options, name) for name in ("workers", "steps", "batch_size", "learning_rate")}
+    try:
+        dataset = load_mnist(options.data)
+        for row in sweeps.complete(options.out, {**settings, "data": dataset.name}, runs, compute):
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
