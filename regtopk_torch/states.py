@@ -30,7 +30,8 @@ class TopKState(Averaging):
         density (float or callable): fraction of a bucket's entries that is sent, 0 < density <= 1; k = floor(density * J + 0.5),
             at least 1. A callable takes the number of a step, counted from 0, and returns its density, the same on every rank,
             as `WarmupDensity` does. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
-        process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
+        process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group. For averages it may be a
+            `torch.distributed.ProcessGroup(store, rank, size)` that torch.distributed does not know; its timeout is the store's.
         grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
             rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
             their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are. States of
@@ -109,7 +110,7 @@ class TopKState(Averaging):
     @property
     def ranks(self):
         """Global ranks of the group."""
-        return dist.get_process_group_ranks(groups.group_of(self))
+        return groups.ranks_of(groups.group_of(self))
 
     def stats(self):
         """Return this rank's sums since construction, as a dict; no collective, no wait, no pass over a tensor.
@@ -285,6 +286,28 @@ class TopKState(Averaging):
         collective, is an error from then on."""
         self._exchange.close()
 
+    def regroup(self, process_group, step=0):
+        """Go on in another process group, of any size and members; for a state that averages tensors. What this rank holds back stays, and
+        its history ends.
+
+        Every rank of that group calls this, or constructs a state for it, and averages next; until then nothing is opened and nobody
+        waited for. The groups of before are given back, whoever is left in them. `stats()` begins anew.
+
+        Args:
+            process_group (ProcessGroup): as for the constructor.
+            step (int): the number of the next step, the same on every rank.
+
+        Raises:
+            ValueError: the state serves a model's gradients.
+        """
+        self._exchange.use("average")
+        pieces = {key: (None, piece.residual, None, None, None, False) for key, piece in self._pieces().items()}
+        forms = self._forms
+        self._exchange.close()
+        self._construct(self._given, process_group, self._grad_scaler)
+        self._exchange.import_pieces(pieces, step - 1)
+        self._forms = forms
+
     def __getstate__(self):
         pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
         step = self._exchange.last_step()
@@ -328,8 +351,8 @@ class TopKState(Averaging):
         return {
             "method": self._method,
             "distortion": self._given.get("distortion", "previous"),
-            "world_size": dist.get_world_size(group),
-            "rank": dist.get_rank(group),
+            "world_size": group.size(),
+            "rank": group.rank(),
         }
 
 
