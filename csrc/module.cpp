@@ -204,7 +204,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      const py::object& wire_dtype, bool elias_fano, bool leader, std::function<double(int64_t)> schedule) {
+                      const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, std::function<double(int64_t)> schedule) {
             return Options{
                 .regularised = regularised,
                 .density = density,
@@ -215,11 +215,12 @@ PYBIND11_MODULE(_C, module) {
                 .wire_dtype = wire_dtype.is_none() ? std::nullopt : std::optional(dtype_of("Options", wire_dtype)),
                 .elias_fano = elias_fano,
                 .leader = leader,
+                .chunk = chunk,
                 .schedule = std::move(schedule)};
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
-          py::arg("schedule") = py::none());
+          py::arg("chunk") = 0, py::arg("schedule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 

@@ -51,6 +51,9 @@ class TopKState(Averaging):
             that each average is over all ranks; a rank sends at most the places and twice the k values, whatever N is, in three
             collectives one after the other instead of one. CPU gradients, and values of 16 bits or more. RegTop-k's Z is N times the
             average in the gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
+        chunk (int, optional): a power of two from 64 to 65,536: each so many consecutive entries of a bucket send their own
+            floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
+            As published settings count: 64 of every 4,096. CPU gradients.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
@@ -363,7 +366,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

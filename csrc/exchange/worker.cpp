@@ -22,9 +22,15 @@ double Worker::density_of(int64_t step) const {
   return density;
 }
 
+int64_t Worker::share_of(int64_t entries) const {
+  const double wanted = std::floor(density_ * static_cast<double>(entries) + 0.5);
+  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, entries);
+}
+
 int64_t Worker::entries_to_send(int64_t numel) const {
-  const double wanted = std::floor(density_ * static_cast<double>(numel) + 0.5);
-  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
+  if (options.chunk == 0) return share_of(numel);
+  const int64_t rest = numel % options.chunk;
+  return numel / options.chunk * share_of(options.chunk) + (rest > 0 ? share_of(rest) : 0);
 }
 
 Wire Worker::wire_of(at::ScalarType gradient_dtype) const {
@@ -49,6 +55,9 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || !options.leader, who, ": expected gradients on the CPU with support='leader', got ",
       bucket.layout.device, "; it has no kernels for a device yet, support='own' has");
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || options.chunk == 0, who, ": expected gradients on the CPU with chunk=", options.chunk, ", got ",
+      bucket.layout.device, "; it has no kernels for a device yet, the bucket as a whole has");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
@@ -83,6 +92,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   }
   plan->round = steps.round();
   plan->set_message(entries_to_send(plan->numel), wire_of(plan->layout.dtype));
+  plan->chunk_k = options.chunk == 0 ? 0 : share_of(options.chunk);
   return plan;
 }
 
