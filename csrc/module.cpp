@@ -204,7 +204,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      const py::object& wire_dtype, bool elias_fano, bool leader, std::function<double(int64_t)> schedule,
+                      const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, std::function<double(int64_t)> schedule,
                       const std::optional<std::tuple<double, double, double, double>>& adaptive) {
             return Options{
                 .regularised = regularised,
@@ -216,6 +216,7 @@ PYBIND11_MODULE(_C, module) {
                 .wire_dtype = wire_dtype.is_none() ? std::nullopt : std::optional(dtype_of("Options", wire_dtype)),
                 .elias_fano = elias_fano,
                 .leader = leader,
+                .chunk = chunk,
                 .schedule = std::move(schedule),
                 .adaptive = adaptive ? std::optional(std::make_from_tuple<AdaptiveDensity>(*adaptive)) : std::nullopt};
           }),

@@ -144,8 +144,9 @@ void compress_cuda(
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
     int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
-    int64_t sent_round, bool, at::OptionalIntArrayRef, bool choose) {
+    int64_t sent_round, bool, at::OptionalIntArrayRef, bool choose, int64_t chunk, int64_t) {
   constexpr const char* who = "compress_";
+  TORCH_CHECK_NOT_IMPLEMENTED(chunk == 0, who, ": expected CPU tensors with a chunk, got CUDA tensors");
   TORCH_CHECK_NOT_IMPLEMENTED(choose, who, ": expected CPU tensors where a leader chooses, got CUDA tensors");
   const int64_t numel = gradient.numel();
   CompressLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, numel)), .spans = {}, .sampling = {}};

@@ -20,7 +20,7 @@ except ImportError as error:
         "or `pip install --no-build-isolation -e .` in the project's folder"
     ) from error
 
-from regtopk_torch import fake  # noqa: F401  (registers the fake kernels)
+from regtopk_torch import fake, presets  # noqa: F401  (fake registers the fake kernels)
 from regtopk_torch.directory import CheckpointError, load, save
 from regtopk_torch.hook import attach, sparse_hook
 from regtopk_torch.local import LocalExchange
@@ -29,7 +29,7 @@ from regtopk_torch.schedules import AdaptiveDensity, WarmupDensity
 from regtopk_torch.states import RegTopKState, TopKState
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveDensity", "CheckpointError", "LocalExchange", "LocalSteps", "RegTopKState", "TopKState", "WarmupDensity", "attach", "has_cuda_kernels", "load", "save", "sparse_hook"]
+__all__ = ["AdaptiveDensity", "CheckpointError", "LocalExchange", "LocalSteps", "RegTopKState", "TopKState", "WarmupDensity", "attach", "has_cuda_kernels", "load", "presets", "save", "sparse_hook"]
 
 has_cuda_kernels = _C.has_cuda_kernels
 

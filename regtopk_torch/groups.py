@@ -15,12 +15,12 @@ def group_of(state):
         RuntimeError: no default process group. ValueError: a group that this rank is not in.
     """
     who = type(state).__name__
-    if not dist.is_available() or not dist.is_initialized():
+    if state._process_group is None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{who}: expected an initialised default process group, got none; call torch.distributed.init_process_group first"
         )
     group = dist.group.WORLD if state._process_group is None else state._process_group
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"{who}: expected a process group with this rank ({dist.get_rank()}) in it, got one without; "
             "use the state on the group's ranks only"
@@ -28,9 +28,17 @@ def group_of(state):
     return group
 
 
+def ranks_of(group):
+    """Global ranks of a group; of one that torch.distributed does not know, its own."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        return list(range(group.size()))
+
+
 def check_model(who, ddp, group):
     """Raise ValueError unless the model's process group has the ranks of `group`."""
-    expected, got = dist.get_process_group_ranks(ddp.process_group), dist.get_process_group_ranks(group)
+    expected, got = ranks_of(ddp.process_group), ranks_of(group)
     if expected != got:
         raise ValueError(f"{who}: expected a state for the model's ranks {expected}, got one for {got}")
 
@@ -52,7 +60,7 @@ def open_groups(state, caller="sparse_hook"):
     models = _models_of(state)
     for ddp in models:
         check_model(caller, ddp, group)
-    rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
+    rank, size, limit = group.rank(), group.size(), timeout_of(group)
     shared = _own_client(group.get_group_store())
     number = shared.add(f"regtopk/opened/{rank}", 1)
     store = dist.PrefixStore(f"regtopk/{number}", shared)
@@ -113,13 +121,13 @@ def _options(limit, *, threads):
 
 
 def timeout_of(group):
-    """The timeout of a group's own collectives; the groups of a state take it over."""
+    """The timeout of a group's own collectives, or else of its store; the groups of a state take it over."""
     for device in ("cpu", "cuda"):
         try:
             return group._get_backend(torch.device(device)).options._timeout
         except (AttributeError, RuntimeError):  # no backend for that device, or one without options
             continue
-    return dist.constants.default_pg_timeout
+    return group.get_group_store().timeout
 
 
 def _models_of(state):

@@ -15,7 +15,7 @@ class LocalExchange:
 
     Args:
         num_workers (int): N >= 1.
-        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
+        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support, chunk: as for TopKState.
         method (str): "regtopk" or "topk".
         mu, distortion: as for RegTopKState; Top-k ignores them.
 

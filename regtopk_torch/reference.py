@@ -101,6 +101,15 @@ def select(score, k):
     return order[:k].sort().values
 
 
+def select_in_chunks(score, density, chunk):
+    """The same of each `chunk` consecutive entries by itself, the last of which may be fewer (+)."""
+    return torch.cat([begin + select(part, entries_to_send(density, len(part))) for begin, part in _chunks_of(score, chunk)])
+
+
+def _chunks_of(values, chunk):
+    return [(begin, values[begin : begin + chunk]) for begin in range(0, len(values), chunk)]
+
+
 def to_wire(values, dtype):
     """Round to the wire's dtype: nearest even, a finite value never to infinity, one NaN (+)."""
     rounded = values.to(dtype)
@@ -175,6 +184,7 @@ class Worker:
     mu: float | None = None
     distortion: str = "previous"
     decay: float = 1.0  # (+)
+    chunk: int | None = None  # (+) consecutive entries that select by themselves
     wire_dtype: torch.dtype | str | None = None  # (+) in which values travel, where it is narrower than the gradient's; or "2bit"
     residual: torch.Tensor | None = None
     sent: Message | None = None
@@ -204,7 +214,7 @@ class Worker:
         sent_index = None if self.sent is None else self.sent.index
         feedback = None if self.mu is None else self.feedback
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
-        index = select(score, entries_to_send(self.density, gradient.numel())) if support is None else support  # line 6
+        index = select_in_chunks(score, self.density, self.chunk or len(score)) if support is None else support  # line 6
         finite = accumulated.isfinite()
         # Whether an entry that is not finite has been chosen depends on the leader: it is the message's flag that says it.
         given = accumulated if support is None else torch.where(finite, accumulated, self.residual)
@@ -271,11 +281,14 @@ class Worker:
             return 0, 0
         chosen = torch.zeros(len(score), dtype=torch.bool)
         chosen[index] = True
-        keys = order_keys(score)
-        last_key = keys[index].min()
-        last_index = index[keys[index] == last_key].max()
-        magnitude = order_keys(accumulated.abs())
-        before_last = (magnitude > last_key) | ((magnitude == last_key) & (torch.arange(len(score)) <= last_index))
+        keys, magnitudes = order_keys(score), order_keys(accumulated.abs())
+        before_last = torch.zeros_like(chosen)
+        for begin, magnitude in _chunks_of(magnitudes, self.chunk or len(score)):
+            of_chunk = index[(begin <= index) & (index < begin + len(magnitude))]
+            last_key = keys[of_chunk].min()
+            last_index = of_chunk[keys[of_chunk] == last_key].max()
+            place = begin + torch.arange(len(magnitude))
+            before_last[place] = (magnitude > last_key) | ((magnitude == last_key) & (place <= last_index))
         previous = self.sent.index
         return int(chosen[previous].sum()), int((~chosen & before_last)[previous].sum())
 

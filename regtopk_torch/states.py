@@ -31,7 +31,8 @@ class TopKState(Averaging):
         density (float, callable or AdaptiveDensity): fraction of a bucket's entries that is sent, 0 < density <= 1; k =
             floor(density * J + 0.5), at least 1. A callable takes the number of a step, counted from 0, and returns its density, the
             same on every rank, as `WarmupDensity` does; an `AdaptiveDensity` follows the gradient. `DistributedDataParallel(bucket_cap_mb=...)` above the model's size makes it the model's k.
-        process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group.
+        process_group (ProcessGroup, optional): the model's group; default, as for DDP, the default group. For averages it may be a
+            `torch.distributed.ProcessGroup(store, rank, size)` that torch.distributed does not know; its timeout is the store's.
         grad_scaler (torch.amp.GradScaler, optional): the one whose `scale` the loss goes through, of equal arguments on every
             rank. Its scale is read once per bucket; when it changes, the residuals are multiplied by the ratio, so that
             their unit stays that of the unscaled gradient: exact for powers of two, as GradScaler's defaults are. States of
@@ -51,6 +52,9 @@ class TopKState(Averaging):
             that each average is over all ranks; a rank sends at most the places and twice the k values, whatever N is, in three
             collectives one after the other instead of one. CPU gradients, and values of 16 bits or more. RegTop-k's Z is N times the
             average in the gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
+        chunk (int, optional): a power of two from 64 to 65,536: each so many consecutive entries of a bucket send their own
+            floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
+            As published settings count: 64 of every 4,096. CPU gradients.
 
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
@@ -110,7 +114,7 @@ class TopKState(Averaging):
     @property
     def ranks(self):
         """Global ranks of the group."""
-        return dist.get_process_group_ranks(groups.group_of(self))
+        return groups.ranks_of(groups.group_of(self))
 
     def stats(self):
         """Return this rank's sums since construction, as a dict; no collective, no wait, no pass over a tensor.
@@ -287,6 +291,28 @@ class TopKState(Averaging):
         collective, is an error from then on."""
         self._exchange.close()
 
+    def regroup(self, process_group, step=0):
+        """Go on in another process group, of any size and members; for a state that averages tensors. What this rank holds back stays, and
+        its history ends.
+
+        Every rank of that group calls this, or constructs a state for it, and averages next; until then nothing is opened and nobody
+        waited for. The groups of before are given back, whoever is left in them. `stats()` begins anew.
+
+        Args:
+            process_group (ProcessGroup): as for the constructor.
+            step (int): the number of the next step, the same on every rank.
+
+        Raises:
+            ValueError: the state serves a model's gradients.
+        """
+        self._exchange.use("average")
+        pieces = {key: (None, piece.residual, None, None, None, False) for key, piece in self._pieces().items()}
+        forms = self._forms
+        self._exchange.close()
+        self._construct(self._given, process_group, self._grad_scaler)
+        self._exchange.import_pieces(pieces, step - 1)
+        self._forms = forms
+
     def __getstate__(self):
         pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
         kept = {"step": self._exchange.last_step(), "density_state": self._exchange.density_state(), "pieces": pieces, "forms": self._forms}
@@ -330,8 +356,8 @@ class TopKState(Averaging):
         return {
             "method": self._method,
             "distortion": self._given.get("distortion", "previous"),
-            "world_size": dist.get_world_size(group),
-            "rank": dist.get_rank(group),
+            "world_size": group.size(),
+            "rank": group.rank(),
         }
 
 
@@ -342,7 +368,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

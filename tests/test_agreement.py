@@ -41,6 +41,8 @@ def disagree(rank, case, entry):
             state = rt.RegTopKState(0.05, index_code="elias-fano" if odd else "offsets")
         elif case == "adaptive density":
             state = rt.RegTopKState(rt.AdaptiveDensity(0.05, power=1 + rank))
+        elif case == "chunk":
+            state = rt.RegTopKState(0.05, chunk=4096 if odd else None)
         elif case == "support":
             state = rt.RegTopKState(0.05, support="leader" if odd else "own")
         elif case == "distortion":
@@ -74,6 +76,7 @@ def disagree(rank, case, entry):
         ("wire dtype", "wire dtype", "the gradients'", "BFloat16"),
         ("index code", "index code", "offsets", "elias-fano"),
         ("support", "support", "own", "leader"),
+        ("chunk", "chunk", "none", "4096"),
         ("dtype", "gradient dtype", "Float", "Double"),
         ("step", "step", "0", "8"),
         ("pause", "mode", "sparse", r"dense \(paused\)"),

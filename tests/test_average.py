@@ -642,3 +642,93 @@ def test_a_paused_state_averages_densely_and_keeps_its_residuals():
         assert all(map(torch.equal, averages[1], dense))
         assert all(map(torch.equal, averages[0], expected[0]))
         assert all(torch.equal(a, b) for a, b in zip(averages[1], results[0][0][1], strict=True))
+
+
+def go_on_in_other_groups(rank, method):
+    """Two ranks, then rank 0 alone, then both in the other order; return what was given, averaged and kept in each."""
+    store = dist.group.WORLD.get_group_store()
+
+    def bare(name, place, size):
+        return dist.ProcessGroup(dist.PrefixStore(name, store), place, size)
+
+    state, seen = make_state(method, DENSITY), []
+
+    def average(step):
+        kept = residuals_of(state)["weight"] if state._forms else torch.zeros(400)
+        given = torch.randn(400, generator=torch.Generator().manual_seed(10 * rank + step))
+        (averaged,) = state.average([given], ["weight"])
+        seen.append((kept, given, averaged, residuals_of(state)["weight"], state.state_dict(None)["step"]))
+
+    for step in range(3):
+        average(step)
+    if rank == 0:
+        state.regroup(bare("alone", 0, 1), step=3)
+        for step in range(3, 5):
+            average(step)
+        assert state.ranks == [0] and state.stats()["steps"] == 2
+    state.regroup(bare("again", 1 - rank, 2), step=5)
+    for step in range(5, 7):
+        average(step)
+    dist.barrier()
+    return seen
+
+
+@pytest.mark.parametrize("method", ["topk", "regtopk"])
+def test_what_is_held_back_goes_along_into_another_group(method):
+    zero, one = run_workers(go_on_in_other_groups, 2, method)
+    for seen in (zero, one):
+        for (_, _, _, kept, _), (next_kept, *_) in zip(seen, seen[1:], strict=False):
+            assert torch.equal(kept, next_kept), "no entry is lost or changed between two averages, whatever the group"
+    for kept, given, averaged, left, _ in zero[3:5]:
+        assert torch.equal(averaged + left, kept + given) and averaged.count_nonzero() == 40
+    for (kept0, given0, averaged, left0, step), (kept1, given1, averaged1, left1, step1) in zip(zero[5:], one[3:], strict=True):
+        assert torch.equal(averaged, averaged1) and step == step1
+        torch.testing.assert_close(2 * averaged + left0 + left1, kept0 + given0 + kept1 + given1)
+    assert [seen[-1] for seen in zero] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def wait_in_a_bare_group(rank):
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=2))
+    return error_of(rt.TopKState(process_group=dist.ProcessGroup(store, 0, 2)).average, [torch.zeros(3)])
+
+
+def test_the_timeout_of_a_bare_group_is_its_stores():
+    ((kind, message, seconds),) = run_workers(wait_in_a_bare_group, 1)
+    assert kind is dist.DistBackendError and "expected all 2 ranks to use their state within 2 s, got none of rank 1" in message
+    assert seconds < 20
+
+
+def model_state_in_another_group(rank):
+    ddp, state = DistributedDataParallel(make_model()), make_state("topk", DENSITY)
+    rt.attach(ddp, state)
+    loss_of(ddp, batch(rank, 0)).backward()
+    return error_of(state.regroup, dist.group.WORLD)
+
+
+def test_a_state_of_a_models_gradients_stays_in_its_group():
+    for kind, message, _ in run_workers(model_state_in_another_group, 2):
+        assert kind is ValueError and re.search("expected a state that average alone uses, got one that sparse_hook has used", message), message
+
+
+def lose_the_other(rank):
+    state = make_state("regtopk", DENSITY)
+    state.average([torch.randn(400, generator=torch.Generator().manual_seed(rank))])
+    if rank == 1:
+        state.close()
+        dist.barrier()
+        return None
+    kept, given = residuals_of(state)["0"], torch.arange(400.0)
+    kind, _, seconds = error_of(state.average, [given])
+    state.abort()
+    in_vain = residuals_of(state)["0"]
+    state.regroup(dist.ProcessGroup(dist.HashStore(), 0, 1), step=1)
+    (averaged,) = state.average([torch.zeros(400)])
+    dist.barrier()
+    return kind, seconds, torch.equal(in_vain, kept + given), torch.equal(averaged + residuals_of(state)["0"], in_vain)
+
+
+def test_what_was_sent_to_a_rank_that_is_gone_returns_once_and_goes_along():
+    (kind, seconds, returned, went_along), _ = run_workers(lose_the_other, 2)
+    assert kind is dist.DistBackendError and seconds < 30
+    assert returned and went_along

@@ -135,6 +135,7 @@ class Mode:
 
 UNUSED = {"find_unused_parameters": True}
 NARROW = {"wire_dtype": torch.bfloat16, "index_code": "elias-fano"}
+CHUNKS = {"chunk": 256, "wire_dtype": "2bit", "index_code": "elias-fano"}
 LEADER = {"support": "leader"}
 ADAPTIVE = {"density": rt.AdaptiveDensity(0.05, power=2)}
 COMPILED = {"bucket_cap_mb": 1}  # dynamo splits the graph by DDP's buckets and takes no less
@@ -177,6 +178,8 @@ MODES = {
     "activation checkpointing": Mode(lambda rank: Checkpointed(False)),
     "re-entrant activation checkpointing": Mode(lambda rank: Checkpointed(True), {"static_graph": True}),
     "narrow": Mode(state=NARROW),
+    "chunks, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=CHUNKS),
+    "chunks of a leader": Mode(state={"chunk": 64, "support": "leader"}),
     "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": "2bit"}),
     "leader": Mode(state=LEADER),
     "leader, three ranks": Mode(world_size=3, state=LEADER),

@@ -21,6 +21,10 @@ WRONG_OPTIONS = [
     ({"mu": -1.0}, ValueError, "expected a finite mu > 0, got mu=-1.0"),
     ({"mu": float("inf")}, ValueError, "expected a finite mu > 0, got mu=inf"),
     ({"mu": float("nan")}, ValueError, "expected a finite mu > 0, got mu=nan"),
+    *(
+        ({"chunk": chunk}, ValueError, f"expected chunk to be None or a power of two from 64 to 65536, got {chunk!r}")
+        for chunk in (0, 32, 100, 131072, 4096.0, True, "4096")
+    ),
     ({"distortion": "next"}, ValueError, "expected distortion 'previous' or 'current', got 'next'"),
 ]
 

@@ -20,8 +20,8 @@ OPERATORS = torch.ops.regtopk
 class KernelWorker:
     """One worker on the operators, with the state that the exchange would keep."""
 
-    def __init__(self, numel, dtype, k, mu, distortion, decay=1.0):
-        self.options = {"k": k, "mu": 1.0 if mu is None else mu, "distortion": distortion, "decay": decay}
+    def __init__(self, numel, dtype, k, mu, distortion, decay=1.0, **chunks):
+        self.options = {"k": k, "mu": 1.0 if mu is None else mu, "distortion": distortion, "decay": decay, **chunks}
         self.regularised = mu is not None
         self.dtype = dtype
         self.residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))
@@ -38,12 +38,13 @@ class KernelWorker:
         self.sent = self.feedback = None
 
 
-def compare(steps, density, mu, distortion, decay=1.0):
+def compare(steps, density, mu, distortion, decay=1.0, chunk=None, **options):
     """Exchange `steps` (gradients of all workers, step by step) on both and compare everything at every step."""
     numel, dtype = steps[0][0].numel(), steps[0][0].dtype
-    k = reference.entries_to_send(density, numel)
-    workers = [KernelWorker(numel, dtype, k, mu, distortion, decay) for _ in steps[0]]
-    oracle = reference.Exchange([reference.Worker(density, mu, distortion, decay) for _ in steps[0]])
+    k = sum(reference.entries_to_send(density, min(chunk or numel, numel - begin)) for begin in range(0, numel, chunk or numel))
+    chunks = {} if chunk is None else {"chunk": chunk, "chunk_k": reference.entries_to_send(density, chunk), **options}
+    workers = [KernelWorker(numel, dtype, k, mu, distortion, decay, **chunks) for _ in steps[0]]
+    oracle = reference.Exchange([reference.Worker(density, mu, distortion, decay, chunk=chunk) for _ in steps[0]])
     for step, gradients in enumerate(steps):
         before = [values.clone() for values in gradients]
         if oracle.workers[0].in_vain:

@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "regtopk_torch": {"regtopk_torch"},
     "experiments": {"regtopk_torch", "runlog", "experiments"},
     "benchmarks": {"regtopk_torch", "runlog", "benchmarks"},
+    "examples": {"regtopk_torch"},
     "cuda": set(),
 }
 TESTS = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}

@@ -1,6 +1,8 @@
 #include "compress.h"
 
 #include <algorithm>
+#include <bit>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -24,7 +26,7 @@ struct Boundary {
 
 // Exact selection by radix: two histograms of 16-bit digits (four in fp64) find the k-th score, a count per tile places
 // the entries, and the last pass packs them and writes the residual. Every pass recomputes a = r + g, so nothing of size J
-// is stored and the passes before the last one change nothing.
+// is stored and the passes before the last one change nothing. Of chunks, each of which fits a tile, one pass finds all boundaries.
 template <typename T>
 class Compressor {
   using Accumulate = typename Traits<T>::Accumulate;
@@ -38,11 +40,14 @@ class Compressor {
         gradient_(static_cast<const T*>(arguments.gradient)),
         residual_(static_cast<Accumulate*>(arguments.residual)),
         feedback_(static_cast<const Accumulate*>(arguments.feedback)),
-        decay_(static_cast<Accumulate>(arguments.decay)) {}
+        decay_(static_cast<Accumulate>(arguments.decay)),
+        chunk_bits_(arguments.chunks ? std::countr_zero(static_cast<uint64_t>(arguments.chunks.entries)) : 63) {}
 
   void run() {
-    const Boundary<Bits> boundary = find_boundary();
-    pack(boundary);
+    first_entry_.resize(layout_.tiles);
+    if (arguments_.chunks) find_boundaries_of_chunks();
+    else boundaries_ = {find_boundary()};
+    pack();
   }
 
  private:
@@ -113,6 +118,27 @@ class Compressor {
     return place_tiles(prefix, wanted);
   }
 
+  void find_boundaries_of_chunks() {
+    const Chunks& chunks = arguments_.chunks;
+    boundaries_.resize(chunks.count(layout_.numel));
+    for_each_tile(
+        [&](int64_t tile, const Bits* keys, NoReduction::Nothing&) {
+          const int64_t base = tile * kTileEntries;
+          first_entry_[tile] = base / chunks.entries * chunks.k;
+          for (int64_t begin = 0; begin < layout_.tile_entries(tile); begin += chunks.entries) {
+            const int64_t chunk = (base + begin) / chunks.entries, k = chunks.k_of(chunk, layout_);
+            std::vector<Bits> ranked(keys + begin, keys + std::min(begin + chunks.entries, layout_.tile_entries(tile)));
+            std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), std::greater<>());
+            const Bits score_key = ranked[k - 1];
+            int64_t ties = k - std::count_if(ranked.begin(), ranked.end(), [&](Bits key) { return key > score_key; });
+            int64_t offset = begin;
+            while (!(keys[offset] == score_key && --ties == 0)) ++offset;
+            boundaries_[chunk] = {score_key, base + offset};
+          }
+        },
+        NoReduction{});
+  }
+
   // Counts what each tile sends and finds the index at which the k-th score's ties end.
   Boundary<Bits> place_tiles(Bits score_key, int64_t ties_wanted) {
     std::vector<int64_t> above(layout_.tiles, 0), ties(layout_.tiles, 0);
@@ -127,7 +153,6 @@ class Compressor {
           ties[tile] = ties_here;
         },
         NoReduction{});
-    first_entry_.resize(layout_.tiles);
     Boundary<Bits> boundary{score_key, -1};
     for (int64_t tile = 0, entry = 0; tile < layout_.tiles; ++tile) {
       first_entry_[tile] = entry;
@@ -147,7 +172,7 @@ class Compressor {
     return tile * kTileEntries + offset;
   }
 
-  void pack(const Boundary<Bits>& boundary) {
+  void pack() {
     PayloadWriter<T> writer(arguments_.payload, layout_);
     PayloadHeader header = make_header(layout_, arguments_.step, arguments_.plan);
     std::mutex mutex;
@@ -172,6 +197,7 @@ class Compressor {
           if (arguments_.sent != nullptr) {
             arguments_.sent->for_each_entry(tile, [&](int64_t, int64_t offset) {
               const int64_t index = base + offset;
+              const Boundary<Bits>& boundary = boundaries_[index >> chunk_bits_];
               if (boundary.includes(keys[offset], index)) ++counts.repeated;
               else if (boundary.includes(magnitude_key(accumulated(index)), index)) ++counts.displaced;
             });
@@ -183,7 +209,7 @@ class Compressor {
             const Accumulate value = accumulated(index);
             const bool finite = is_finite(value);
             Accumulate kept = value;
-            if (boundary.includes(keys[offset], index)) {
+            if (boundaries_[index >> chunk_bits_].includes(keys[offset], index)) {
               const T sent = Traits<T>::store(value == value ? value : std::numeric_limits<Accumulate>::quiet_NaN());
               writer.set_entry(tile, entry++, offset, sent);
               kept = value - Traits<T>::load(sent);
@@ -203,7 +229,9 @@ class Compressor {
   Accumulate* residual_;
   const Accumulate* feedback_;
   const Accumulate decay_;
-  std::vector<int64_t> first_entry_;  // of each tile, in the payload
+  const int chunk_bits_;
+  std::vector<int64_t> first_entry_;          // of each tile, in the payload
+  std::vector<Boundary<Bits>> boundaries_;    // of each chunk, or of the bucket
 };
 
 }  // namespace

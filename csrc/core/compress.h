@@ -22,6 +22,17 @@ struct Bracket {
   double expected = 0.0;        // fraction of the entries that are looked at; sizes buffers
 };
 
+// A bucket cut into chunks of so many consecutive entries, each of which sends its own k; 0 entries: the bucket as a whole. The size
+// is a power of two, at least 64, and divides a tile. What the whole chunks leave of the bucket's k is sent by the last, shorter one.
+struct Chunks {
+  int64_t entries = 0, k = 0;
+
+  explicit operator bool() const { return entries > 0; }
+  int64_t count(int64_t numel) const { return (numel + entries - 1) / entries; }
+  int64_t k_of(int64_t chunk, const PayloadLayout& layout) const { return (chunk + 1) * entries > layout.numel ? layout.k - chunk * k : k; }
+};
+inline constexpr int64_t kSmallestChunk = 64;
+
 struct CompressArguments {
   PayloadLayout layout;              // J, k and the value type of the bucket
   const void* gradient = nullptr;    // in: [J] of the value type
@@ -35,7 +46,8 @@ struct CompressArguments {
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
   double decay = 1.0;                // rounded to the accumulate type
-  // Replaces the sampled bracket, so that tests can force a wrong one. The scalar path and fp64 use none.
+  Chunks chunks;
+  // Replaces the sampled bracket, so that tests can force a wrong one; with chunks it lists all. The scalar path and fp64 use none.
   std::optional<Bracket> bracket = std::nullopt;
 };
 

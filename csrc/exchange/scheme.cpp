@@ -7,7 +7,7 @@ namespace regtopk {
 std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
 Selection selection_of(const Worker& worker, const Plan& plan) {
-  return {plan.k(), worker.options.mu, worker.options.decay, worker.options.distortion};
+  return {plan.k(), worker.options.mu, worker.options.decay, worker.options.distortion, worker.options.chunk, plan.chunk_k};
 }
 
 Stamp stamp_of(const Worker& worker, const Plan& plan) {

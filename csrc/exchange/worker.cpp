@@ -25,9 +25,15 @@ double Worker::density_of(int64_t step) const {
   return density;
 }
 
+int64_t Worker::share_of(double density, int64_t entries) const {
+  const double wanted = std::floor(density * static_cast<double>(entries) + 0.5);
+  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, entries);
+}
+
 int64_t Worker::entries_to_send(double density, int64_t numel) const {
-  const double wanted = std::floor(density * static_cast<double>(numel) + 0.5);
-  return std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, numel);
+  if (options.chunk == 0) return share_of(density, numel);
+  const int64_t rest = numel % options.chunk;
+  return numel / options.chunk * share_of(density, options.chunk) + (rest > 0 ? share_of(density, rest) : 0);
 }
 
 Wire Worker::wire_of(at::ScalarType gradient_dtype) const {
@@ -55,6 +61,9 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || !options.adaptive, who, ": expected gradients on the CPU with an AdaptiveDensity, got ",
       bucket.layout.device, "; the host would wait for a device's norm in each step, take a fixed density or a schedule");
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || options.chunk == 0, who, ": expected gradients on the CPU with chunk=", options.chunk, ", got ",
+      bucket.layout.device, "; it has no kernels for a device yet, the bucket as a whole has");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
@@ -89,6 +98,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   }
   plan->round = steps.round();
   plan->set_message(entries_to_send(density_, plan->numel), wire_of(plan->layout.dtype));
+  plan->chunk_k = options.chunk == 0 ? 0 : share_of(density_, options.chunk);
   return plan;
 }
 

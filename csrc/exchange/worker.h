@@ -31,6 +31,7 @@ struct Options {
   std::optional<at::ScalarType> wire_dtype;  // of the values that travel, where it has fewer bytes than the gradients'
   bool elias_fano = false;  // the index code
   bool leader = false;      // chooses for all ranks, else each for itself
+  int64_t chunk = 0;        // consecutive entries that each send k / J of theirs; 0: a bucket's as a whole
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
   std::optional<AdaptiveDensity> adaptive;  // instead of `density`
 };
@@ -96,6 +97,7 @@ class Worker {
   void wait_for_report() const;
   double density_of(int64_t step) const;
   int64_t entries_to_send(double density, int64_t numel) const;
+  int64_t share_of(double density, int64_t entries) const;
   Wire wire_of(at::ScalarType gradient_dtype) const;
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();

@@ -137,6 +137,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
       {"index code", options.elias_fano ? "elias-fano" : "offsets"},
       {"support", options.leader ? "leader" : "own"},
+      {"chunk", options.chunk == 0 ? "none" : std::to_string(options.chunk)},
       {"mu", options.regularised ? round_trip(options.mu) : "none"},
       {"distortion", options.regularised ? options.distortion : "none"},
       {"mode", !bucket.keeps ? "all-reduce of sparse tensors"

@@ -58,6 +58,7 @@ struct Plan {
   at::Tensor feedback_buffer;  // [rows, k]
   // Of a support that a leader has chosen, bytes: its message; what this rank sends to each, its own averages, and those of all.
   at::Tensor lead, rows, slice, averages;
+  int64_t chunk_k = 0;   // of k, what each chunk sends, where there are chunks
   bool follows = false;  // the payload under way has no entries yet: the leader's support has not come
 
   // One flag a span. A device takes them in without being waited for.

@@ -48,6 +48,18 @@ double checked_decay(const char* who, double decay) {
   return decay;
 }
 
+Chunks checked_chunks(const char* who, const PayloadLayout& layout, int64_t chunk, int64_t chunk_k) {
+  if (chunk == 0) return {};
+  TORCH_CHECK_VALUE(
+      chunk >= kSmallestChunk && kTileEntries % chunk == 0, who, ": expected a chunk of a power of two entries from ", kSmallestChunk,
+      " to ", kTileEntries, ", got ", chunk);
+  const int64_t rest = layout.numel % chunk, k_of_rest = layout.k - layout.numel / chunk * chunk_k;
+  TORCH_CHECK_VALUE(
+      chunk_k >= 1 && chunk_k <= chunk && k_of_rest <= rest && k_of_rest >= std::min<int64_t>(rest, 1), who, ": expected k=", layout.k,
+      " to be chunk_k for each of ", layout.numel / chunk, " chunks and 1 to ", rest, " for the rest, got chunk_k=", chunk_k);
+  return {chunk, chunk_k};
+}
+
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel) {
   TORCH_CHECK_TYPE(
       tensor.scalar_type() == dtype, who, ": expected ", name, " of dtype ", c10::toString(dtype), ", got ",

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/compress.h"
 #include "../core/parallel.h"
 #include "../core/payload.h"
 #include "../core/score.h"
@@ -25,6 +26,7 @@ at::ScalarType accumulate_dtype(at::ScalarType gradient_dtype);
 Distortion distortion_of(const char* who, c10::string_view name);
 double checked_mu(const char* who, double mu);
 double checked_decay(const char* who, double decay);
+Chunks checked_chunks(const char* who, const PayloadLayout& layout, int64_t chunk, int64_t chunk_k);
 
 // A contiguous, one-dimensional tensor of a dtype and a number of entries.
 void check_vector(const char* who, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel);

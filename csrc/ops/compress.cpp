@@ -44,7 +44,7 @@ void compress_cpu(
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans_tensor, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
     int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
-    int64_t sent_round, bool trusted, at::OptionalIntArrayRef bracket, bool choose) {
+    int64_t sent_round, bool trusted, at::OptionalIntArrayRef bracket, bool choose, int64_t chunk, int64_t chunk_k) {
   constexpr const char* who = "compress_";
   const int64_t numel = gradient.numel(), span_count = check_spans(who, spans_tensor, numel);
   CompressArguments arguments{.layout = check_bucket(who, gradient, k, span_count)};
@@ -54,6 +54,7 @@ void compress_cpu(
   arguments.distortion = distortion_of(who, distortion);
   arguments.mu = checked_mu(who, mu);
   arguments.decay = checked_decay(who, decay);
+  arguments.chunks = checked_chunks(who, arguments.layout, chunk, chunk_k);
   TORCH_CHECK_VALUE(!feedback || sent, who, ": expected feedback together with the payload it belongs to, got feedback alone");
   TORCH_CHECK_VALUE(
       span_count == 0 || (idle && verdict && counters), who, ": expected idle, verdict and counters together with spans, got spans alone");

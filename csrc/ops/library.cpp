@@ -16,6 +16,8 @@
 // and the round void, leaves idle as it was, and lowers `status`, int64 [1], -1 to begin with, to what was found, if that is
 // less as an unsigned number (core/payload_status.h): the lowest of all calls.
 //
+// With a `chunk` every so many consecutive entries send k of their own, `chunk_k`, and the last, fewer ones the rest of `k`.
+//
 // Of a support that a leader has chosen, core/lead.h, compress_ without `choose` leaves the followers a payload without entries, which
 // take_ fills at the leader's support, and of which rows [workers, head and slice] travel. average_slice_ writes a row of averages, 16
 // bytes with the step and then those of its slice; spread_ the bucket, of all rows of averages; feedback_ the feedback.
@@ -26,7 +28,7 @@ TORCH_LIBRARY(regtopk, library) {
       "compress_(Tensor gradient, Tensor(a!) residual, Tensor(b!) payload, Tensor? sent, Tensor? feedback, Tensor? spans=None, "
       "Tensor? idle=None, Tensor? verdict=None, Tensor? applied=None, Tensor(c!)? counters=None, *, int k, float mu=1.0, float decay=1.0, "
       "str distortion='previous', int step=0, int plan=0, float scale=1.0, int deed=0, int sent_round=-1, bool trusted=False, "
-      "int[]? bracket=None, bool choose=True) -> ()");
+      "int[]? bracket=None, bool choose=True, int chunk=0, int chunk_k=0) -> ()");
   library.def(
       "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
       "Tensor(d!)? verdict=None, Tensor(e!)? status=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, "

@@ -28,11 +28,11 @@ void compress_(
   static const auto operation = find_operator<void(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
       const Optional&, const Optional&, const Optional&, int64_t, double, double, c10::string_view, int64_t, int64_t, double, int64_t,
-      int64_t, bool, at::OptionalIntArrayRef, bool)>("regtopk::compress_");
+      int64_t, bool, at::OptionalIntArrayRef, bool, int64_t, int64_t)>("regtopk::compress_");
   operation.call(
       gradient, residual, payload, sent, feedback, shared.spans, shared.idle, shared.verdict, applied, counters, selection.k, selection.mu,
       selection.decay, selection.distortion, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed), sent_round,
-      /*trusted=*/true, /*bracket=*/std::nullopt, choose);
+      /*trusted=*/true, /*bracket=*/std::nullopt, choose, selection.chunk, selection.chunk_k);
 }
 
 void aggregate_(

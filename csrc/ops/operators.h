@@ -15,6 +15,7 @@ struct Selection {
   int64_t k;
   double mu, decay;
   const std::string& distortion;
+  int64_t chunk, chunk_k;  // entries that select by themselves, and how many each; 0: all
 };
 
 // The small tensors that the stages of a bucket share.

@@ -14,13 +14,10 @@ inline constexpr int64_t kBlockEntries = 8192;
 inline constexpr int64_t kTileBlocks = kTileEntries / kBlockEntries;
 static_assert(kTileEntries % kBlockEntries == 0);
 
-// Where block number `block` of a bucket of `numel` entries lies.
+// Where block number `block` of a bucket of `numel` entries lies. Blocks of another size divide a tile and are a multiple of 64 entries.
 struct Block {
-  Block(int64_t block, int64_t numel)
-      : index(block * kBlockEntries),
-        tile(block / kTileBlocks),
-        first_offset(block % kTileBlocks * kBlockEntries),
-        entries(std::min(kBlockEntries, numel - index)) {}
+  Block(int64_t block, int64_t numel, int64_t size = kBlockEntries)
+      : index(block * size), tile(index / kTileEntries), first_offset(index % kTileEntries), entries(std::min(size, numel - index)) {}
 
   static int64_t count(int64_t numel) { return (numel + kBlockEntries - 1) / kBlockEntries; }
 

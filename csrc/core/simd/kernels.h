@@ -31,7 +31,11 @@ struct AccumulateArguments {
   bool crowded;           // most vectors have an entry to list: a branch on which do would be foreseen wrongly too often
   ListArrays out;         // room for `entries` and kListSlack more
   bool* non_finite;       // out: set where an entry is not finite, else left alone
+  // out, or null: the largest key of each group of kMaximumEntries entries, groups that have none in common and leave out what fills
+  // no four vectors at the end. For an entry that is not finite, some key from that of infinity on.
+  uint32_t* maxima = nullptr;
 };
+inline constexpr int64_t kMaximumEntries = 4;
 
 struct PackArguments {
   ListArrays list;

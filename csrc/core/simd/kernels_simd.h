@@ -148,7 +148,7 @@ struct Lister {
 template <typename V, typename T, bool kFirstTime>
 int64_t accumulate_block(const AccumulateArguments& arguments) {
   using Stored = typename T::Stored;
-  constexpr int64_t kVectors = 4;
+  constexpr int64_t kVectors = kMaximumEntries;
   const Stored* const gradient = static_cast<const Stored*>(arguments.gradient);
   float* const residual = arguments.residual;
   const auto decay = V::floats(arguments.decay);
@@ -166,6 +166,7 @@ int64_t accumulate_block(const AccumulateArguments& arguments) {
       if constexpr (kFirstTime) accumulated[vector] = V::sum(V::product(accumulated[vector], decay), T::template load<V>(gradient + first));
       largest = V::larger(largest, V::magnitude(accumulated[vector]));
     }
+    if (arguments.maxima != nullptr) V::store_keys(arguments.maxima + at / kVectors, largest);
     if (V::bits(V::at_least(largest, infinity)) != 0) [[unlikely]] {
       for (int64_t vector = 0; vector < kVectors; ++vector) {
         lister.store_and_list(accumulated[vector], V::all_lanes(), at + vector * V::kLanes);
