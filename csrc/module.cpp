@@ -222,7 +222,7 @@ PYBIND11_MODULE(_C, module) {
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
-          py::arg("schedule") = py::none(), py::arg("adaptive") = py::none());
+          py::arg("chunk") = 0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 
