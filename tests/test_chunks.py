@@ -54,6 +54,15 @@ def test_any_gradient_gives_the_bits_of_the_reference(data):
         _C.set_cpu_variant(VARIANTS[-1])
 
 
+@pytest.mark.parametrize("density", [1 / 64, 0.1, 0.3])
+def test_where_all_that_was_sent_falls_behind_the_next_best_are_found(variant, density):
+    # The largest entries of every chunk cancel between two ranks, so that they score 0 in the next step.
+    size = torch.randn(70_001, generator=torch.Generator().manual_seed(0)).abs()
+    opposed = torch.where(size > size.quantile(1 - density), 100 * size, 0.01 * size)
+    noise = [torch.randn(70_001, generator=torch.Generator().manual_seed(rank)) * 1e-3 for rank in (1, 2)]
+    compare([[opposed + noise[0], noise[1] - opposed]] * 4, density, 1.0, "previous", 1.0, 4096)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_neither_threads_nor_a_forced_list_of_all_change_a_byte(threads):
     before = torch.get_num_threads()

@@ -208,5 +208,5 @@ def test_options_that_are_none_are_errors_in_words():
     ]:
         with pytest.raises(ValueError, match=message):
             rt.TopKState(**given)
-    with pytest.raises(TypeError, match="RegTopKState: expected options of decay, dense_steps, wire_dtype, index_code, support, got 'wire'"):
+    with pytest.raises(TypeError, match="RegTopKState: expected options of decay, .*, chunk.*, got 'wire'"):
         rt.RegTopKState(wire=torch.bfloat16)
