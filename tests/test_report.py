@@ -228,6 +228,26 @@ def test_an_end_of_training_is_held_against_none_at_the_seeds_that_all_ends_have
     assert drawn.name == "end_of_training.svg" and all(f">{text}<" in drawn.read_text() for text in ("mlp", "resnet18", "sgd", "adamw", "flush", "dense"))
 
 
+def test_rows_of_the_language_model_stand_at_the_rate_that_was_best_for_each_over_the_seeds_of_all_its_rates(tmp_path):
+    folder = tmp_path / "language_model"
+    folder.mkdir()
+    losses = {("dense", 0.01): (1.5, 1.6), ("dense", 0.1): (1.4, 1.9), ("h5", 0.01): (1.9, 2.0), ("h5", 0.1): (1.7, 1.9, 0.1)}
+    with record.Recorder(folder / "8.jsonl", seed=None, settings={"steps": 8, "size": "tiny", "workers": 2, "batch_size": 4}) as recorder:
+        for (row, rate), own in losses.items():
+            for seed, loss in enumerate(own):
+                share = {"dense": 1.0, "h5": 0.02}[row]
+                recorder.write(
+                    "run", row=row, learning_rate=rate, seed=seed, loss=loss, of_dense=share, bytes_per_step=1e6 * share,
+                    losses=[[4, 2 * loss], [8, loss]],
+                )  # fmt: skip
+    found, n, test, log, figure = cells_of("language-8", tmp_path)
+    assert found == "dense 1.550 ± 0.071 at 0.01; h5 1.800 ± 0.141 at 0.1 (0.0200)"
+    assert n == "2" and test == "1 paired t-tests, uncorrected: p < 0.05 at none"
+    assert log == "[8](results/language_model/8.jsonl)" and figure == "[figure](figures/language_model_8.svg)"
+    (drawn,) = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
+    assert drawn.name == "language_model_8.svg" and all(f">{text}<" in drawn.read_text() for text in ("dense (n = 2)", "h5 (n = 2)"))
+
+
 def test_rules_for_k_are_held_against_a_fixed_one_at_their_density(tmp_path):
     folder = tmp_path / "adaptive_density"
     folder.mkdir()

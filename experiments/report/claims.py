@@ -190,6 +190,29 @@ def find_adaptive(evidence, density):
     return replace(found, found=f"{found.found}; test loss {losses}; bytes {min(against):.3f}…{max(against):.3f} times those of fixed")
 
 
+def at_best_rate(runs):
+    """Return {row: its runs at the learning rate with the least mean loss}, over the seeds that all rates of the row have; the least first."""
+    rows = {row: variants_of(own, "learning_rate").values() for row, own in variants_of_each(runs, "row")}
+    best = {row: min(rates, key=lambda own: fmean(values("loss", own))) for row, rates in rows.items()}
+    return dict(sorted(best.items(), key=lambda item: fmean(values("loss", item[1]))))
+
+
+def variants_of_each(runs, option):
+    """Return [(value of the option, all runs that have it)], in the order of the logs."""
+    return [(value, select(runs, **{option: value})) for value in dict.fromkeys(run.options[option] for run in runs)]
+
+
+def find_language(evidence, steps):
+    """Find the validation loss of each way to send, at the learning rate that was best for it, and its bytes against dense ones'."""
+    runs = select(evidence.language, steps=steps)
+    rows = at_best_rate(runs)
+    dense = rows.pop("dense")
+    tests = {row: compare(*(values("loss", some) for some in at_common_seeds([own, dense]))) for row, own in rows.items()}
+    parts = [f"{row} {spread(values('loss', own), 3)} at {own[0].options['learning_rate']:g} ({own[0].value('of_dense'):.4f})" for row, own in rows.items()]
+    text = f"dense {spread(values('loss', dense), 3)} at {dense[0].options['learning_rate']:g}; {', '.join(parts)}"
+    return Finding(text, min(map(len, (dense, *rows.values()))), describe_several(tests), runs)
+
+
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
 CLAIMS = {
     "fig-1-top-1": ("toy_logistic", find_toy_topk),
@@ -218,12 +241,16 @@ CLAIMS = {
 
 
 def claims_of(evidence):
-    """Return CLAIMS, and a claim for each model and optimizer whose ends of training, and each density at which rules for k, are in the evidence."""
+    """Return CLAIMS, and a claim for each model and optimizer whose ends of training, and each density at which rules for k, and each length of the
+    language model's training, are in the evidence."""
     ends = dict.fromkeys((run.options["model"], run.options["optimizer"]) for run in evidence.endings)
     found = {f"end-{model}-{optimizer}": partial(find_endings, model=model, optimizer=optimizer) for model, optimizer in ends}
     rules = {f"adaptive-{density:g}": partial(find_adaptive, density=density) for density in dict.fromkeys(run.options["density"] for run in evidence.adaptive)}
     figures = {name: ("end_of_training", find) for name, find in found.items()} | {name: ("adaptive_density", find) for name, find in rules.items()}
-    return CLAIMS | figures
+    return CLAIMS | figures | {
+        f"language-{steps}": (f"language_model_{steps}", partial(find_language, steps=steps))
+        for steps in dict.fromkeys(run.options["steps"] for run in evidence.language)
+    }
 
 
 def fill(document, evidence):

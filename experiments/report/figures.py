@@ -3,7 +3,7 @@
 from functools import partial
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, variants_of
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, variants_of
 from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
@@ -185,6 +185,25 @@ def draw_gains(option, by, axes, runs):
     axes.legend(fontsize=7)
 
 
+def draw_language(runs):
+    """Return the figure of the language model's validation loss against steps and bytes, each row at its best learning rate."""
+    from matplotlib import colormaps
+
+    settings = runs[0].options
+    title = f"A GPT of {settings['size']} parameters, {settings['workers']} workers x {settings['batch_size']} windows, {settings['steps']:,} steps"
+    figure, (step_axes, byte_axes) = new_figure(2, title, size=(12, 4.6))
+    for number, (row, own) in enumerate(at_best_rate(runs).items()):
+        style = {"color": "black", "linestyle": ":"} if row == "dense" else {"color": colormaps["tab20"](number)}
+        steps, curves = [step for step, _ in own[0].value("losses")], [[loss for _, loss in run.value("losses")] for run in own]
+        band(step_axes, steps, curves, label=f"{row} (n = {len(own)})", **style)
+        band(byte_axes, [step * own[0].value("bytes_per_step") / 1e6 for step in steps], curves, **style)
+    step_axes.set(xlabel="step of each worker", ylabel="validation loss (nats per byte)")
+    byte_axes.set(xlabel="sent per worker (MB, 1e6 bytes)")
+    scale_logarithmically(byte_axes)
+    step_axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
 def make_figures(evidence):
     """Yield (name, figure) of all that there are logs for."""
     if evidence.toy:
@@ -210,6 +229,8 @@ def make_figures(evidence):
     if evidence.adaptive:
         panels = [("colours: mean density", "points more than a fixed k (test accuracy)", evidence.adaptive, partial(draw_gains, "rule", "density"))]
         yield "adaptive_density", draw_panels("k by rules, equal bytes, MNIST, every seed", panels)
+    for steps in dict.fromkeys(run.options["steps"] for run in evidence.language):
+        yield f"language_model_{steps}", draw_language(select(evidence.language, steps=steps))
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
         if group == "density-0.001":  # the figure in README.md
