@@ -132,6 +132,11 @@ py::dict statistics_of(Worker& worker) {
   result["history_dropped"] = statistics.history_dropped + counters[2];
   result["residual_dropped"] = statistics.residual_dropped.load();
   result["dense_buckets"] = statistics.dense_buckets.load();
+  py::list dense;
+  for (const auto& [parameters, entries, why] : worker.dense_buckets()) {
+    dense.append(py::dict(py::arg("parameters") = parameters, py::arg("entries") = entries, py::arg("why") = why));
+  }
+  result["dense"] = dense;
   result["entries"] = statistics.entries.load();
   result["sent_entries"] = statistics.sent_entries.load();
   result["repeated"] = counters[0];
@@ -205,7 +210,8 @@ PYBIND11_MODULE(_C, module) {
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
                       const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, std::function<double(int64_t)> schedule,
-                      const std::optional<std::tuple<double, double, double, double>>& adaptive) {
+                      const std::optional<std::tuple<double, double, double, double>>& adaptive, bool dense_auto,
+                      decltype(Options::dense_rule) dense_rule) {
             return Options{
                 .regularised = regularised,
                 .density = density,
@@ -217,12 +223,15 @@ PYBIND11_MODULE(_C, module) {
                 .elias_fano = elias_fano,
                 .leader = leader,
                 .chunk = chunk,
+                .dense_auto = dense_auto,
+                .dense_rule = std::move(dense_rule),
                 .schedule = std::move(schedule),
                 .adaptive = adaptive ? std::optional(std::make_from_tuple<AdaptiveDensity>(*adaptive)) : std::nullopt};
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
-          py::arg("chunk") = 0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none());
+          py::arg("chunk") = 0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none(), py::arg("dense_auto") = false,
+          py::arg("dense_rule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 

@@ -23,12 +23,14 @@ class Averaging:
     """The part of a state that averages tensors."""
 
     _exchange: Any  # the state's
+    _given: dict[str, Any]  # its options
 
     def _begin_averaging(self):
         self._tensors = _C.TensorsExchange(self._exchange)
         self._forms: dict[str, Form] = {}  # name -> Form, of all tensors for which something may be kept
         self._lists: set[tuple] = set()  # the names of each list that was averaged
         self._last = None  # names and device of the last average
+        self._asked: dict[int, str] = {}  # key -> name, of the average under way
         self._decided = True  # whether the last average is final, or was put back
 
     def average(self, tensors, names=None, *, out=None, async_op=False):
@@ -83,6 +85,7 @@ class Averaging:
             exchange.announce_failure(str(error))  # the others wait in vain
             raise
         self._decided = True  # of the one before
+        self._asked = {form.key: name for name, form in forms.items()} if callable(self._given.get("dense")) else {}
         work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), absent)
         self._forms.update(forms)
         self._lists.add(tuple(forms))

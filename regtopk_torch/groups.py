@@ -57,8 +57,8 @@ def open_groups(state, caller="sparse_hook"):
         torch.distributed.DistBackendError: a rank did not use its state within the group's timeout.
     """
     group = group_of(state)
-    models = _models_of(state)
-    for ddp in models:
+    registered = _models_of(state)
+    for ddp in registered:
         check_model(caller, ddp, group)
     rank, size, limit = group.rank(), group.size(), timeout_of(group)
     shared = _own_client(group.get_group_store())
@@ -86,7 +86,7 @@ def open_groups(state, caller="sparse_hook"):
             ) from error
 
     payloads, control = open_group("payloads", 4), open_group("control", 1)
-    stream = _stream_of(models[0].process_group if models else group)
+    stream = _stream_of(registered[0].process_group if registered else group)
     return payloads, control, store, limit.total_seconds(), stream, lambda stage: open_group(f"stage {stage}", 2)
 
 
@@ -132,10 +132,14 @@ def timeout_of(group):
 
 def _models_of(state):
     """The DistributedDataParallel models on which the state is registered. DDP keeps (hook, state) in a list of its own and does
-    not tell the hook who is asking; but an object refers to its class."""
+    not tell the hook who is asking."""
+    return [model for model in models() if any(registered is state for _, registered in getattr(model, "_comm_hooks", []))]
+
+
+def models():
+    """All DistributedDataParallel models of this process: an object refers to its class."""
     kinds = [DistributedDataParallel, *_subclasses_of(DistributedDataParallel)]
-    models = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
-    return [model for model in models if any(registered is state for _, registered in getattr(model, "_comm_hooks", []))]
+    return [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
 
 
 def _subclasses_of(kind):

@@ -15,7 +15,8 @@ class LocalExchange:
 
     Args:
         num_workers (int): N >= 1.
-        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support, chunk: as for TopKState.
+        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support, chunk, dense: as for TopKState;
+            a parameter's name is its place, "0", "1", ...
         method (str): "regtopk" or "topk".
         mu, distortion: as for RegTopKState; Top-k ignores them.
 
@@ -24,7 +25,7 @@ class LocalExchange:
     """
 
     def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", **common):
-        options = check_options("LocalExchange", method=method, density=density, mu=mu, distortion=distortion, **common)
+        options = check_options("LocalExchange", lambda keys: map(str, keys), method=method, density=density, mu=mu, distortion=distortion, **common)
         if isinstance(num_workers, bool) or not isinstance(num_workers, numbers.Integral) or num_workers < 1:
             raise ValueError(f"LocalExchange: expected num_workers to be an integer of at least 1, got {num_workers!r}")
         num_workers = int(num_workers)
@@ -69,7 +70,7 @@ class LocalExchange:
             result = self._exchange.statistics(rank)
         else:
             ranks = [self.stats(rank) for rank in range(self._num_workers)]
-            once = ("steps", "void_steps", "density", "workers")
+            once = ("steps", "void_steps", "density", "workers", "dense")
             result = {name: ranks[0][name] if name in once else sum(r[name] for r in ranks) for name in ranks[0]}
         result["density"] = result["sent_entries"] / result["entries"] if result["entries"] else 0.0
         result["workers"] = self._num_workers

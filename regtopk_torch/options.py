@@ -15,15 +15,18 @@ INDEX_CODES = ("offsets", "elias-fano")
 SUPPORTS = ("own", "leader")
 CHUNKS = [2**bits for bits in range(6, 17)]
 # What every method takes, by name, and what it is unless it is given.
-COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None}
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "dense": "never"}
 
 
-def check_options(who, *, method, density, mu, distortion, **common):
-    """Return the options in the form of the extension; raise ValueError or TypeError that names `who` otherwise."""
+def check_options(who, names_of, *, method, density, mu, distortion, **common):
+    """Return the options in the form of the extension; raise ValueError or TypeError that names `who` otherwise.
+
+    `names_of` gives the names of parameters that the extension knows by keys.
+    """
     unknown = [name for name in common if name not in COMMON]
     if unknown:
         raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
-    decay, dense_steps, wire_dtype, index_code, support, chunk = (common.get(name, usual) for name, usual in COMMON.items())
+    decay, dense_steps, wire_dtype, index_code, support, chunk, dense = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     adaptive = isinstance(density, AdaptiveDensity)
@@ -53,10 +56,13 @@ def check_options(who, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype='2bit'; two bits have levels that a slice of the values lacks")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, numbers.Integral) or int(chunk) not in CHUNKS):
         raise ValueError(f"{who}: expected chunk to be None or a power of two from {CHUNKS[0]} to {CHUNKS[-1]}, got {chunk!r}")
+    if not (callable(dense) or isinstance(dense, str) and dense in ("never", "auto")):
+        raise ValueError(f"{who}: expected dense to be 'never', 'auto' or a function of a parameter's name and its number of entries, got {dense!r}")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
         decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
         adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
+        dense_auto=dense == "auto", dense_rule=_asking(who, dense, names_of) if callable(dense) else None,
     )  # fmt: skip
 
 
@@ -68,3 +74,15 @@ def _checked(who, density):
         return float(value)
 
     return density_of
+
+
+def _asking(who, dense, names_of):
+    def answers(keys, numels):
+        found = []
+        for name, numel in zip(names_of(keys), numels, strict=True):
+            found.append(dense(name, numel))
+            if not isinstance(found[-1], bool):
+                raise TypeError(f"{who}: expected dense({name!r}, {numel}) to return True or False, got {found[-1]!r}")
+        return found
+
+    return answers

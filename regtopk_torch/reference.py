@@ -192,10 +192,11 @@ class Worker:
     in_vain: bool = False
     idle: torch.Tensor | None = None  # bool [J]: what was zero on all workers in the last step
 
-    def compress(self, gradient, zero=None, support=None):
+    def compress(self, gradient, zero=None, support=None, dense=False):
         """Return this step's Message and update the residual: what is sent plus what is kept is what was given.
 
         `support`, ascending indices, is what a leader has chosen instead of this worker (+): no score is taken.
+        Where it is `dense` all entries are sent, in the gradient's dtype (+).
 
         `zero`, bool [J], marks the parameters whose gradient is zero in all entries here. Those that were so on all workers in
         the last step are idle (+): they score 0, are sent as 0 if at all, and keep their residual.
@@ -214,18 +215,22 @@ class Worker:
         sent_index = None if self.sent is None else self.sent.index
         feedback = None if self.mu is None else self.feedback
         score = scores(accumulated, sent_index, feedback, mu=self.mu, distortion=self.distortion)  # line 5
-        index = select_in_chunks(score, self.density, self.chunk or len(score)) if support is None else support  # line 6
+        if support is not None:
+            index = support
+        else:
+            index = torch.arange(len(score)) if dense else select_in_chunks(score, self.density, self.chunk or len(score))  # line 6
         finite = accumulated.isfinite()
         # Whether an entry that is not finite has been chosen depends on the leader: it is the message's flag that says it.
         given = accumulated if support is None else torch.where(finite, accumulated, self.residual)
         value = to_wire(given[index], gradient.dtype)  # line 7
-        if self.wire_dtype == "2bit":
+        wire_dtype = None if dense else self.wire_dtype
+        if wire_dtype == "2bit":
             value = two_bits(index, value)[0]
-        elif self.wire_dtype is not None and self.wire_dtype.itemsize < gradient.dtype.itemsize:
-            value = to_wire(to_wire(value, torch.float32), self.wire_dtype).to(gradient.dtype)
+        elif wire_dtype is not None and wire_dtype.itemsize < gradient.dtype.itemsize:
+            value = to_wire(to_wire(value, torch.float32), wire_dtype).to(gradient.dtype)
 
         kept = given.clone()
-        applied = value.isfinite() if self.wire_dtype == "2bit" else torch.ones(len(value), dtype=torch.bool)
+        applied = value.isfinite() if wire_dtype == "2bit" else torch.ones(len(value), dtype=torch.bool)
         kept[index[applied]] -= value[applied].to(wide)  # line 8
         # (+) an entry that is not finite keeps what it had
         self.residual = torch.where(finite, kept, self.residual if support is None else kept)
@@ -363,28 +368,32 @@ class Exchange:
     leader: bool = False
     steps: int = 0
     density: AdaptiveDensity | None = None  # instead of the workers'
+    dense: bool = False  # (+) whether all entries are sent, in the next step; a residual goes along, and there is no history after it
 
     def step(self, gradients):
         """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
         for worker in self.workers if self.density else []:
             worker.density = self.density.density
         zero = [zero_entries(gradient, self.sizes) if self.sizes else None for gradient in gradients]
-        messages = self.led_messages(gradients, zero) if self.leader else [w.compress(*given) for w, *given in zip(self.workers, gradients, zero, strict=True)]
+        led = self.leader and not self.dense
+        messages = self.led_messages(gradients, zero) if led else [w.compress(*given, dense=self.dense) for w, *given in zip(self.workers, gradients, zero, strict=True)]
         self.steps += 1
         dtype, workers = gradients[0].dtype, len(messages)
         total = sum_in_rank_order(messages, gradients[0].numel())
-        if self.leader and any(message.non_finite for message in messages):
+        shared = self.leader or self.dense
+        if shared and any(message.non_finite for message in messages):
             total[messages[0].index] = math.nan
         # By a tensor: dividing by a number may multiply by its rounded inverse.
         average = to_wire(total / torch.tensor(float(workers), dtype=total.dtype), dtype)
         void = not bool(average.isfinite().all())
-        if self.leader:
+        if shared:
             total = workers * average.to(total.dtype)  # averages travel: more of Z than they say comes to nobody
         idle = torch.stack(zero).all(dim=0) if self.sizes else None
         for worker in self.workers:
             worker.receive(total, void=void, idle=idle)
+            worker.feedback = None if self.dense else worker.feedback
         average = average if idle is None else torch.where(idle, torch.zeros_like(average), average)
-        if self.density:
+        if self.density and not self.dense:
             self.density.measure(average, void=void)
         return average
 
@@ -396,6 +405,13 @@ class Exchange:
             if rank != leader:
                 led[rank] = worker.compress(gradients[rank], zero[rank], led[leader].index)
         return [message for _, message in sorted(led.items())]
+
+
+def dense_bytes(numel, dtype, workers, parameters):
+    """What a worker sends of a dense bucket (+): to each other one a head and a slice of its values, then 16 bytes and the averages of its
+    own slice. A slice is a multiple of 4 entries. `dense="auto"` is where chosen entries take as many bytes or more."""
+    entries, head = -(-numel // (4 * workers)) * 4, 64 + 16 + -(-parameters // 64) * 8
+    return (workers - 1) * (head + 16 + 2 * entries * dtype.itemsize)
 
 
 def encode(message, numel, *, step=0, plan=0, elias_fano=False, coded=None):

@@ -56,6 +56,14 @@ class TopKState(Averaging):
             floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
             As published settings count: 64 of every 4,096. CPU gradients.
 
+        dense (str or callable): where all entries travel instead of chosen ones, in the gradients' dtype, whatever `wire_dtype` is, and what was
+            held back with them. "never"; a warning says once where that would send less. "auto": of each bucket that would send no less
+            with chosen ones, at the step's density, or at the mean of an `AdaptiveDensity`. A callable takes the name of a parameter,
+            as in the module or of the average, and its number of entries, once each, and returns whether it is dense, the same on every
+            rank: `lambda name, numel: "embedding" in name`. The others of its bucket choose among themselves, k = density * their entries.
+            A dense bucket is a reduce-scatter and an all-gather, in rank order, with the bytes of a ring all-reduce; it returns with a
+            void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. CPU gradients.
+
     The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
 
@@ -80,7 +88,9 @@ class TopKState(Averaging):
 
     def _construct(self, given, process_group, grad_scaler):
         who = type(self).__name__
-        options = check_options(who, **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
+        # The exchange must not keep its state alive: it would never be given back.
+        this = weakref.ref(self)
+        options = check_options(who, lambda keys: [] if (state := this()) is None else state._names_of(keys), **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
         self._given = {name: float(value) if name in ("mu", "decay") or (name == "density" and isinstance(value, numbers.Real)) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
@@ -89,8 +99,6 @@ class TopKState(Averaging):
         self._process_group, self._grad_scaler = process_group, grad_scaler
         self._history_dropped = 0  # by loading
         self._stepped: tuple[int, weakref.WeakSet] = (-1, weakref.WeakSet())  # a step, and the optimizers that have stepped since it began
-        # The exchange must not keep its state alive: it would never be given back.
-        this = weakref.ref(self)
         clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
         self._exchange = _C.GroupExchange(
             options,
@@ -123,8 +131,9 @@ class TopKState(Averaging):
         late; seconds are those of the host, and exchange_seconds is 0 where nobody waits for the exchange (NCCL).
 
         steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
-        (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets,
-        entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
+        (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets
+        (all entries sent: paused, sparse tensors, `dense_steps`, `dense`), dense (the buckets that `dense` makes so at present: a list of
+        {parameters, entries, why}), entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
         (entries that plain magnitude would have sent and the RegTop-k factor did not; with a leader both of what this rank chose),
         bytes_sent and bytes_dense (what this rank puts on the network: (N - 1) payloads, or with a leader (N - 1) / N of the places, an
         even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
@@ -195,6 +204,15 @@ class TopKState(Averaging):
         named_keys = self._named_keys_to_load(module)
         loaded = checkpoint.from_state_dicts(read, saved_world_size, named_keys, self._checkpoint_header())
         return lambda: self._import(named_keys, *loaded)
+
+    def _names_of(self, keys):
+        """The names of parameters of the model, or of the tensors that are being averaged, by their keys."""
+        # A hook of the user's own may be registered with more than the state.
+        names = {key: name for ddp in groups.models() for name, _, key in _named_keys(ddp)} | self._asked
+        unknown = [key for key in keys if key not in names]
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: expected parameters of a DistributedDataParallel for dense={self._given['dense']!r} to name, got {len(unknown)} of none")
+        return [names[key] for key in keys]
 
     def _named_keys(self, module):
         return self._named_tensors(module) if module is None or self._forms else _named_keys(module)
@@ -368,7 +386,7 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk, dense: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

@@ -43,6 +43,8 @@ def disagree(rank, case, entry):
             state = rt.RegTopKState(rt.AdaptiveDensity(0.05, power=1 + rank))
         elif case == "chunk":
             state = rt.RegTopKState(0.05, chunk=4096 if odd else None)
+        elif case == "dense":
+            state = rt.RegTopKState(0.05, dense="auto" if odd else "never")
         elif case == "support":
             state = rt.RegTopKState(0.05, support="leader" if odd else "own")
         elif case == "distortion":
@@ -77,6 +79,7 @@ def disagree(rank, case, entry):
         ("index code", "index code", "offsets", "elias-fano"),
         ("support", "support", "own", "leader"),
         ("chunk", "chunk", "none", "4096"),
+        ("dense", "dense", "never", "auto"),
         ("dtype", "gradient dtype", "Float", "Double"),
         ("step", "step", "0", "8"),
         ("pause", "mode", "sparse", r"dense \(paused\)"),

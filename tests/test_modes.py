@@ -135,6 +135,7 @@ class Mode:
 
 UNUSED = {"find_unused_parameters": True}
 NARROW = {"wire_dtype": torch.bfloat16, "index_code": "elias-fano"}
+DENSE = {"dense": lambda name, numel: numel < 100}
 CHUNKS = {"chunk": 256, "wire_dtype": "2bit", "index_code": "elias-fano"}
 LEADER = {"support": "leader"}
 ADAPTIVE = {"density": rt.AdaptiveDensity(0.05, power=2)}
@@ -180,6 +181,11 @@ MODES = {
     "narrow": Mode(state=NARROW),
     "chunks, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=CHUNKS),
     "chunks of a leader": Mode(state={"chunk": 64, "support": "leader"}),
+    "dense where small, used now and then, three ranks": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, world_size=3, state=DENSE),
+    "dense where less, two dtypes": Mode(lambda rank: two_dtypes(), world_size=3, state={"density": rt.WarmupDensity(0.9, 0.05, 6), "dense": "auto"}),
+    "dense where small of a leader, used now and then, skipped": Mode(
+        lambda rank: WithBranch(rank, all_or_nobody), UNUSED | {"skip_all_reduce_unused_params": True}, state=DENSE | LEADER
+    ),
     "narrow, used now and then": Mode(lambda rank: WithBranch(rank, now_and_then), UNUSED, state=NARROW | {"wire_dtype": "2bit"}),
     "leader": Mode(state=LEADER),
     "leader, three ranks": Mode(world_size=3, state=LEADER),

@@ -260,12 +260,12 @@ def test_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(method, en
         assert all(map(torch.equal, parameters, results[0][1]))
 
 
-def fail_once(rank, operator):
+def fail_once(rank, operator, **options):
     """On rank 1 an operator fails in the third step. Returns (errors, what is missing, parameters)."""
     sizes = (300, 40, 300)
     module = Given(*sizes)
     ddp = DistributedDataParallel(module, bucket_cap_mb=1e-3)
-    state = rt.TopKState(0.1, support="leader")
+    state = rt.TopKState(0.1, **(options or {"support": "leader"}))
     register(ddp, state, "register_comm_hook")
     optimizer = unit_sgd(module)
     given, errors = [torch.zeros(size, dtype=torch.float64) for size in sizes], []

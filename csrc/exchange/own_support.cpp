@@ -28,7 +28,7 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient)
         gradient, plan.payloads, optional(plan.feedback_buffer), plan.shared, optional(worker.report.status()), selection_of(worker, plan),
         stamp_of(worker, plan), worker.rank);
   });
-  measure(receivers, gradient, plan.payloads, [&](int64_t k) { return static_cast<double>(plan.message_bytes_of(k)); });
+  measure(receivers, gradient, plan.payloads, [&](int64_t k) { return static_cast<double>(plan.message_bytes_of(k, plan.wire())); });
   for (size_t row = 0; row < receivers.size(); ++row) {
     const Receiver& each = receivers[row];
     if (&each.plan != &plan) each.plan.shared.idle.copy_(plan.shared.idle);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "shared_support.h"
+
 namespace regtopk {
 
 std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
@@ -35,6 +37,11 @@ Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choos
 
 void write_message(const Plan& plan, const Sent& sent) {
   if (plan.has_wire_form()) to_wire_(plan.residual, sent.payload, sent.message, plan.wire(), plan.layout.dtype, plan.k(), span_count(plan));
+}
+
+double bytes_of_chosen(const Worker& worker, const Plan& plan, int64_t k, const Wire& wire) {
+  if (worker.options.leader) return shared_support::bytes_of(worker, plan, k, wire);
+  return static_cast<double>((worker.workers - 1) * plan.message_bytes_of(k, wire));
 }
 
 void say_who(const Worker& worker, const std::function<void()>& operation) {

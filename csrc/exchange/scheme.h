@@ -39,12 +39,18 @@ Selection selection_of(const Worker& worker, const Plan& plan);
 Stamp stamp_of(const Worker& worker, const Plan& plan);
 int64_t span_count(const Plan& plan);
 
+// Whether a bucket goes the way of a shared support: a leader's, or all of it.
+inline bool is_shared(const Worker& worker, const Plan& plan) { return worker.options.leader || plan.is_dense(); }
+
 // The payload of this step, in a buffer of the plan, and a place for its message; the gradient is only read. A worker that does not
 // `choose` keeps everything for the time being. One that is `absent` contributes nothing this time: all its residuals wait, its history
 // ends, and its gradient is zero.
 Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choose, bool absent);
 // The message of a payload that has its values: the payload itself, or its wire form.
 void write_message(const Plan& plan, const Sent& sent);
+
+// What a rank sends of a bucket of which k entries are chosen, as the options say, and travel in `wire`.
+double bytes_of_chosen(const Worker& worker, const Plan& plan, int64_t k, const Wire& wire);
 
 // What an operator finds wrong with received bytes, it says; a user knows the rank and the hook.
 void say_who(const Worker& worker, const std::function<void()>& operation);

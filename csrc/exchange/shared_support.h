@@ -8,6 +8,8 @@
 //   average           average_slice_: checks every head, adds up in rank order, divides
 //   gather            all-gather ─► averages [N, mark and slice]
 //   receive           spread_ ─► the bucket; feedback_
+//
+// A dense bucket goes the same way without a leader: everybody's support is all of it. Its history ends.
 #pragma once
 
 #include <memory>
@@ -17,6 +19,10 @@
 #include "scheme.h"
 
 namespace regtopk::shared_support {
+
+// What a rank sends of a bucket of which a leader chooses k entries, that travel in `wire`; and of one that is dense.
+double bytes_of(const Worker& worker, const Plan& plan, int64_t k, const Wire& wire);
+double bytes_of_all(const Worker& worker, const Plan& plan);
 
 // In buffers of the plan; the gradient is only read. Makes room for what comes later.
 Sent choose_or_keep(Worker& worker, Plan& plan, const at::Tensor& gradient, bool absent = false);

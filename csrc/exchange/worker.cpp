@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "../ops/checks.h"
+#include "shared_support.h"
 
 namespace regtopk {
 
@@ -64,6 +65,10 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.chunk == 0, who, ": expected gradients on the CPU with chunk=", options.chunk, ", got ",
       bucket.layout.device, "; it has no kernels for a device yet, the bucket as a whole has");
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || !(options.dense_auto || options.dense_rule), who,
+      ": expected gradients on the CPU with dense=", options.dense_auto ? "'auto'" : "a rule", ", got ", bucket.layout.device,
+      "; it has no kernels for a device yet, dense='never' has");
   if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
 }
 
@@ -90,16 +95,67 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   }
   std::shared_ptr<Plan> plan = store_.find(bucket.layout, bucket.index);
   if (!report.is_placed()) report.place_on(bucket.layout.device);
-  if (!plan) {
+  const bool is_new = !plan;
+  if (is_new) {
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
     plan = store_.make(bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), garbage);
     publish_counts();
   }
   plan->round = steps.round();
-  plan->set_message(entries_to_send(density_, plan->numel), wire_of(plan->layout.dtype));
-  plan->chunk_k = options.chunk == 0 ? 0 : share_of(density_, options.chunk);
+  if (set_form(*plan, bucket.dense) || is_new) publish_dense();
   return plan;
+}
+
+bool Worker::set_form(Plan& plan, bool ruled_dense) {
+  const Wire wire = wire_of(plan.layout.dtype);
+  std::string why;
+  if (ruled_dense) why = "the rule";
+  else if (options.dense_auto && workers > 1) {
+    const int64_t k = entries_to_send(options.adaptive ? options.adaptive->mean : density_, plan.numel);
+    const double chosen = bytes_of_chosen(*this, plan, k, wire), all = shared_support::bytes_of_all(*this, plan);
+    if (chosen >= all) why = c10::str("auto: ", static_cast<int64_t>(all), " bytes a step against ", static_cast<int64_t>(chosen));
+  }
+  const bool is_news = why != plan.why_dense;
+  plan.why_dense = std::move(why);
+  const double density = plan.is_dense() ? 1 : density_;
+  plan.set_message(entries_to_send(density, plan.numel), plan.is_dense() ? Wire{plan.layout.dtype, false} : wire);
+  plan.chunk_k = options.chunk == 0 ? 0 : share_of(density, options.chunk);
+  return is_news;
+}
+
+std::vector<bool> Worker::ruled_dense(const Layout& layout, const MakeOwners& owners) {
+  std::vector<ParameterKey> keys;
+  std::vector<int64_t> numels;
+  std::vector<size_t> places;
+  for (size_t i = 0; i < layout.spans.size(); ++i) {
+    if (ruled_.contains(layout.spans[i].key)) continue;
+    keys.push_back(layout.spans[i].key);
+    numels.push_back(layout.spans[i].numel);
+    places.push_back(i);
+  }
+  if (!keys.empty()) {
+    std::erase_if(ruled_, [](const auto& known) { return known.second.first.is_gone(); });
+    std::vector<Owner> all = owners();
+    const std::vector<bool> answers = options.dense_rule(keys, numels);
+    for (size_t i = 0; i < keys.size(); ++i) ruled_[keys[i]] = {std::move(all[places[i]]), answers.at(i)};
+  }
+  std::vector<bool> dense;
+  for (const Span& span : layout.spans) dense.push_back(ruled_.at(span.key).second);
+  return dense;
+}
+
+void Worker::publish_dense() {
+  const std::lock_guard lock(dense_mutex_);
+  dense_buckets_.clear();
+  for (const auto& plan : store_.plans()) {
+    if (plan->is_dense()) dense_buckets_.emplace_back(plan->layout.spans.size(), plan->numel, plan->why_dense);
+  }
+}
+
+Worker::DenseBuckets Worker::dense_buckets() const {
+  const std::lock_guard lock(dense_mutex_);
+  return dense_buckets_;
 }
 
 void Worker::note_applied(const AppliedKeys& applied) {

@@ -9,7 +9,10 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "../core/deed.h"
@@ -32,6 +35,9 @@ struct Options {
   bool elias_fano = false;  // the index code
   bool leader = false;      // chooses for all ranks, else each for itself
   int64_t chunk = 0;        // consecutive entries that each send k / J of theirs; 0: a bucket's as a whole
+  bool dense_auto = false;  // a bucket sends all its entries where chosen ones would take no fewer bytes
+  // Which parameters do, by their keys and sizes, if it is not empty; may take another language's lock.
+  std::function<std::vector<bool>(const std::vector<ParameterKey>& keys, const std::vector<int64_t>& numels)> dense_rule;
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
   std::optional<AdaptiveDensity> adaptive;  // instead of `density`
 };
@@ -42,6 +48,7 @@ struct Bucket {
   int64_t index;       // its place among the buckets of a step
   double scale;        // what its gradients were multiplied by
   bool keeps = true;   // whether there are residuals to keep for it: not for sparse tensors
+  bool dense = false;  // by the user's rule: it sends all its entries
 };
 
 class Worker {
@@ -70,6 +77,11 @@ class Worker {
   void begin_measuring_anew() { measures_anew_ = true; }  // with the next step; any thread may say so
   DensityControl density_control;                        // of an adaptive one
   bool is_dense_step() const { return steps.step() < options.dense_steps; }
+  // What the user's rule says of each span; it is asked once for a parameter.
+  std::vector<bool> ruled_dense(const Layout& layout, const MakeOwners& owners);
+  // The buckets that send all their entries at present: parameters, entries, and why. Any thread may ask.
+  using DenseBuckets = std::vector<std::tuple<int64_t, int64_t, std::string>>;
+  DenseBuckets dense_buckets() const;
   // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
   // take on its scale.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
@@ -99,6 +111,9 @@ class Worker {
   int64_t entries_to_send(double density, int64_t numel) const;
   int64_t share_of(double density, int64_t entries) const;
   Wire wire_of(at::ScalarType gradient_dtype) const;
+  // Returns whether the plan has become dense or ceased to be.
+  bool set_form(Plan& plan, bool ruled_dense);
+  void publish_dense();
   void begin_step(double scale, const AppliedKeys& applied);
   void publish_counts();
   bool feedback_has_scale() const { return options.regularised && options.distortion == "current"; }
@@ -107,7 +122,10 @@ class Worker {
   std::mutex mutex_;
   Store store_;
   double density_;
+  mutable std::mutex dense_mutex_;  // for a moment each
+  DenseBuckets dense_buckets_;
   std::atomic<bool> measures_anew_ = false;
+  std::unordered_map<ParameterKey, std::pair<Owner, bool>> ruled_;  // an owner keeps its key from being another parameter's
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
 };

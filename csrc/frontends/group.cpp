@@ -1,5 +1,10 @@
 #include "group.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -66,6 +71,91 @@ void GroupExchange::use(const std::string& caller) {
 GroupExchange::FuturePtr GroupExchange::exchange(
     const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
     const std::function<Fingerprint()>& describe, bool absent) {
+  if (!worker_->options.dense_rule || !bucket.keeps) return exchange_as_one(bucket, gradient, average, owners, describe, absent);
+  std::vector<bool> dense;
+  try {
+    dense = worker_->ruled_dense(bucket.layout, owners);
+  } catch (const std::exception& error) {
+    transport_->announce_failure(error.what());
+    throw;
+  }
+  std::string places;
+  for (size_t i = 0; i < dense.size(); ++i) places += dense[i] ? c10::str(places.empty() ? "" : ", ", i) : "";
+  const auto describe_part = [&] {
+    Fingerprint lines = describe();
+    lines.emplace_back("dense parameters of the bucket", places.empty() ? "none" : places);
+    return lines;
+  };
+  Bucket whole = bucket;
+  whole.dense = dense.front();
+  if (std::equal(dense.begin() + 1, dense.end(), dense.begin()))
+    return exchange_as_one(whole, gradient, average, owners, describe_part, absent);
+  for (const char letter : places) whole.layout.mark = (whole.layout.mark ^ static_cast<uint8_t>(letter)) * 0x100000001b3ull | 1;
+  return exchange_in_parts(whole, dense, gradient, average, owners, describe_part, absent);
+}
+
+GroupExchange::FuturePtr GroupExchange::exchange_in_parts(
+    const Bucket& bucket, const std::vector<bool>& dense, const at::Tensor& gradient, const at::Tensor& average,
+    const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe, bool absent) {
+  struct Part {
+    at::Tensor values;
+    std::vector<std::pair<int64_t, int64_t>> ranges;  // in the bucket: begin and length
+  };
+  std::vector<Part> parts;
+  c10::List<FuturePtr> pending(c10::FutureType::create(c10::TensorType::get()));
+  for (const bool which : {true, false}) {
+    Bucket bucket_of_part = bucket;
+    bucket_of_part.dense = which;
+    bucket_of_part.layout.spans.clear();
+    Part& part = parts.emplace_back();
+    std::vector<at::Tensor> pieces;
+    int64_t begin = 0;
+    for (size_t i = 0; i < dense.size(); ++i) {
+      const Span& span = bucket.layout.spans[i];
+      if (dense[i] == which) {
+        bucket_of_part.layout.spans.push_back(span);
+        part.ranges.emplace_back(begin, span.numel);
+        pieces.push_back(gradient.narrow(0, begin, span.numel));
+      }
+      begin += span.numel;
+    }
+    part.values = at::cat(pieces);
+    const auto owners_of_part = [&] {
+      std::vector<regtopk::Owner> all = owners(), some;
+      for (size_t i = 0; i < dense.size(); ++i) {
+        if (dense[i] == which) some.push_back(std::move(all[i]));
+      }
+      return some;
+    };
+    if (part.values.numel() == 0) continue;
+    try {
+      pending.push_back(exchange_as_one(bucket_of_part, part.values, part.values, owners_of_part, describe, absent));
+    } catch (...) {
+      // What the other part has sent returns: nobody gets it.
+      if (!pending.empty()) worker_->steps.clock().make_void(worker_->steps.round());
+      throw;
+    }
+  }
+  return c10::collectAll(pending)->then(
+      [parts, average](c10::ivalue::Future& done) {
+        done.value();  // raises what a part has raised
+        const at::NoGradGuard no_grad;
+        const at::AutoDispatchBelowADInplaceOrView no_versions;
+        for (const Part& part : parts) {
+          int64_t from = 0;
+          for (const auto& [begin, numel] : part.ranges) {
+            average.narrow(0, begin, numel).copy_(part.values.narrow(0, from, numel));
+            from += numel;
+          }
+        }
+        return c10::IValue(average);
+      },
+      c10::TensorType::get());
+}
+
+GroupExchange::FuturePtr GroupExchange::exchange_as_one(
+    const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
+    const std::function<Fingerprint()>& describe, bool absent) {
   const std::shared_ptr<Plan> plan = enter(bucket, owners, describe);
   Transport::Bucket moved;
   moved.result = average;
@@ -85,10 +175,10 @@ GroupExchange::FuturePtr GroupExchange::exchange(
           [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); }}},
         std::move(moved));
   }
-  const bool leader = worker_->options.leader;
-  const Sent sent = (leader ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, gradient, absent);
+  const bool shared = is_shared(*worker_, *plan);
+  const Sent sent = (shared ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, gradient, absent);
   moved.fail = [worker = worker_, plan, sent] { fail(*worker, *plan, sent.payload); };
-  return transport_->exchange((leader ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
+  return transport_->exchange((shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
 }
 
 std::shared_ptr<Plan> GroupExchange::enter(
@@ -116,6 +206,7 @@ std::shared_ptr<Plan> GroupExchange::enter(
     dense_step_ = worker_->is_dense_step();
     forget_agreements();
   }
+  if (plan) advise(*plan);
   if (plan && plan->agreed_version == options_version_) return plan;
   const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
   if (!agreed_.contains(hash)) {
@@ -137,13 +228,17 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
       {"index code", options.elias_fano ? "elias-fano" : "offsets"},
       {"support", options.leader ? "leader" : "own"},
+      {"dense", options.dense_rule   ? "a rule"
+                : options.dense_auto ? "auto"
+                                     : "never"},
       {"chunk", options.chunk == 0 ? "none" : std::to_string(options.chunk)},
       {"mu", options.regularised ? round_trip(options.mu) : "none"},
       {"distortion", options.regularised ? options.distortion : "none"},
-      {"mode", !bucket.keeps ? "all-reduce of sparse tensors"
-               : dense_      ? "dense (paused)"
-               : dense_step_ ? "dense"
-                             : "sparse"},
+      {"mode", !bucket.keeps  ? "all-reduce of sparse tensors"
+               : dense_       ? "dense (paused)"
+               : dense_step_  ? "dense"
+               : bucket.dense ? "dense by the rule"
+                              : "sparse"},
       {"gradient dtype", c10::toString(layout.dtype)}};
   fingerprint.insert(fingerprint.end(), description.begin(), description.end());
   fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
@@ -151,6 +246,17 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
   fingerprint.emplace_back("measurements of the adaptive density, which reset() ends", describe_measured(*worker_));
   fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
   agree(*transport_, caller_, fingerprint);
+}
+
+void GroupExchange::advise(const Plan& plan) {
+  const Worker& worker = *worker_;
+  if (advised_ || worker.rank != 0 || worker.workers == 1 || worker.options.dense_auto || plan.is_dense() || is_dense()) return;
+  const double chosen = bytes_of_chosen(worker, plan, plan.k(), plan.wire()), all = shared_support::bytes_of_all(worker, plan);
+  if (chosen <= all) return;
+  advised_ = true;
+  TORCH_WARN(
+      worker.who, ": a bucket of ", plan.numel, " entries sends ", static_cast<int64_t>(chosen), " bytes a step at density ",
+      round_trip(worker.density()), " where all its entries would take ", static_cast<int64_t>(all), "; dense='auto' sends those");
 }
 
 void GroupExchange::forget_agreements() {

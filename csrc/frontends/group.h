@@ -58,6 +58,15 @@ class GroupExchange {
   void close();
 
  private:
+  // The dense parameters of a bucket and the others, as two buckets with copies of their parts.
+  FuturePtr exchange_in_parts(
+      const Bucket& bucket, const std::vector<bool>& dense, const at::Tensor& gradient, const at::Tensor& average,
+      const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe, bool absent);
+  FuturePtr exchange_as_one(
+      const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
+      const std::function<Fingerprint()>& describe, bool absent);
+  // Says once where a bucket would send less with all its entries.
+  void advise(const Plan& plan);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe);
   void forget_agreements();
@@ -73,6 +82,7 @@ class GroupExchange {
   bool used_ = false;
   bool closed_ = false, dense_ = false;  // paused
   bool dense_step_ = false;              // of the last bucket
+  bool advised_ = false;
   double agreed_density_;                // NaN before the first step of a schedule
   std::pair<uint64_t, int64_t> alone_;   // what this rank may have done alone, at the beginning of the last step
   int64_t options_version_ = 0;

@@ -89,11 +89,13 @@ Worker& LocalExchange::worker(int64_t rank) {
 void LocalExchange::skipped() { worker(0).steps.clock().make_void(worker(0).steps.round()); }
 
 std::vector<at::Tensor> LocalExchange::step(
-    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& buckets, double scale) {
+    const std::vector<std::vector<at::Tensor>>& gradients, const std::vector<std::vector<int64_t>>& given, double scale) {
   const at::NoGradGuard no_grad;
   check_gradients(gradients, workers());
   const std::vector<at::Tensor>& first = gradients.front();
-  check_buckets(buckets, static_cast<int64_t>(first.size()));
+  check_buckets(given, static_cast<int64_t>(first.size()));
+  std::vector<bool> dense;  // of the buckets
+  const std::vector<std::vector<int64_t>> buckets = split_by_rule(given, first, dense);
 
   // All buckets are checked before any is sent: what one sends must not be lost to another's error.
   std::vector<Bucket> checked;
@@ -101,6 +103,7 @@ std::vector<at::Tensor> LocalExchange::step(
     const auto& parameters = buckets[index];
     const at::Tensor& like = first[parameters.front()];
     Bucket bucket{.layout = {{}, like.scalar_type(), like.device()}, .index = static_cast<int64_t>(index), .scale = scale};
+    bucket.dense = dense[index];
     for (const int64_t parameter : parameters)
       bucket.layout.spans.push_back({static_cast<ParameterKey>(parameter), first[parameter].numel()});
     for (const int64_t parameter : parameters) {
@@ -135,6 +138,30 @@ std::vector<at::Tensor> LocalExchange::step(
   return averages;
 }
 
+std::vector<std::vector<int64_t>> LocalExchange::split_by_rule(
+    const std::vector<std::vector<int64_t>>& buckets, const std::vector<at::Tensor>& gradients, std::vector<bool>& dense) {
+  if (!worker(0).options.dense_rule) {
+    dense.assign(buckets.size(), false);
+    return buckets;
+  }
+  std::vector<std::vector<int64_t>> parts;
+  for (const auto& parameters : buckets) {
+    Layout layout;
+    for (const int64_t parameter : parameters) layout.spans.push_back({static_cast<ParameterKey>(parameter), gradients[parameter].numel()});
+    const std::vector<bool> ruled = worker(0).ruled_dense(layout, [&] { return std::vector<Owner>(parameters.size()); });
+    for (const bool which : {true, false}) {
+      std::vector<int64_t> part;
+      for (size_t i = 0; i < parameters.size(); ++i) {
+        if (ruled[i] == which) part.push_back(parameters[i]);
+      }
+      if (part.empty()) continue;
+      parts.push_back(std::move(part));
+      dense.push_back(which);
+    }
+  }
+  return parts;
+}
+
 void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of) {
   std::vector<std::shared_ptr<Plan>> plans;
   for (const auto& one : workers_)
@@ -153,12 +180,12 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
   std::vector<Receiver> receivers;
   std::vector<at::Tensor> messages;
   for (int64_t rank = 0; rank < workers(); ++rank) {
-    const auto send = worker(0).options.leader ? shared_support::choose_or_keep : own_support::send;
+    const auto send = is_shared(worker(0), *plans[rank]) ? shared_support::choose_or_keep : own_support::send;
     const Sent sent = send(worker(rank), *plans[rank], gradient_of(rank), /*absent=*/false);
     receivers.push_back({worker(rank), *plans[rank], sent.payload});
     messages.push_back(sent.message);
   }
-  if (worker(0).options.leader) return swap(receivers, messages, average);
+  if (is_shared(worker(0), *plans.front())) return swap(receivers, messages, average);
   own_support::make_room(worker(0), *plans.front(), workers());
   for (int64_t rank = 0; rank < workers(); ++rank) plans.front()->received[rank].copy_(messages[rank]);
   own_support::receive(receivers, average);
@@ -168,7 +195,7 @@ void LocalExchange::swap(const std::vector<Receiver>& receivers, const std::vect
   const int64_t leader = shared_support::leader_of(worker(0));
   const auto sent_by = [&](int64_t rank) { return Sent{receivers[rank].payload, messages[rank]}; };
   const auto support_of = [&](int64_t rank) { return shared_support::support_in(worker(rank), receivers[rank].plan, sent_by(rank)); };
-  for (int64_t rank = 0; rank < workers(); ++rank) {
+  for (int64_t rank = 0; rank < workers() && !receivers.front().plan.is_dense(); ++rank) {
     if (rank != leader) support_of(rank).copy_(support_of(leader));
     shared_support::follow(worker(rank), receivers[rank].plan, sent_by(rank));
   }

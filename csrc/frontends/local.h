@@ -28,7 +28,11 @@ class LocalExchange {
   // One bucket of all workers: gradient_of(rank) is flat, in the bucket's order, and may be the caller's own memory.
   void exchange(const Bucket& bucket, const at::Tensor& average, const std::function<at::Tensor(int64_t rank)>& gradient_of);
 
-  // The rest of a bucket whose support a leader chooses.
+  // Of each bucket the parameters that the user's rule calls dense, and the others.
+  std::vector<std::vector<int64_t>> split_by_rule(
+      const std::vector<std::vector<int64_t>>& buckets, const std::vector<at::Tensor>& gradients, std::vector<bool>& dense);
+
+  // The rest of a bucket whose support is shared.
   void swap(const std::vector<Receiver>& receivers, const std::vector<at::Tensor>& messages, const at::Tensor& average);
 
   std::vector<std::unique_ptr<Worker>> workers_;

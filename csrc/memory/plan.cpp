@@ -26,10 +26,9 @@ void Plan::set_message(int64_t k, const Wire& wire) {
   wire_bytes_ = regtopk::wire_bytes(numel, k, layout.dtype, spans, wire);
 }
 
-int64_t Plan::message_bytes_of(int64_t k) const {
+int64_t Plan::message_bytes_of(int64_t k, const Wire& wire) const {
   const int64_t spans = static_cast<int64_t>(layout.spans.size());
-  return has_wire_form() ? regtopk::wire_bytes(numel, k, layout.dtype, spans, wire_)
-                         : regtopk::payload_bytes(numel, k, layout.dtype, spans);
+  return has_form(wire) ? regtopk::wire_bytes(numel, k, layout.dtype, spans, wire) : regtopk::payload_bytes(numel, k, layout.dtype, spans);
 }
 
 at::Tensor Plan::next_payload() {
@@ -50,6 +49,7 @@ void Plan::set_applied(std::vector<uint8_t> flags) {
 void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round) {
   sent = payload;
   sent_k = k_;
+  sent_all = is_dense();
   feedback = feedback_of_payload;
   sent_round = in_round;
   applied.reset();
@@ -62,7 +62,8 @@ int64_t Plan::forget() {
   feedback.reset();
   if (!sent.defined()) return 0;
   sent.reset();
-  return std::exchange(sent_k, 0);
+  const int64_t entries = std::exchange(sent_k, 0);
+  return std::exchange(sent_all, false) ? 0 : entries;
 }
 
 void Plan::settle(const at::Tensor& counters) {
@@ -80,7 +81,7 @@ void Plan::settle(const at::Tensor& counters) {
 std::vector<Piece> Plan::split() const {
   const at::Tensor ends = shared.spans.cpu();
   at::Tensor indices, values, bounds;
-  if (sent.defined()) {
+  if (sent.defined() && !sent_all) {
     std::tie(indices, values) = decode(sent, numel, sent_k, layout.dtype);
     bounds = at::searchsorted(indices, shared.spans).cpu();
   }
@@ -91,7 +92,7 @@ std::vector<Piece> Plan::split() const {
     piece.owner = owners[i];
     piece.residual = residual.narrow(0, begin, layout.spans[i].numel);
     piece.idle = shared.idle.narrow(0, i, 1);
-    if (sent.defined()) {
+    if (indices.defined()) {
       const int64_t first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();
       piece.sent_index = indices.slice(0, first, last).sub(begin);
       piece.sent_value = values.slice(0, first, last);

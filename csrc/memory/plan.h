@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../ops/operators.h"
@@ -32,6 +33,7 @@ struct Plan {
   // The last payload sent and what came back for it. `sent` is undefined without history, `feedback` also for Top-k.
   at::Tensor sent;      // bytes
   int64_t sent_k = 0;
+  bool sent_all = false;  // it was dense: what it sent may return, but is no history
   at::Tensor feedback;  // [sent_k]
   int64_t sent_round = -1;
   at::Tensor applied;     // see ops/library.cpp; undefined where nothing is to be said
@@ -45,10 +47,10 @@ struct Plan {
   int64_t k() const { return k_; }
   const Wire& wire() const { return wire_; }
   int64_t payload_bytes() const { return payload_bytes_; }
-  int64_t message_bytes_of(int64_t k) const;
+  int64_t message_bytes_of(int64_t k, const Wire& wire) const;
   int64_t message_bytes() const { return has_wire_form() ? wire_bytes_ : payload_bytes_; }
   // Or a payload travels as it is.
-  bool has_wire_form() const { return wire_.elias_fano || wire_.dtype != layout.dtype; }
+  bool has_wire_form() const { return has_form(wire_); }
 
   // The one of two own payloads that is not `sent`, which is still read while this one is written.
   at::Tensor next_payload();
@@ -59,6 +61,8 @@ struct Plan {
   // Of a support that a leader has chosen, bytes: its message; what this rank sends to each, its own averages, and those of all.
   at::Tensor lead, rows, slice, averages;
   int64_t chunk_k = 0;   // of k, what each chunk sends, where there are chunks
+  std::string why_dense;  // why it sends all its entries; empty where it chooses
+  bool is_dense() const { return !why_dense.empty(); }
   bool follows = false;  // the payload under way has no entries yet: the leader's support has not come
 
   // One flag a span. A device takes them in without being waited for.
@@ -77,6 +81,8 @@ struct Plan {
   std::vector<Piece> split() const;
 
  private:
+  bool has_form(const Wire& wire) const { return wire.elias_fano || wire.dtype != layout.dtype; }
+
   int64_t k_ = 0, payload_bytes_ = 0, wire_bytes_ = 0;
   Wire wire_{};
   at::Tensor payloads_[2];
