@@ -70,12 +70,17 @@ def test_steps_with_void_skipped_and_idle_equal_the_reference_and_go_on_after_a_
         averages, expected = torch.cat(exchange.step(gradients)), twin.step([torch.cat(worker) for worker in gradients])
         assert same_bits(averages, expected), step
         assert all(same_bits(*pair) for worker in zip(gradients, before, strict=True) for pair in zip(*worker, strict=True)), "gradients are only read"
-        saved = exchange.state_dict()  # what is saved and then said to be skipped is not what goes on
+        # Looking at it settles a step, which otherwise the next one does: here after each, there not after void, skipped and idle ones.
+        looks = parts in ("topk", "chunks, 2bit") or step in (2, 5, 8, 9)
+        if looks:
+            exchange.state_dict()  # what is saved and then said to be skipped is not what goes on
         if step == 7:
             exchange.skipped()
             for worker in twin.workers:
                 worker.in_vain = True
-            saved = exchange.state_dict()
+        if not looks:
+            continue
+        saved = exchange.state_dict()
         for rank, worker in enumerate(twin.workers):
             assert same_bits(kept(exchange, rank, "residual"), worker.settled()), (step, rank)
             if worker.momentum:
@@ -306,6 +311,15 @@ def test_in_a_void_step_what_an_optimizer_has_applied_all_the_same_is_masked_and
         left = [1.0, 0.0 if rank == 0 else 2.0, 3.0, 4.0]  # nothing is added where the gradient is not finite
         assert [m.tolist() for m in velocities[0]] == [[0.0] * 4] * 2 == [m.tolist() for m in velocities[2]]
         assert [m.tolist() for m in velocities[1]] == [left, [0.0] * 4]
+
+
+def test_what_returns_of_an_idle_parameter_stays_in_its_velocity():
+    exchange = rt.LocalExchange(1, 0.25, method="topk", momentum=0.5, mask_momentum=True)
+    zero, one = torch.zeros(4), torch.ones(4)
+    exchange.step([[zero, torch.tensor([8.0, 7.0, 6.0, 5.0])]])  # sends 8 and 7
+    exchange.step([[one, zero]])  # sends 6 and 5, which return
+    first, second = exchange.step([[zero, one]])
+    assert not first.any() and second.tolist() == [0.0, 0.0, 6 + 6 / 2 + 1, 5 + 5 / 2 + 1]
 
 
 def stop_and_go_on(rank, directory, options):
