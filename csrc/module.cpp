@@ -149,18 +149,17 @@ py::dict statistics_of(Worker& worker) {
   return result;
 }
 
-// Pieces travel as {key: (parameter, residual, sent_index, sent_value, feedback, idle)}, None for what is not there.
+// Pieces travel as {key: (parameter, residual, sent_index, sent_value, feedback, idle, velocity)}, None for what is not there.
 using OptionalTensor = std::optional<at::Tensor>;
-using PieceTuple = std::tuple<OptionalTensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool>;
+using PieceTuple = std::tuple<OptionalTensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool, OptionalTensor>;
 using PieceTuples = std::unordered_map<ParameterKey, PieceTuple>;
 
 PieceTuples export_pieces(Worker& worker) {
-  const auto optional = [](const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
   PieceTuples result;
   for (const auto& [key, piece] : worker.copy_pieces()) {
     const bool idle = piece.idle.defined() && piece.idle.item<uint8_t>() != 0;
-    result[key] = {optional(piece.owner.tensor()), piece.residual,           optional(piece.sent_index),
-                   optional(piece.sent_value),     optional(piece.feedback), idle};
+    result[key] = {optional(piece.owner.tensor()), piece.residual, optional(piece.sent_index), optional(piece.sent_value),
+                   optional(piece.feedback),       idle,           optional(piece.velocity)};
   }
   return result;
 }
@@ -168,10 +167,15 @@ PieceTuples export_pieces(Worker& worker) {
 void import_pieces(Worker& worker, const PieceTuples& tuples, int64_t step, const std::vector<double>& density_state) {
   Pieces pieces;
   for (const auto& [key, tuple] : tuples) {
-    const auto& [parameter, residual, sent_index, sent_value, feedback, idle] = tuple;
-    pieces[key] = {parameter ? Owner(*parameter) : Owner(), residual,
-                   sent_index.value_or(at::Tensor()),       sent_value.value_or(at::Tensor()),
-                   feedback.value_or(at::Tensor()),         idle ? at::ones({1}, at::kByte) : at::Tensor()};
+    const auto& [parameter, residual, sent_index, sent_value, feedback, idle, velocity] = tuple;
+    pieces[key] = {
+        parameter ? Owner(*parameter) : Owner(),
+        residual,
+        velocity.value_or(at::Tensor()),
+        sent_index.value_or(at::Tensor()),
+        sent_value.value_or(at::Tensor()),
+        feedback.value_or(at::Tensor()),
+        idle ? at::ones({1}, at::kByte) : at::Tensor()};
   }
   worker.replace_pieces(std::move(pieces), step, density_state);
 }
@@ -209,7 +213,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def(
           py::init([](bool regularised, double density, double mu, std::string distortion, double decay, int64_t dense_steps,
-                      const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, std::function<double(int64_t)> schedule,
+                      const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, double momentum, bool nesterov,
+                      bool mask_momentum, double clip_norm, std::function<double(int64_t)> schedule,
                       const std::optional<std::tuple<double, double, double, double>>& adaptive, bool dense_auto,
                       decltype(Options::dense_rule) dense_rule) {
             return Options{
@@ -223,6 +228,10 @@ PYBIND11_MODULE(_C, module) {
                 .elias_fano = elias_fano,
                 .leader = leader,
                 .chunk = chunk,
+                .momentum = momentum,
+                .nesterov = nesterov,
+                .mask_momentum = mask_momentum,
+                .clip_norm = clip_norm,
                 .dense_auto = dense_auto,
                 .dense_rule = std::move(dense_rule),
                 .schedule = std::move(schedule),
@@ -230,7 +239,8 @@ PYBIND11_MODULE(_C, module) {
           }),
           py::kw_only(), py::arg("regularised"), py::arg("density"), py::arg("mu"), py::arg("distortion"), py::arg("decay") = 1.0,
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
-          py::arg("chunk") = 0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none(), py::arg("dense_auto") = false,
+          py::arg("chunk") = 0, py::arg("momentum") = 0.0, py::arg("nesterov") = false, py::arg("mask_momentum") = false,
+          py::arg("clip_norm") = 0.0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none(), py::arg("dense_auto") = false,
           py::arg("dense_rule") = py::none());
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());

@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     sent_value: torch.Tensor | None = None  # [m], gradient dtype
     feedback: torch.Tensor | None = None  # [m], accumulate dtype
     idle: bool = False  # zero gradient on all ranks in the last step
+    velocity: torch.Tensor | None = None  # as the residual
 
 
 class Progress(NamedTuple):
@@ -69,7 +70,7 @@ def to_state_dict(pieces, named_keys, header, progress):
     float, where the density is an AdaptiveDensity.
 
     An entry has `shape` (list of int) and, once the parameter has been exchanged, `residual` (the parameter's shape, fp32 or
-    fp64) and the history of the last step: `sent_index` (int64 [m], flat and ascending), `sent_value` ([m], gradient dtype),
+    fp64), `velocity` (the same, with that option only) and the history of the last step: `sent_index` (int64 [m], flat and ascending), `sent_value` ([m], gradient dtype),
     `feedback` ([m], accumulate dtype; RegTop-k only), and `idle` (True) where its gradient was zero on all ranks in the last step.
     Parameters that require no gradient have an entry only where something is kept of them.
     """
@@ -79,8 +80,10 @@ def to_state_dict(pieces, named_keys, header, progress):
             continue
         entry: dict[str, object] = {"shape": list(parameter.shape)}
         if key in pieces:
-            _, residual, sent_index, sent_value, feedback, idle = pieces[key]
+            _, residual, sent_index, sent_value, feedback, idle, velocity = pieces[key]
             entry["residual"] = in_shape_of(residual, parameter).contiguous()
+            if velocity is not None:
+                entry["velocity"] = in_shape_of(velocity, parameter).contiguous()
             if idle:
                 entry["idle"] = True
             if sent_index is not None:
@@ -176,7 +179,7 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
         read (function): of a saved rank, to (how messages name its state dict, the state dict); called once for each rank
             that this one needs, one after the other.
 
-    In a group of the same size that is this rank's own, bit for bit. Otherwise residuals are redistributed (see `shares`): added
+    In a group of the same size that is this rank's own, bit for bit. Otherwise residuals, and velocities likewise, are redistributed (see `shares`): added
     up in fp64 and rounded once, so that in exact arithmetic, per entry, with u = 2**-24 (0 for fp64 gradients),
     |sum_m r'_m / M - sum_n r_n / N| <= u sum_m |r'_m| / M + 2**-50 sum_n |r_n| / N. What a rank sent last has no counterpart in a group of another
     size: the histories are dropped, and those of a saved rank counted on the first rank that takes over its residual.
@@ -185,7 +188,7 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
     if saved_world_size == world_size:
         who, state_dict = read(rank)
         return *from_state_dict(who, state_dict, named_keys, header), 0
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, dict[str, torch.Tensor]] = {}  # of each parameter, by name
     parameters = {}
     steps, dropped = set(), 0
     for saved, weight in shares(rank, world_size, saved_world_size):
@@ -193,29 +196,32 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
         pieces, progress = from_state_dict(who, state_dict, named_keys, {**header, "world_size": saved_world_size, "rank": saved})
         steps.add(progress.step)
         for key, piece in pieces.items():
-            share = piece.residual.double() * weight
-            sums[key] = sums[key].add_(share) if key in sums else share
+            of_key = sums.setdefault(key, {})
+            for name in ("residual", "velocity"):
+                if (kept := getattr(piece, name)) is not None:
+                    share = kept.double() * weight
+                    of_key[name] = of_key[name].add_(share) if name in of_key else share
             parameters[key] = piece.parameter
             if piece.sent_index is not None and saved * world_size // saved_world_size == rank:
                 dropped += len(piece.sent_index)
     if len(steps) > 1:
         raise ValueError(f"{who}: expected state dicts of one step, got steps {sorted(steps)}")
-    loaded = {key: Piece(parameters[key], total.to(accumulate_dtype(parameters[key].dtype))) for key, total in sums.items()}
+    loaded = {
+        key: Piece(parameters[key], **{name: total.to(accumulate_dtype(parameters[key].dtype)) for name, total in of_key.items()})
+        for key, of_key in sums.items()
+    }
     return loaded, progress, dropped
 
 
 def _piece(where, entry, parameter, *, keep_feedback):
     accumulate = accumulate_dtype(parameter.dtype)
-    residual = _tensor(where, entry, "residual", accumulate, parameter.shape)
-    if not torch.isfinite(residual).all():
-        raise ValueError(f"{where}: expected a finite residual, got infinities or NaN")
-    flat = torch.empty(parameter.numel(), dtype=accumulate, device="cpu")
-    in_shape_of(flat, parameter).copy_(residual)
+    flat = _flat(where, entry, "residual", accumulate, parameter)
+    velocity = _flat(where, entry, "velocity", accumulate, parameter) if "velocity" in entry else None
     idle = entry.get("idle", False)
     if type(idle) is not bool:
         raise ValueError(f"{where}: expected idle to be True or False, got {_describe(idle)}")
     if "sent_index" not in entry:
-        return Piece(parameter, flat, idle=idle)
+        return Piece(parameter, flat, idle=idle, velocity=velocity)
     count = entry["sent_index"].numel() if isinstance(entry["sent_index"], torch.Tensor) else 0
     index = _tensor(where, entry, "sent_index", torch.int64, (count,))
     value = _tensor(where, entry, "sent_value", parameter.dtype, (count,))
@@ -232,7 +238,17 @@ def _piece(where, entry, parameter, *, keep_feedback):
         value = value[order]
         feedback = None if feedback is None else feedback[order]
     # Copies: what the caller does with its dict later must not change the state.
-    return Piece(parameter, flat, index.clone(), value.clone(), None if feedback is None else feedback.clone(), idle)
+    return Piece(parameter, flat, index.clone(), value.clone(), None if feedback is None else feedback.clone(), idle, velocity)
+
+
+def _flat(where, entry, name, accumulate, parameter):
+    """A copy, in memory order, of what has the parameter's shape."""
+    kept = _tensor(where, entry, name, accumulate, parameter.shape)
+    if not torch.isfinite(kept).all():
+        raise ValueError(f"{where}: expected a finite {name}, got infinities or NaN")
+    flat = torch.empty(parameter.numel(), dtype=accumulate, device="cpu")
+    in_shape_of(flat, parameter).copy_(kept)
+    return flat
 
 
 def _tensor(where, entry, name, dtype, shape):

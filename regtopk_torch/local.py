@@ -15,8 +15,8 @@ class LocalExchange:
 
     Args:
         num_workers (int): N >= 1.
-        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support, chunk, dense: as for TopKState;
-            a parameter's name is its place, "0", "1", ...
+        density (float, callable or AdaptiveDensity), decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov,
+            mask_momentum, clip_norm, dense: as for TopKState; a parameter's name is its place, "0", "1", ...
         method (str): "regtopk" or "topk".
         mu, distortion: as for RegTopKState; Top-k ignores them.
 
@@ -82,7 +82,7 @@ class LocalExchange:
         return sum(self._exchange.residual_norm(rank) ** 2 for rank in ranks) ** 0.5
 
     def reset(self):
-        """Drop residuals and histories of all workers: gradient that was held back is lost. The step number stays."""
+        """Drop residuals, velocities and histories of all workers: gradient that was held back is lost. The step number stays."""
         for rank in range(self._num_workers):
             self._exchange.import_pieces(rank, {}, self._exchange.last_step(rank))
 

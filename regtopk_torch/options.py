@@ -15,7 +15,7 @@ INDEX_CODES = ("offsets", "elias-fano")
 SUPPORTS = ("own", "leader")
 CHUNKS = [2**bits for bits in range(6, 17)]
 # What every method takes, by name, and what it is unless it is given.
-COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "dense": "never"}
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never"}
 
 
 def check_options(who, names_of, *, method, density, mu, distortion, **common):
@@ -26,11 +26,11 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
     unknown = [name for name in common if name not in COMMON]
     if unknown:
         raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
-    decay, dense_steps, wire_dtype, index_code, support, chunk, dense = (common.get(name, usual) for name, usual in COMMON.items())
+    decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm, dense = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     adaptive = isinstance(density, AdaptiveDensity)
-    numbers_given = [("mu", mu), ("decay", decay)] + ([] if callable(density) or adaptive else [("density", density)])
+    numbers_given = [("mu", mu), ("decay", decay), ("momentum", momentum)] + ([] if clip_norm is None else [("clip_norm", clip_norm)]) + ([] if callable(density) or adaptive else [("density", density)])
     for name, value in numbers_given:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{who}: expected {name} to be a number, got {value!r}")
@@ -56,12 +56,21 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype='2bit'; two bits have levels that a slice of the values lacks")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, numbers.Integral) or int(chunk) not in CHUNKS):
         raise ValueError(f"{who}: expected chunk to be None or a power of two from {CHUNKS[0]} to {CHUNKS[-1]}, got {chunk!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{who}: expected 0 <= momentum < 1, got momentum={momentum}; 0 gives gradients as they are")
+    for name, value in (("nesterov", nesterov), ("mask_momentum", mask_momentum)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{who}: expected {name} to be True or False, got {value!r}")
+        if value and momentum == 0:
+            raise ValueError(f"{who}: expected momentum > 0 with {name}=True, got momentum={momentum}; pass momentum=0.9")
+    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"{who}: expected clip_norm to be None or a finite number > 0, got clip_norm={clip_norm}")
     if not (callable(dense) or isinstance(dense, str) and dense in ("never", "auto")):
         raise ValueError(f"{who}: expected dense to be 'never', 'auto' or a function of a parameter's name and its number of entries, got {dense!r}")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
         decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
-        adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
+        momentum=float(momentum), nesterov=nesterov, mask_momentum=mask_momentum, clip_norm=float(clip_norm or 0), adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
         dense_auto=dense == "auto", dense_rule=_asking(who, dense, names_of) if callable(dense) else None,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ Equations are those of Bereyhi, Liang, Boudreau, Afana, arXiv 2409.14893; design
     Delta_n^t                -                        posterior distortion; enters only as |1 + Delta|   (eq. 13)
     |1 + Delta_n^t|          rho                      infinite for entries not sent last step (Q infinite) (+)
     u_mu(x) = tanh(x / mu)   regularisation           factor of the score                           (eq. 16)
+    -                        velocity                 momentum correction of arXiv 1712.01887, u there (+)
     Top_k                    select                   eq. 5, made unique: equal scores by index (+)
 
 Everything is fp32, or fp64 for fp64 gradients; only the gradient, the wire and the average have the gradient's dtype.
@@ -19,9 +20,11 @@ Tensors are on the CPU and flat, shape [J] unless said otherwise.
 """
 
 import math
+import operator
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 
@@ -186,11 +189,44 @@ class Worker:
     decay: float = 1.0  # (+)
     chunk: int | None = None  # (+) consecutive entries that select by themselves
     wire_dtype: torch.dtype | str | None = None  # (+) in which values travel, where it is narrower than the gradient's; or "2bit"
+    momentum: float = 0.0  # (+) with the next three: arXiv 1712.01887
+    nesterov: bool = False
+    mask_momentum: bool = False
+    clip_norm: float | None = None
+    velocity: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     sent: Message | None = None
+    sent_all: bool = False  # whether that was dense
     feedback: torch.Tensor | None = None
     in_vain: bool = False
     idle: torch.Tensor | None = None  # bool [J]: what was zero on all workers in the last step
+
+    def correct(self, gradient, workers, zero=None):
+        """Return what is given instead of the gradient (+): clipped, and with momentum, but for parameters that `zero`, as for `compress`,
+        marks: their velocity waits. So does that of an entry that would not be finite in the gradient's dtype."""
+        wide = accumulate_dtype(gradient.dtype)
+        clipped = gradient.to(wide)
+        if self.clip_norm is not None:
+            norm = math.sqrt(squared_norm(gradient))
+            clipped = clipped * (1.0 if norm == 0 else min(1.0, self.clip_norm / math.sqrt(workers) / norm))
+        if not self.momentum:
+            return to_wire(clipped, gradient.dtype)
+        before = torch.zeros_like(clipped) if self.velocity is None else self.masked()
+        now = before * self.momentum + clipped
+        wanted = clipped + now * self.momentum if self.nesterov else now
+        fits = wanted.abs() <= torch.finfo(gradient.dtype).max
+        waits = torch.zeros_like(fits) if zero is None else zero
+        self.velocity = torch.where(fits & ~waits, now, before)
+        return torch.where(waits, gradient, to_wire(torch.where(fits, wanted, wanted * math.inf), gradient.dtype))
+
+    def masked(self):
+        """The velocity without what was sent and applied, where that is masked (+)."""
+        if not self.mask_momentum or self.sent is None or self.sent_all or self.in_vain:
+            return self.velocity
+        applied = self.sent.value.isfinite() & (self.sent.value != 0)
+        if self.idle is not None:
+            applied &= ~self.idle[self.sent.index]
+        return self.velocity.index_fill(0, self.sent.index[applied], 0.0)
 
     def compress(self, gradient, zero=None, support=None, dense=False):
         """Return this step's Message and update the residual: what is sent plus what is kept is what was given.
@@ -238,6 +274,7 @@ class Worker:
 
         repeated, displaced = self._compare_with_last_step(accumulated, score, index) if support is None else (0, 0)
         self.sent = Message(index, value, not bool(finite.all()), repeated, displaced)
+        self.sent_all = dense
         self.feedback = None
         return self.sent
 
@@ -303,6 +340,18 @@ def sum_in_rank_order(messages, numel):
     total = torch.zeros(numel, dtype=accumulate_dtype(messages[0].value.dtype))
     for message in messages:
         total[message.index] += message.value.to(total.dtype)
+    return total
+
+
+def squared_norm(gradient):
+    """The squared 2-norm of the finite entries in fp64, in the kernel's order (+): 256 lanes of a tile, then the lanes, then the tiles."""
+    squares = torch.where(gradient.isfinite(), gradient, 0.0).double() ** 2
+    total = 0.0
+    for tile in squares.split(TILE_ENTRIES):
+        lanes = torch.zeros(256, dtype=torch.float64)
+        for row in tile.split(256):
+            lanes[: len(row)] += row
+        total += reduce(operator.add, lanes.tolist(), 0.0)
     return total
 
 
@@ -374,7 +423,12 @@ class Exchange:
         """Return Z / N in the gradient's dtype (eq. 1); with `sizes`, zero for parameters whose gradients are zero everywhere."""
         for worker in self.workers if self.density else []:
             worker.density = self.density.density
-        zero = [zero_entries(gradient, self.sizes) if self.sizes else None for gradient in gradients]
+
+        def zeros(gradient):
+            return zero_entries(gradient, self.sizes) if self.sizes else None
+
+        gradients = [w.correct(each, len(self.workers), zeros(each)) for w, each in zip(self.workers, gradients, strict=True)]
+        zero = [zeros(gradient) for gradient in gradients]
         led = self.leader and not self.dense
         messages = self.led_messages(gradients, zero) if led else [w.compress(*given, dense=self.dense) for w, *given in zip(self.workers, gradients, zero, strict=True)]
         self.steps += 1

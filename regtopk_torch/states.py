@@ -55,6 +55,17 @@ class TopKState(Averaging):
         chunk (int, optional): a power of two from 64 to 65,536: each so many consecutive entries of a bucket send their own
             floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
             As published settings count: 64 of every 4,096. CPU gradients.
+        momentum (float): 0 <= momentum < 1, momentum correction as in Deep Gradient Compression (arXiv 1712.01887): instead of its gradient g a
+            rank gives its velocity, u = momentum * u + g, rounded to g's dtype, and the optimizer has none. At density 1 that is SGD with momentum
+            (weight decay, which the optimizer adds, is not in u). u is one further number per parameter, of the residual's dtype: it goes where
+            the residual goes, into state dicts too, and waits while this rank's gradient of its parameter is zero in all entries. Where
+            what is given would be too large for g's dtype it counts as not finite. CPU gradients.
+        nesterov (bool): g + momentum * u is given.
+        mask_momentum (bool): factor masking: where an entry was sent and applied, u begins at 0 again. At density 1 that is SGD without
+            momentum, at 1 + momentum times its learning rate with nesterov. Deep Gradient Compression masks.
+        clip_norm (float, optional): a rank scales a bucket's g, before anything else, down to the 2-norm clip_norm / sqrt(N) where it is
+            larger: of unscaled gradient, and of its finite entries. The paper clips the model's gradient as one, as
+            `bucket_cap_mb` above the model's size does here. CPU gradients.
 
         dense (str or callable): where all entries travel instead of chosen ones, in the gradients' dtype, whatever `wire_dtype` is, and what was
             held back with them. "never"; a warning says once where that would send less. "auto": of each bucket that would send no less
@@ -62,9 +73,10 @@ class TopKState(Averaging):
             as in the module or of the average, and its number of entries, once each, and returns whether it is dense, the same on every
             rank: `lambda name, numel: "embedding" in name`. The others of its bucket choose among themselves, k = density * their entries.
             A dense bucket is a reduce-scatter and an all-gather, in rank order, with the bytes of a ring all-reduce; it returns with a
-            void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. CPU gradients.
+            void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. Nothing of it is masked by
+            `mask_momentum`, and `clip_norm` counts it apart from the others of a bucket. CPU gradients.
 
-    The residual takes 4 bytes per parameter (8 for fp64). The residual and the sum over workers are fp32, or fp64 for
+    The residual takes 4 bytes per parameter (8 for fp64), and as much again with momentum. The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
 
     A step is void if any entry of any bucket's average is not finite: what was sent returns with the next step, but for the
@@ -91,7 +103,7 @@ class TopKState(Averaging):
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
         options = check_options(who, lambda keys: [] if (state := this()) is None else state._names_of(keys), **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
-        self._given = {name: float(value) if name in ("mu", "decay") or (name == "density" and isinstance(value, numbers.Real)) else value for name, value in given.items()}
+        self._given = {name: float(value) if name in ("mu", "decay", "density", "momentum", "clip_norm") and isinstance(value, numbers.Real) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
         if process_group is not None and not isinstance(process_group, (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))):
@@ -156,7 +168,7 @@ class TopKState(Averaging):
         return self._exchange.residual_norm()
 
     def state_dict(self, module):
-        """Return this rank's residuals, history and step as a dict that `torch.load(weights_only=True)` reads.
+        """Return this rank's residuals, velocities, history and step as a dict that `torch.load(weights_only=True)` reads.
 
         Args:
             module (torch.nn.Module or None): the model, or the DistributedDataParallel around it. Its parameter names are the keys.
@@ -177,12 +189,12 @@ class TopKState(Averaging):
         return self._with_dtypes(checkpoint.to_state_dict(pieces, named_keys, self._checkpoint_header(), progress))
 
     def load_state_dict(self, state_dict, module):
-        """Replace residuals, history and step by those of `state_dict`, made on the same rank of a world of the same size.
+        """Replace residuals, velocities, history and step by those of `state_dict`, made on the same rank of a world of the same size.
 
         A run that saves, loads and goes on equals one that never stopped, bit for bit, where the bucket layout is the same;
         in another layout the residuals are the same and k per bucket follows the layout. Given the list of the state dicts of
-        all ranks, in rank order, that world may have had another size: the residuals are redistributed so that the average
-        they stand for stays (`checkpoint.shares`), and the history is dropped, which `stats()["history_dropped"]` counts.
+        all ranks, in rank order, that world may have had another size: residuals and velocities are redistributed so that the
+        average they stand for stays (`checkpoint.shares`), and the history is dropped, which `stats()["history_dropped"]` counts.
 
         `module` is None for a state that averages tensors: the names and shapes are then those of the dict. Load on every rank: a rank that loads alone is an error at the next bucket, on all ranks, that names it.
 
@@ -230,6 +242,8 @@ class TopKState(Averaging):
 
     def flush(self, module):
         """Write the unscaled average of the residuals to the parameters' gradients and clear what was written; a collective.
+
+        The velocities of these parameters begin at 0 again.
 
         Call it on every rank between steps, then `optimizer.step()` (not `scaler.step(optimizer)`: the gradient is unscaled) at
         a learning rate that is not 0: what was held back is applied. It is many steps' worth of gradient at once: at the end of
@@ -291,7 +305,7 @@ class TopKState(Averaging):
         self._exchange.skipped()
 
     def reset(self):
-        """Drop residuals and history, on every rank: gradient that was held back is lost. The step number stays."""
+        """Drop residuals, velocities and history, on every rank: gradient that was held back is lost. The step number stays."""
         self._exchange.import_pieces({}, self._exchange.last_step())
         self._begin_averaging()
         self._exchange.did(_C.Deed.RESET)
@@ -324,7 +338,7 @@ class TopKState(Averaging):
             ValueError: the state serves a model's gradients.
         """
         self._exchange.use("average")
-        pieces = {key: (None, piece.residual, None, None, None, False) for key, piece in self._pieces().items()}
+        pieces = {key: checkpoint.Piece(None, piece.residual, velocity=piece.velocity) for key, piece in self._pieces().items()}
         forms = self._forms
         self._exchange.close()
         self._construct(self._given, process_group, self._grad_scaler)
@@ -345,7 +359,7 @@ class TopKState(Averaging):
 
     def __setstate__(self, copied):
         self._construct(copied["options"], None, copied["grad_scaler"])
-        pieces = {key if piece[0] is None else _C.parameter_key(piece[0]): tuple(piece) for key, *piece in copied["pieces"]}
+        pieces = {key if piece[0] is None else _C.parameter_key(piece[0]): checkpoint.Piece(*piece) for key, *piece in copied["pieces"]}
         self._exchange.import_pieces(pieces, copied["step"], copied.get("density_state", []))
         self._forms = dict(copied.get("forms", {}))
 
@@ -386,7 +400,8 @@ class RegTopKState(TopKState):
     so that such an entry is not sent again, and 1 where this worker was the only one.
 
     Args:
-        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk, dense: as for TopKState.
+        density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm,
+            dense: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

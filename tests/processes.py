@@ -150,6 +150,9 @@ def _worker(sender, store_path, rank, world_size, pickled, library):
             torch.ops.load_library(library)
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        # A rank that leaves at once would close the connections of one that is still making them.
+        store.set(f"connected/{rank}", "")
+        store.wait([f"connected/{other}" for other in range(world_size)], GROUP_TIMEOUT)
         message = True, function(rank, *arguments)
         if dist.is_initialized():  # the function may have ended the group, to begin others
             dist.destroy_process_group()

@@ -17,6 +17,15 @@ import regtopk_torch as rt
 from regtopk_torch import groups
 
 
+# The options of either rank.
+OF_MOMENTUM: dict = {
+    "momentum": ({}, {"momentum": 0.9}),
+    "nesterov": ({}, {"nesterov": True}),
+    "mask_momentum": ({"mask_momentum": True}, {}),
+    "clip_norm": ({}, {"clip_norm": 2.5}),
+}
+
+
 def disagree(rank, case, entry):
     """Train one step with something that differs on rank 1; return the error and the seconds it took."""
     odd = rank == 1
@@ -45,6 +54,8 @@ def disagree(rank, case, entry):
             state = rt.RegTopKState(0.05, chunk=4096 if odd else None)
         elif case == "dense":
             state = rt.RegTopKState(0.05, dense="auto" if odd else "never")
+        elif case in OF_MOMENTUM:
+            state = rt.RegTopKState(0.05, **{"momentum": 0.5, **OF_MOMENTUM[case][rank]})
         elif case == "support":
             state = rt.RegTopKState(0.05, support="leader" if odd else "own")
         elif case == "distortion":
@@ -80,6 +91,10 @@ def disagree(rank, case, entry):
         ("support", "support", "own", "leader"),
         ("chunk", "chunk", "none", "4096"),
         ("dense", "dense", "never", "auto"),
+        ("momentum", "momentum", "0.5", "0.9"),
+        ("nesterov", "nesterov", "no", "yes"),
+        ("mask_momentum", "mask_momentum", "yes", "no"),
+        ("clip_norm", "clip_norm", "none", "2.5"),
         ("dtype", "gradient dtype", "Float", "Double"),
         ("step", "step", "0", "8"),
         ("pause", "mode", "sparse", r"dense \(paused\)"),

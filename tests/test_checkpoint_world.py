@@ -47,7 +47,7 @@ def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
     for saved_size in SIZES:
         dicts = [
             {"format": "regtopk_torch", "version": 1, **header, "world_size": saved_size, "rank": rank, "step": 4,
-             "density_state": measured, "parameters": {"weight": {"shape": [1000], "residual": normal[rank]}}}
+             "density_state": measured, "parameters": {"weight": {"shape": [1000], "residual": normal[rank], "velocity": normal[rank].flip(0)}}}
             for rank in range(saved_size)
         ]  # fmt: skip
         saved = normal[:saved_size].double()
@@ -60,7 +60,7 @@ def test_what_is_conserved_is_the_sum_over_ranks_by_the_number_of_ranks(dtype):
             ]
             assert all(progress == (4, measured) and dropped == 0 for _, progress, dropped in loaded)
             now = torch.stack([pieces[7].residual for pieces, _, _ in loaded])
-            assert now.dtype == dtype
+            assert now.dtype == dtype and torch.equal(now.flip(1), torch.stack([pieces[7].velocity for pieces, _, _ in loaded]))
             now = now.double()
             bound = ROUNDING[dtype] * now.abs().mean(0) + SUMMATION * saved.abs().mean(0)
             assert ((now.mean(0) - saved.mean(0)).abs() <= bound).all()

@@ -25,6 +25,12 @@ WRONG_OPTIONS = [
         ({"chunk": chunk}, ValueError, f"expected chunk to be None or a power of two from 64 to 65536, got {chunk!r}")
         for chunk in (0, 32, 100, 131072, 4096.0, True, "4096")
     ),
+    ({"momentum": "0.9"}, TypeError, "expected momentum to be a number, got '0.9'"),
+    *(({"momentum": m}, ValueError, f"expected 0 <= momentum < 1, got momentum={m}; 0 gives gradients as they are") for m in (1, -0.1, float("nan"))),
+    *(({"momentum": 0.9, name: 1}, TypeError, f"expected {name} to be True or False, got 1") for name in ("nesterov", "mask_momentum")),
+    *(({name: True}, ValueError, f"expected momentum > 0 with {name}=True, got momentum=0.0; pass momentum=0.9") for name in ("nesterov", "mask_momentum")),
+    ({"clip_norm": "1"}, TypeError, "expected clip_norm to be a number, got '1'"),
+    *(({"clip_norm": c}, ValueError, f"expected clip_norm to be None or a finite number > 0, got clip_norm={c}") for c in (0, -1.0, float("inf"), float("nan"))),
     ({"distortion": "next"}, ValueError, "expected distortion 'previous' or 'current', got 'next'"),
 ]
 

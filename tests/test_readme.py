@@ -99,7 +99,7 @@ def test_the_first_use_of_a_word_leads_to_the_glossary(name):
 
 def test_the_readme_is_short_and_says_first_what_it_runs_on():
     lines = read("README.md").splitlines()
-    assert len(lines) <= 110
+    assert len(lines) <= 150
     first = " ".join(lines[2:5])
     project = read("pyproject.toml")
     python, torch = re.search(r'requires-python = ">=([\d.]+)"', project)[1], re.search(r'"torch>=([\d.]+)"', project)[1]

@@ -48,7 +48,9 @@ def test_every_claim_has_a_row_and_every_end_of_training_a_line_in_the_findings(
     assert len(ends) >= 3 and sorted(name for name in lines if name.startswith("end-")) == ends
     rules = [name for name in names if name.startswith("adaptive-")]
     assert len(rules) == 2 and set(rules) < set(lines)
-    assert len(lines) == len(set(lines)) == 10 + len(ends) + len(rules)
+    language = [name for name in names if name.startswith("language-")]
+    assert len(language) >= 1 and set(language) < set(lines)
+    assert len(lines) == len(set(lines)) == 10 + len(ends) + len(rules) + len(language)
 
 
 def test_the_readme_s_sentences_are_what_the_committed_logs_show():
@@ -71,6 +73,14 @@ def test_the_readme_s_sentences_are_what_the_committed_logs_show():
     assert len({run.options["model"] for _, (runs, _) in compared for run in runs}) >= 4
     for group, (regtopk, topk) in compared:
         assert not claims.compare(claims.values("accuracy", regtopk), claims.values("accuracy", topk)).shown, group
+    assert "at equal bytes, a hundredth and a half of dense training's, this came closest to it, and Top-k of the gradients was far behind " \
+        "([one seed so far]" in readme and "TopKState(0.19, decay=0.95, wire_dtype=\"2bit\", index_code=\"elias-fano\")" in readme
+    rows = claims.at_best_rate(logs.select(committed().language, steps=800))
+    assert list(rows)[:2] == ["dense", "h5-2bit-d95"] and {len(runs) for runs in rows.values()} == {1}
+    shares = [rows[row][0].value("of_dense") for row in rows if row not in ("dense", "diloco15")]
+    assert 0.0149 < min(shares) and max(shares) < 0.0152 and len(shares) >= 4
+    losses = {row: runs[0].value("loss") for row, runs in rows.items()}
+    assert losses["topk"] - losses["dense"] > 4 * (losses["h5-2bit-d95"] - losses["dense"])
     # Decisive: a squared distance of less than a tenth.
     least = float(re.search(r"there only at a \[density\]\(\S+\) of ([\d.]+) or more", readme)[1])
     found = {density: claims.find_gap(committed(), density).comparison for density in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}

@@ -46,7 +46,7 @@ struct CompressArguments {
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
   double decay = 1.0;                // rounded to the accumulate type
-  Chunks chunks;
+  Chunks chunks = {};
   // Replaces the sampled bracket, so that tests can force a wrong one; with chunks it lists all. The scalar path and fp64 use none.
   std::optional<Bracket> bracket = std::nullopt;
 };

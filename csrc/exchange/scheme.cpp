@@ -1,12 +1,11 @@
 #include "scheme.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "shared_support.h"
 
 namespace regtopk {
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
 Selection selection_of(const Worker& worker, const Plan& plan) {
   return {plan.k(), worker.options.mu, worker.options.decay, worker.options.distortion, worker.options.chunk, plan.chunk_k};
@@ -17,6 +16,16 @@ Stamp stamp_of(const Worker& worker, const Plan& plan) {
 }
 
 int64_t span_count(const Plan& plan) { return static_cast<int64_t>(plan.layout.spans.size()); }
+
+at::Tensor correct(Worker& worker, Plan& plan, const at::Tensor& gradient, const at::Tensor& room) {
+  const Options& options = worker.options;
+  if (!options.corrects()) return gradient;
+  const Stopwatch watch(worker.statistics.compress_seconds);
+  plan.mask();
+  const double largest_norm = options.clip_norm * worker.steps.scale() / std::sqrt(static_cast<double>(worker.workers));
+  correct_(gradient, room, optional(plan.velocity), plan.shared.spans, {options.momentum, options.nesterov, largest_norm});
+  return room;
+}
 
 Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choose, bool absent) {
   if (absent) {

@@ -34,13 +34,15 @@ class Stopwatch {
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-std::optional<at::Tensor> optional(const at::Tensor& tensor);
 Selection selection_of(const Worker& worker, const Plan& plan);
 Stamp stamp_of(const Worker& worker, const Plan& plan);
 int64_t span_count(const Plan& plan);
 
 // Whether a bucket goes the way of a shared support: a leader's, or all of it.
 inline bool is_shared(const Worker& worker, const Plan& plan) { return worker.options.leader || plan.is_dense(); }
+// What this step gives of the gradient, clipped and with momentum: the gradient itself without these options, else `room`, which may be
+// the gradient's memory. Before anything else is done to the plan.
+at::Tensor correct(Worker& worker, Plan& plan, const at::Tensor& gradient, const at::Tensor& room);
 
 // The payload of this step, in a buffer of the plan, and a place for its message; the gradient is only read. A worker that does not
 // `choose` keeps everything for the time being. One that is `absent` contributes nothing this time: all its residuals wait, its history

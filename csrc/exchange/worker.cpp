@@ -48,6 +48,10 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.scale >= 1 / kLargest && bucket.scale <= kLargest, who, ": expected a gradient scale between 2^-64 and 2^64, got ",
       bucket.scale, "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
+  TORCH_CHECK_VALUE(
+      (bucket.keeps && bucket.layout.device.is_cpu()) || !options.corrects(), who,
+      ": expected dense gradients on the CPU with momentum= or clip_norm=, got ", bucket.keeps ? "some" : "sparse ones", " on ",
+      bucket.layout.device, "; give the momentum to the optimizer");
   if (!bucket.keeps) return;
   value_type_of(who.c_str(), bucket.layout.dtype);
   TORCH_CHECK_VALUE(
@@ -99,7 +103,9 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
   if (is_new) {
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
-    plan = store_.make(bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), garbage);
+    plan =
+        store_.make(bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), options.momentum > 0, garbage);
+    plan->masks = options.mask_momentum;
     publish_counts();
   }
   plan->round = steps.round();
@@ -248,6 +254,7 @@ Pieces Worker::copy_pieces() {
   if (scale == 1) return pieces;
   for (auto& [key, piece] : pieces) {
     piece.residual.div_(scale);
+    if (piece.velocity.defined()) piece.velocity.div_(scale);
     if (feedback_has_scale() && piece.feedback.defined()) piece.feedback.div_(scale);
   }
   return pieces;

@@ -35,11 +35,17 @@ struct Options {
   bool elias_fano = false;  // the index code
   bool leader = false;      // chooses for all ranks, else each for itself
   int64_t chunk = 0;        // consecutive entries that each send k / J of theirs; 0: a bucket's as a whole
+  double momentum = 0;      // the velocity u = momentum u + g is given instead of g
+  bool nesterov = false;    // g + momentum u is
+  bool mask_momentum = false;  // what is sent and applied leaves u
+  double clip_norm = 0;     // of a bucket's g, divided by the root of the number of workers; 0: any
   bool dense_auto = false;  // a bucket sends all its entries where chosen ones would take no fewer bytes
   // Which parameters do, by their keys and sizes, if it is not empty; may take another language's lock.
   std::function<std::vector<bool>(const std::vector<ParameterKey>& keys, const std::vector<int64_t>& numels)> dense_rule;
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
   std::optional<AdaptiveDensity> adaptive;  // instead of `density`
+
+  bool corrects() const { return momentum > 0 || clip_norm > 0; }
 };
 
 // One bucket as a front end hands it over.

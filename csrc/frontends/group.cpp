@@ -157,6 +157,7 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
     const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
     const std::function<Fingerprint()>& describe, bool absent) {
   const std::shared_ptr<Plan> plan = enter(bucket, owners, describe);
+  const at::Tensor given = plan && !absent ? correct(*worker_, *plan, gradient, average) : gradient;
   Transport::Bucket moved;
   moved.result = average;
   moved.step = worker_->steps.step();
@@ -167,7 +168,7 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
       transport_->announce_failure(why);
       C10_THROW_ERROR(ValueError, why);
     }
-    if (!average.is_same(gradient)) average.copy_(gradient);
+    if (!average.is_same(given)) average.copy_(given);
     const double bytes = dense::send(*worker_, plan.get(), average);
     moved.fail = [] {};
     return transport_->exchange(
@@ -176,7 +177,7 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
         std::move(moved));
   }
   const bool shared = is_shared(*worker_, *plan);
-  const Sent sent = (shared ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, gradient, absent);
+  const Sent sent = (shared ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, given, absent);
   moved.fail = [worker = worker_, plan, sent] { fail(*worker, *plan, sent.payload); };
   return transport_->exchange((shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
 }
@@ -232,6 +233,10 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
                 : options.dense_auto ? "auto"
                                      : "never"},
       {"chunk", options.chunk == 0 ? "none" : std::to_string(options.chunk)},
+      {"momentum", round_trip(options.momentum)},
+      {"nesterov", options.nesterov ? "yes" : "no"},
+      {"mask_momentum", options.mask_momentum ? "yes" : "no"},
+      {"clip_norm", options.clip_norm == 0 ? "none" : round_trip(options.clip_norm)},
       {"mu", options.regularised ? round_trip(options.mu) : "none"},
       {"distortion", options.regularised ? options.distortion : "none"},
       {"mode", !bucket.keeps  ? "all-reduce of sparse tensors"

@@ -170,7 +170,7 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
     double bytes = 0;
     average.zero_();
     for (int64_t rank = 0; rank < workers(); ++rank) {
-      const at::Tensor gradient = gradient_of(rank).clone();
+      const at::Tensor copy = gradient_of(rank).clone(), gradient = correct(worker(rank), *plans[rank], copy, copy);
       bytes = dense::send(worker(rank), plans[rank].get(), gradient);
       average.add_(gradient);
     }
@@ -181,7 +181,8 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
   std::vector<at::Tensor> messages;
   for (int64_t rank = 0; rank < workers(); ++rank) {
     const auto send = is_shared(worker(0), *plans[rank]) ? shared_support::choose_or_keep : own_support::send;
-    const Sent sent = send(worker(rank), *plans[rank], gradient_of(rank), /*absent=*/false);
+    const at::Tensor given = correct(worker(rank), *plans[rank], gradient_of(rank), average);
+    const Sent sent = send(worker(rank), *plans[rank], given, /*absent=*/false);
     receivers.push_back({worker(rank), *plans[rank], sent.payload});
     messages.push_back(sent.message);
   }

@@ -9,6 +9,8 @@
 
 namespace regtopk {
 
+std::optional<at::Tensor> optional(const at::Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
 void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& options) {
   if (tensor.defined() && tensor.sizes() == shape) return;
   const int64_t entries = c10::multiply_integers(shape);
@@ -53,9 +55,15 @@ void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_pay
   feedback = feedback_of_payload;
   sent_round = in_round;
   applied.reset();
+  to_mask_ = masks && !sent_all;  // what is dense keeps its momentum, as Deep Gradient Compression does it
+}
+
+void Plan::mask() {
+  if (std::exchange(to_mask_, false) && !in_vain) mask_(velocity, sent, shared, optional(applied), layout.dtype, sent_round);
 }
 
 int64_t Plan::forget() {
+  mask();
   in_vain = false;
   sent_round = -1;
   applied.reset();
@@ -74,7 +82,7 @@ void Plan::settle(const at::Tensor& counters) {
     forget();
     return;
   }
-  settle_(residual, sent, shared, applied.defined() ? std::optional(applied) : std::nullopt, counters, layout.dtype, sent_round);
+  settle_(residual, sent, shared, optional(applied), counters, layout.dtype, sent_round);
   if (is_void(shared.verdict, sent_round)) forget();
 }
 
@@ -85,12 +93,16 @@ std::vector<Piece> Plan::split() const {
     std::tie(indices, values) = decode(sent, numel, sent_k, layout.dtype);
     bounds = at::searchsorted(indices, shared.spans).cpu();
   }
+  // Of a copy: the step may yet be said to be skipped.
+  at::Tensor masked = to_mask_ ? velocity.clone() : velocity;
+  if (to_mask_) mask_(masked, sent, shared, optional(applied), layout.dtype, sent_round);
   std::vector<Piece> pieces;
   for (int64_t i = 0; i < static_cast<int64_t>(layout.spans.size()); ++i) {
     const int64_t begin = ends[i].item<int64_t>();
     Piece piece;
     piece.owner = owners[i];
     piece.residual = residual.narrow(0, begin, layout.spans[i].numel);
+    if (masked.defined()) piece.velocity = masked.narrow(0, begin, layout.spans[i].numel);
     piece.idle = shared.idle.narrow(0, i, 1);
     if (indices.defined()) {
       const int64_t first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();

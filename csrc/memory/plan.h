@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace regtopk {
 struct Piece {
   Owner owner;
   at::Tensor residual;    // [numel], accumulate dtype
+  at::Tensor velocity;    // the same, masked; undefined where there is none
   at::Tensor sent_index;  // [m] int64, ascending; undefined where there is no history
   at::Tensor sent_value;  // [m], gradient dtype
   at::Tensor feedback;    // [m], accumulate dtype; undefined for Top-k
@@ -29,6 +31,8 @@ struct Plan {
   int64_t numel = 0, hash = 0;
   Shared shared;        // the ends of the spans, which of them are idle, and the clock's verdict
   at::Tensor residual;  // [numel], accumulate dtype
+  at::Tensor velocity;  // the same; undefined without
+  bool masks = false;   // whether what is sent and applied leaves it
 
   // The last payload sent and what came back for it. `sent` is undefined without history, `feedback` also for Top-k.
   at::Tensor sent;      // bytes
@@ -73,6 +77,8 @@ struct Plan {
     sent_round = -1;
     applied.reset();
   }
+  // Does once what the step before leaves to do to the velocity, as soon as it is known to be applied.
+  void mask();
   // Ends the history and returns its number of entries.
   int64_t forget();
   // Does at once what the next compress would do first: what was not applied returns to the residual. Waits for the device.
@@ -88,7 +94,11 @@ struct Plan {
   at::Tensor payloads_[2];
   std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule
   at::Tensor applied_;
+  bool to_mask_ = false;  // `sent` has not left the velocity yet
 };
+
+// Nothing where it is undefined.
+std::optional<at::Tensor> optional(const at::Tensor& tensor);
 
 // Gives the tensor that shape, in memory that it has had before where that is enough, else in new memory.
 void reserve(at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& options);

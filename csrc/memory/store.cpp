@@ -28,7 +28,8 @@ Piece copy_of(const Piece& piece, bool on_host = false) {
   const auto copy = [&](const at::Tensor& tensor) {
     return !tensor.defined() ? tensor : on_host && !tensor.is_cpu() ? tensor.cpu() : tensor.clone();
   };
-  return {piece.owner, copy(piece.residual), copy(piece.sent_index), copy(piece.sent_value), copy(piece.feedback), copy(piece.idle)};
+  return {piece.owner,          copy(piece.residual), copy(piece.velocity), copy(piece.sent_index), copy(piece.sent_value),
+          copy(piece.feedback), copy(piece.idle)};
 }
 
 }  // namespace
@@ -67,7 +68,8 @@ void Store::check_sizes(const std::string& who, const Layout& layout) const {
 }
 
 std::shared_ptr<Plan> Store::make(
-    const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, Garbage& garbage) {
+    const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, bool with_velocity,
+    Garbage& garbage) {
   const auto keys = keys_of(layout);
   std::erase_if(plans_, [&](const std::shared_ptr<Plan>& plan) {
     const auto& spans = plan->layout.spans;
@@ -86,6 +88,7 @@ std::shared_ptr<Plan> Store::make(
   const auto options = at::TensorOptions().device(layout.device).dtype(accumulate_dtype(layout.dtype));
   plan->shared = {layout.offsets(), at::zeros({static_cast<int64_t>(layout.spans.size())}, options.dtype(at::kByte)), verdict};
   plan->residual = at::empty({plan->numel}, options);
+  if (with_velocity) plan->velocity = at::zeros({plan->numel}, options);
 
   std::vector<at::Tensor> indices, values, feedback;
   bool any_feedback = false;
@@ -99,6 +102,7 @@ std::shared_ptr<Plan> Store::make(
     } else {
       const Piece& piece = found->second;
       residual.copy_(piece.residual);
+      if (with_velocity && piece.velocity.defined()) plan->velocity.narrow(0, offset, span.numel).copy_(piece.velocity);
       if (piece.idle.defined()) plan->shared.idle.narrow(0, static_cast<int64_t>(i), 1).copy_(piece.idle);
       // A history belongs to the values that travelled: in another dtype they would be others.
       if (piece.sent_index.defined() && piece.sent_value.scalar_type() != layout.dtype) {
@@ -197,12 +201,13 @@ double Store::residual_norm(const at::Tensor& counters, Garbage& garbage) {
 }
 
 void Store::multiply(double factor, bool feedback_too) {
-  const auto scale = [&](at::Tensor& residual, at::Tensor& feedback) {
-    if (residual.defined()) residual.mul_(factor);
-    if (feedback_too && feedback.defined()) feedback.mul_(factor);
+  const auto scale = [&](auto& kept) {
+    if (kept.residual.defined()) kept.residual.mul_(factor);
+    if (kept.velocity.defined()) kept.velocity.mul_(factor);
+    if (feedback_too && kept.feedback.defined()) kept.feedback.mul_(factor);
   };
-  for (const auto& plan : plans_) scale(plan->residual, plan->feedback);
-  for (auto& [key, piece] : waiting_) scale(piece.residual, piece.feedback);
+  for (const auto& plan : plans_) scale(*plan);
+  for (auto& [key, piece] : waiting_) scale(piece);
 }
 
 void Store::replace(Pieces pieces, Garbage& garbage) {
@@ -219,7 +224,10 @@ void Store::clear(const std::vector<ParameterKey>& keys, const at::Tensor& count
     history_dropped += plan->forget();
     int64_t offset = 0;
     for (const Span& span : spans) {
-      if (wanted.contains(span.key)) plan->residual.narrow(0, offset, span.numel).zero_();
+      if (wanted.contains(span.key)) {
+        plan->residual.narrow(0, offset, span.numel).zero_();
+        if (plan->velocity.defined()) plan->velocity.narrow(0, offset, span.numel).zero_();
+      }
       offset += span.numel;
     }
   }

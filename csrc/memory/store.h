@@ -1,4 +1,4 @@
-// What one worker keeps between steps: residuals and the history of the last step, by parameter.
+// What one worker keeps between steps: residuals, velocities and the history of the last step, by parameter.
 //
 //   a bucket's layout ── known ──────────────────────────────► plan
 //                     └─ new: plans that share parameters ──► pieces, one per parameter ──► plan
@@ -35,9 +35,10 @@ class Store {
   bool was_exchanged(const Layout& layout, int64_t round) const;
   // ValueError, from `who`, if a parameter of the layout had another size when something was kept of it.
   void check_sizes(const std::string& who, const Layout& layout) const;
-  // Puts a plan together from pieces.
+  // Puts a plan together from pieces, with velocities or without.
   std::shared_ptr<Plan> make(
-      const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, Garbage& garbage);
+      const Layout& layout, std::vector<Owner> owners, const at::Tensor& verdict, const at::Tensor& counters, bool with_velocity,
+      Garbage& garbage);
 
   const std::vector<std::shared_ptr<Plan>>& plans() const { return plans_; }
 
@@ -45,11 +46,11 @@ class Store {
   Pieces copy_pieces(const at::Tensor& counters, Garbage& garbage);
   // The 2-norm, taken in fp64, of all residuals, settled, but those of parameters that are gone.
   double residual_norm(const at::Tensor& counters, Garbage& garbage);
-  // Multiplies all residuals, and the feedback where it is a gradient and not a ratio. Plans must be settled.
+  // Multiplies all residuals and velocities, and the feedback where it is a gradient and not a ratio. Plans must be settled.
   void multiply(double factor, bool feedback_too);
   // Replaces everything by these pieces.
   void replace(Pieces pieces, Garbage& garbage);
-  // Sets the residual of these parameters to zero and ends their history.
+  // Sets residual and velocity of these parameters to zero and ends their history.
   void clear(const std::vector<ParameterKey>& keys, const at::Tensor& counters);
 
   int64_t rebuilds = 0;          // plans taken apart

@@ -30,6 +30,13 @@ struct Wire {
   bool operator==(const Wire&) const = default;
 };
 
+// What a gradient becomes before it is added to the residual.
+struct Correction {
+  double momentum;      // the velocity u = momentum u + g is given instead of g; 0: g is
+  bool nesterov;        // g + momentum u is
+  double largest_norm;  // of g, which is scaled down to it first; 0: any
+};
+
 // Which step of which plan a payload belongs to; see compress.h and core/deed.h.
 struct Stamp {
   int64_t step, plan, round;
@@ -47,6 +54,16 @@ void aggregate_(
 // The squared 2-norm of a gradient on the CPU that is 0 outside the entries of these payloads, which were checked: the same bits for any
 // number of threads, in time that follows k.
 double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans);
+// Before compress_, of tensors on the CPU: writes to `given`, which may be the gradient, what is given instead of it. `velocity`, [J] of the
+// accumulate dtype, keeps what it had where that is not finite in the gradient's dtype, which then is infinite or NaN, and in parameters
+// whose gradient is zero in all entries, of which nothing is given.
+void correct_(
+    const at::Tensor& gradient, const at::Tensor& given, const std::optional<at::Tensor>& velocity, const at::Tensor& spans,
+    const Correction& correction);
+// Sets the velocity to zero where what was sent has been applied: not in idle parameters, nor in those to which settle_ returns it.
+void mask_(
+    const at::Tensor& velocity, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
+    at::ScalarType dtype, int64_t sent_round);
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round);
 void settle_(
     const at::Tensor& residual, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,

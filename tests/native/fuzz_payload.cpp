@@ -43,7 +43,7 @@ std::optional<std::vector<int64_t>> decode_plainly(const std::vector<uint8_t>& b
   if (read<uint64_t>(bytes, 16) != static_cast<uint64_t>(numel) || read<uint64_t>(bytes, 24) != static_cast<uint64_t>(k))
     return std::nullopt;
   if (read<uint64_t>(bytes, 40) > static_cast<uint64_t>(k)) return std::nullopt;
-  if (read<uint32_t>(bytes, 56) > 1 || read<uint32_t>(bytes, 60) != 0) return std::nullopt;
+  if (read<uint32_t>(bytes, 56) > 3 || read<uint32_t>(bytes, 60) != 0) return std::nullopt;
   const int64_t support_at = (64 + 4 * tiles + 7) / 8 * 8;
   std::vector<int64_t> indices;
   for (int64_t tile = 0; tile < tiles; ++tile) {
