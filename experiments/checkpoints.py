@@ -113,7 +113,7 @@ class StepFolders:
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(f"expected a checkpoint in {folder / TRAINING}, got {reason}; remove {folder} to begin again") from error
         for name, value in self._job.items():
-            if job.get(name) != value:
+            if job.get(name, value) != value:  # an option that came later is not in it
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option}: expected {job.get(name)}, as in the checkpoint {folder}, got {value}; name another --folder")
         return content

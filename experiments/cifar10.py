@@ -27,6 +27,11 @@ from runlog.record import count_cores  # noqa: E402
 
 # The paper's Fig. 3, and how the committed logs were made.
 PAPER = {"workers": 8, "learning_rate": 0.01, "steps": 1500, "test_images": 10_000, "evaluate_every": 100}
+# Parts of the exchange that the paper's does not have, as they are unless an option says otherwise.
+USUAL = {
+    "decay": 1.0, "dense_steps": 0, "warmup_steps": 0, "wire_dtype": "fp32", "index_code": "offsets", "support": "own", "chunk": None,
+    "adaptive_power": None, "dense": "never", "momentum_correction": 0.0, "mask_momentum": False, "clip_norm": None,
+}  # fmt: skip
 
 
 def parse(arguments):
@@ -46,6 +51,12 @@ def parse(arguments):
     add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "2bit"), default="fp32")
     add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
     add("--support", "who chooses the entries: each worker its own, or one for all (%(default)s)", choices=("own", "leader"), default="own")
+    add("--chunk", "consecutive entries that each send their own share (the whole bucket)", type=int, metavar="ENTRIES")
+    add("--adaptive-power", "density follows the norm of the average to this power, around --density (fixed)", type=float, metavar="POWER")
+    add("--dense", "auto: buckets that would send no less otherwise send all (%(default)s)", choices=("never", "auto"), default="never")
+    add("--momentum-correction", "of what each worker gives, instead of --momentum (%(default)s)", type=float, default=0.0, metavar="MOMENTUM")
+    add("--mask-momentum", "where an entry was sent its corrected momentum begins anew", action="store_true")
+    add("--clip-norm", "of a bucket's gradient, over the root of the number of workers (no limit)", type=float, metavar="NORM")
     add("--model", "(%(default)s)", choices=MODELS, default="resnet18")
     add("--workers", "in this process (2), or what torchrun has started; make hands it to torchrun as --nproc-per-node", type=int, metavar="N")
     add("--steps", "exchanges (%(default)s)", type=int, default=1000)
@@ -85,7 +96,8 @@ def parse(arguments):
         *((name, lambda value: value >= 0, "at least 0") for name in ("dense_steps", "warmup_steps")),
         ("decay", lambda value: 0 < value <= 1, "0 < decay <= 1"),
         ("batch_size", lambda value: value >= 2, "at least 2, which BatchNorm needs"),
-        ("momentum", lambda value: 0 <= value < 1, "0 <= momentum < 1"),
+        *((name, lambda value: 0 <= value < 1, f"0 <= {name} < 1") for name in ("momentum", "momentum_correction")),
+        ("clip_norm", lambda value: value > 0, "a number above 0"),
         ("seed", lambda value: value >= 0, "at least 0"),
     )  # fmt: skip
     options.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -100,6 +112,9 @@ def parse(arguments):
     elif options.compare:
         parser.error("--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun "
                      "--standalone --nproc-per-node 2 experiments/cifar10.py --compare")  # fmt: skip
+    for name, excludes in (("momentum_correction", "momentum"), ("adaptive_power", "warmup_steps")):
+        if getattr(options, name) and getattr(options, excludes):
+            parser.error(f"--{name.replace('_', '-')}: expected no --{excludes.replace('_', '-')} beside it, got {getattr(options, excludes)}")
     options.workers = options.workers or 2
     options.folder = options.folder or Path("runs") / name_run(options)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", options.workers)) if options.distributed else 1
@@ -107,6 +122,11 @@ def parse(arguments):
     if options.checkpoint is None and (not options.distributed or local == options.workers):
         options.checkpoint = options.folder / "checkpoints"
     return options
+
+
+def unusual(options):
+    """Return, of a dict of options, those about what travels that are not as in the paper."""
+    return {name: options[name] for name, usual in USUAL.items() if options.get(name, usual) != usual}
 
 
 def name_run(options):
@@ -117,9 +137,9 @@ def name_run(options):
     if options.method == "regtopk":
         parts.append(f"mu{options.mu:g}" + ("" if options.distortion == "previous" else f"-{options.distortion}"))
     if options.method != "dense":
-        usual = (("decay", 1.0), ("dense_steps", 0), ("warmup_steps", 0))
-        parts += [f"{name.split('_')[0]}{getattr(options, name):g}" for name, value in usual if getattr(options, name) != value]
-        parts += [part for part in (options.wire_dtype, options.index_code, options.support) if part not in ("fp32", "offsets", "own")]
+        for name, value in unusual(vars(options)).items():
+            named = isinstance(value, str) and name != "dense"
+            parts.append(value if named else name.split("_")[0] + ("" if value is True else value if name == "dense" else f"{value:g}"))
     if options.partition != "iid":
         parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
     if options.local_steps > 1:

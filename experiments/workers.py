@@ -25,10 +25,14 @@ def add(earlier, later):
 
 def compression_of(options):
     """Return the density and the other options that both methods have, as `rt.TopKState` takes them."""
-    density = rt.WarmupDensity(max(0.25, options.density), options.density, options.warmup_steps) if options.warmup_steps else options.density
+    density = options.density
+    if options.warmup_steps:
+        density = rt.WarmupDensity(max(0.25, density), density, options.warmup_steps)
+    elif options.adaptive_power is not None:
+        density = rt.AdaptiveDensity(density, power=options.adaptive_power)
     wire_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "2bit": "2bit"}[options.wire_dtype]
-    same = {name: getattr(options, name) for name in ("decay", "dense_steps", "index_code", "support")}
-    return density, {**same, "wire_dtype": wire_dtype}
+    same = {name: getattr(options, name) for name in ("decay", "dense_steps", "index_code", "support", "chunk", "dense", "mask_momentum", "clip_norm")}
+    return density, {**same, "wire_dtype": wire_dtype, "momentum": options.momentum_correction}
 
 
 class Workers:

@@ -233,6 +233,9 @@ def test_a_network_has_its_entries_and_start_weights_that_the_seed_decides(name,
         ("--momentum 1", "--momentum: expected 0 <= momentum < 1, got 1.0"),
         ("--timeout nan", "--timeout: expected a number above 0, got nan"),
         ("--seed -1", "--seed: expected at least 0, got -1"),
+        ("--momentum-correction 1", "--momentum-correction: expected 0 <= momentum_correction < 1, got 1.0"),
+        ("--momentum-correction 0.9 --momentum 0.5", "--momentum-correction: expected no --momentum beside it, got 0.5"),
+        ("--adaptive-power 1 --warmup-steps 5", "--adaptive-power: expected no --warmup-steps beside it, got 5"),
         ("--compare", "--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun"),
         ("torchrun --workers 3", "--workers: expected torchrun's number of processes, 2, got 3; hand it to torchrun as --nproc-per-node"),
         ("torchrun --local-steps 2", "--local-steps: expected 1 under torchrun, got 2"),
@@ -249,9 +252,11 @@ def test_an_option_out_of_range_is_an_error(options, message, capsys, monkeypatc
 
 def test_a_folder_is_named_after_what_sets_the_run_apart_and_paper_is_a_preset():
     parsed = [cifar10.parse(options.split()) for options in
-              ("--method dense --mu 3", "--density 0.01 --mu 50 --seed 2 --paper --steps 7", "--partition dirichlet --distortion current --local-steps 40")]  # fmt: skip
+              ("--method dense --mu 3", "--density 0.01 --mu 50 --seed 2 --paper --steps 7", "--partition dirichlet --distortion current --local-steps 40",
+               "--chunk 4096 --adaptive-power 1 --dense auto --momentum-correction 0.9 --mask-momentum --clip-norm 2")]  # fmt: skip
     assert [options.folder.name for options in parsed] == [
         "resnet18-dense-n2-s0", "resnet18-regtopk-d0.01-mu50-n8-s2", "resnet18-regtopk-d0.001-mu5-current-dirichlet0.1-local40-n2-s0",
+        "resnet18-regtopk-d0.001-mu5-chunk4096-adaptive1-denseauto-momentum0.9-mask-clip2-n2-s0",
     ]  # fmt: skip
     assert (parsed[1].learning_rate, parsed[1].test_images, parsed[1].steps) == (0.01, 10_000, 7)
 

@@ -1,5 +1,6 @@
 """Print the result of a run of experiments.cifar10 as a table."""
 
+from experiments.cifar10 import unusual
 from experiments.report.figures import describe
 
 
@@ -7,9 +8,10 @@ def format_table(run):
     """Return the table, one row a line, of a finished run; bytes, entries and the hook's seconds are means over workers and steps."""
     options, result, total = run.options, run.result, run.result["statistics"]
     each = {name: value / (result["workers"] * result["step"]) for name, value in total.items()}
+    others = [f"{name.replace('_', ' ')} {value}" for name, value in unusual(options).items() if options["method"] != "dense"]
     rows = {
         "data": run.data,
-        "method": describe(run.configuration),
+        "method": ", ".join([describe(run.configuration), *others]),
         "job": f"{result['workers']} workers x {options['batch_size']} images, {result['step']} steps, seed {run.seed}",
         "test accuracy": f"{result['accuracy']:.2%} of {result['test_images']:,} images",
         "training loss, last steps": f"{result['training_loss']:.4f}",
