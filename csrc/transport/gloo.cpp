@@ -15,8 +15,6 @@
 namespace regtopk {
 namespace {
 
-using Clock = Completer::Clock;
-
 constexpr const char* kExchange = "the exchange of a bucket's payloads";
 constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
 
@@ -119,7 +117,7 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
 void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
   GroupPtr group = open([&](const Groups& groups) { return groups.stages.at(stage); });
   const WorkPtr work = begin(*group, course->stages[stage].collective);
-  const Clock::time_point issued = Clock::now();
+  const Completer::Clock::time_point issued = Completer::Clock::now();
   const FuturePtr arrival = work->getFuture();
   const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_,
                          failure = failure_](Completer::Outcome outcome, const std::string& why) {
@@ -129,7 +127,7 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
     at::init_num_threads();  // OpenMP has one per thread: take over what torch.set_num_threads set on the user's
     bool finished = false;
     try {
-      bucket.count_seconds(std::chrono::duration<double>(Clock::now() - issued).count());
+      bucket.count_seconds(std::chrono::duration<double>(Completer::Clock::now() - issued).count());
       const auto lost = [&](const std::string& got) {
         note(*failure, got);
         C10_THROW_ERROR(
@@ -195,8 +193,8 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
         signal->changed.notify_all();
       },
       /*uses_future=*/false);
-  const Clock::time_point deadline = Clock::now() + timeout_;
-  Clock::time_point next = Clock::now() + watch_->patience();
+  const Completer::Clock::time_point deadline = Completer::Clock::now() + timeout_;
+  Completer::Clock::time_point next = Completer::Clock::now() + watch_->patience();
   const auto lost = [&](const std::string& got) {
     note(*failure_, got);
     C10_THROW_ERROR(
@@ -208,8 +206,8 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   while (!signal->changed.wait_until(lock, std::min(next, deadline), [&] { return arrival->completed(); })) {
     lock.unlock();
     if (const std::string why = watch_->contradiction(number, activity); !why.empty()) lost(why);
-    if (Clock::now() >= deadline) lost("none of them complete" + watch_->absent(number));
-    next = Clock::now() + watch_->interval();
+    if (Completer::Clock::now() >= deadline) lost("none of them complete" + watch_->absent(number));
+    next = Completer::Clock::now() + watch_->interval();
     lock.lock();
   }
   lock.unlock();
@@ -265,7 +263,7 @@ void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, 
 }
 
 void GlooTransport::wait_idle() {
-  if (completer_.wait_idle(Clock::now() + timeout_)) return;
+  if (completer_.wait_idle(Completer::Clock::now() + timeout_)) return;
   C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
 }
 
