@@ -2,10 +2,14 @@
 
 import gc
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+
+attached: weakref.WeakSet = weakref.WeakSet()  # models on which `attach` has registered a state
 
 
 def group_of(state):
@@ -139,7 +143,8 @@ def _models_of(state):
 def models():
     """All DistributedDataParallel models of this process: an object refers to its class."""
     kinds = [DistributedDataParallel, *_subclasses_of(DistributedDataParallel)]
-    return [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
+    found = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
+    return found + [model for model in attached if not any(model is other for other in found)]  # the collector does not see frozen ones
 
 
 def _subclasses_of(kind):

@@ -63,6 +63,7 @@ def attach(ddp, state):
         raise TypeError(f"attach: expected a TopKState or RegTopKState, got {type(state).__name__}")
     groups.check_model("attach", ddp, groups.group_of(state))
     state._exchange.register_on(ddp.reducer)
+    groups.attached.add(ddp)
     ddp.logger._set_comm_hook_name(sparse_hook.__qualname__)
     # As register_comm_hook does: DDP keeps the pair, and with it the state, alive.
     ddp._comm_hooks.append((sparse_hook, state))

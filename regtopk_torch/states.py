@@ -219,11 +219,11 @@ class TopKState(Averaging):
 
     def _names_of(self, keys):
         """The names of parameters of the model, or of the tensors that are being averaged, by their keys."""
-        # A hook of the user's own may be registered with more than the state.
-        names = {key: name for ddp in groups.models() for name, _, key in _named_keys(ddp)} | self._asked
+        # A hook of the user's own may be registered with more than the state; where it is not, the names of the state's models win.
+        names = {key: name for ddp in [*groups.models(), *groups._models_of(self)] for name, _, key in _named_keys(ddp)} | self._asked
         unknown = [key for key in keys if key not in names]
         if unknown:
-            raise ValueError(f"{type(self).__name__}: expected parameters of a DistributedDataParallel for dense={self._given['dense']!r} to name, got {len(unknown)} of none")
+            raise ValueError(f"{type(self).__name__}: expected parameters of a DistributedDataParallel for dense={self._given['dense']!r} to name, got {len(unknown)} of none; after gc.freeze() register the model with rt.attach")
         return [names[key] for key in keys]
 
     def _named_keys(self, module):

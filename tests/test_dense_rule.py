@@ -1,5 +1,6 @@
 """Buckets, and parameters, that send all their entries: the bits of the reference, nothing lost, and the bytes of a ring."""
 
+import gc
 import warnings
 
 import pytest
@@ -316,3 +317,117 @@ def test_a_message_says_once_where_dense_would_send_less():
     (message,), nothing = run_workers(warned, 2, 0.99)
     assert message.startswith("rank 0: sparse_hook: a bucket of 3000 entries sends ") and "; dense='auto' sends those" in message, message
     assert nothing == [] and run_workers(warned, 2, 0.5) == [[], []]
+
+
+def unfreeze(rank):
+    """Beside one that goes on, a parameter comes back under a new model; in that step the dense part, of the new one alone, is void."""
+    sizes = (300, 40)
+    model = Given(*sizes)
+    optimizer, given = unit_sgd(model), [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    model.parts[0].requires_grad_(False)
+    state = rt.TopKState(0.1, dense=lambda name, numel: name == "parts.0")
+    for step in range(3):
+        if step < 2:
+            model.parts[0].requires_grad_(step == 1)
+            ddp = DistributedDataParallel(model)
+            register(ddp, state, "attach")
+        gradients = integers(*sizes, seed=seed_of(rank, step))
+        if step == 0:
+            gradients[0].zero_()
+        if (step, rank) == (1, 0):
+            gradients[1][3] = torch.nan
+        optimizer.zero_grad()
+        ddp(gradients).backward()
+        for total, gradient in zip(given, gradients):
+            total += finite(gradient)
+        if step != 1:
+            optimizer.step()
+    return missing(state, ddp, given)
+
+
+def fail_midway(rank):
+    """In the first step the rule fails at a later bucket, on all ranks."""
+    sizes = (300, 40, 300)
+    model, asked = Given(*sizes), []
+
+    def rule(name, numel):
+        asked.append(name)
+        if name == "parts.0" and asked.count(name) == 1:
+            raise RuntimeError("not yet")
+        return name == "parts.1"
+
+    state = rt.TopKState(0.1, dense=rule)
+    optimizer, given = unit_sgd(model), [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    failed = []
+    for step in range(4):
+        ddp = DistributedDataParallel(model, bucket_cap_mb=1e-3, find_unused_parameters=True)
+        register(ddp, state, "register_comm_hook")
+        gradients = integers(*sizes, seed=seed_of(rank, step))
+        optimizer.zero_grad()
+        try:
+            ddp(gradients).backward()
+        except RuntimeError as error:
+            failed.append(str(error))
+            gradients[0].zero_()  # of the bucket that failed nothing was taken
+        else:
+            optimizer.step()
+        for total, gradient in zip(given, gradients):
+            total += gradient
+    return len(failed), "not yet" in failed[0], missing(state, ddp, given)
+
+
+def differ_midway(rank):
+    """Ranks differ in a later bucket: whether they hold all of what they gave of the buckets before."""
+    sizes = (300, 40, 300)
+    ddp = DistributedDataParallel(Given(*sizes), bucket_cap_mb=1e-3, find_unused_parameters=True)
+    rt.attach(ddp, state := rt.TopKState(0.1, dense=lambda name, numel: name == "parts.0" and rank == 0))
+    gradients = integers(*sizes, seed=seed_of(rank, 0))
+    kind = error_of(lambda: ddp(gradients).backward())[0].__name__
+    kept = held(state, ddp)
+    return kind, [torch.equal(kept[f"parts.{i}"].double(), gradients[i].double()) for i in (1, 2)]
+
+
+def more_than_once(rank):
+    """What the rule was asked by a state that begins with other tensors, and by one whose collector's objects are frozen."""
+    asked = []
+
+    def few(name, numel):
+        asked.append((name, numel))
+        return numel < 100
+
+    state = rt.TopKState(0.1, dense=few)
+    state.average([torch.ones(10)])
+    dense = [state.stats()["dense"]]
+    state.reset()
+    dense.append(state.stats()["dense"])
+    state.average([torch.ones(1000)])
+    dense.append(state.stats()["dense"])
+    older = DistributedDataParallel(Given(300))
+    ddp = DistributedDataParallel(torch.nn.Sequential(older.module))
+    named = []
+    rt.attach(ddp, state := rt.TopKState(0.1, dense=lambda name, numel: bool(named.append(name))))
+    gc.freeze()
+    try:
+        ddp(integers(300, seed=rank)).backward()
+    finally:
+        gc.unfreeze()
+    return asked, dense, named
+
+
+def test_what_a_dense_part_of_new_parameters_sent_in_a_void_step_returns():
+    assert run_workers(unfreeze, 2, seconds=60) == [[0, 0]] * 2
+
+
+def test_what_other_buckets_sent_returns_where_the_rule_fails():
+    assert run_workers(fail_midway, 2, seconds=60) == [(1, True, [0, 0, 0])] * 2
+
+
+def test_what_other_buckets_sent_returns_where_ranks_differ_in_one():
+    assert run_workers(differ_midway, 2, seconds=60) == [("ValueError", [True, True])] * 2
+
+
+def test_the_rule_is_asked_of_other_tensors_and_hears_the_names_of_the_model_with_the_hook():
+    for asked, dense, named in run_workers(more_than_once, 2, seconds=60):
+        assert asked == [("0", 10), ("0", 1000)]
+        assert [len(buckets) for buckets in dense] == [1, 0, 0]
+        assert named == ["0.parts.0"]

@@ -135,19 +135,20 @@ std::vector<bool> Worker::ruled_dense(const Layout& layout, const MakeOwners& ow
   std::vector<int64_t> numels;
   std::vector<size_t> places;
   for (size_t i = 0; i < layout.spans.size(); ++i) {
-    if (ruled_.contains(layout.spans[i].key)) continue;
+    const auto known = ruled_.find(layout.spans[i].key);
+    if (known != ruled_.end() && known->second.numel == layout.spans[i].numel) continue;  // else another tensor has the name now
     keys.push_back(layout.spans[i].key);
     numels.push_back(layout.spans[i].numel);
     places.push_back(i);
   }
   if (!keys.empty()) {
-    std::erase_if(ruled_, [](const auto& known) { return known.second.first.is_gone(); });
+    std::erase_if(ruled_, [](const auto& known) { return known.second.owner.is_gone(); });
     std::vector<Owner> all = owners();
     const std::vector<bool> answers = options.dense_rule(keys, numels);
-    for (size_t i = 0; i < keys.size(); ++i) ruled_[keys[i]] = {std::move(all[places[i]]), answers.at(i)};
+    for (size_t i = 0; i < keys.size(); ++i) ruled_[keys[i]] = {std::move(all[places[i]]), numels[i], answers.at(i)};
   }
   std::vector<bool> dense;
-  for (const Span& span : layout.spans) dense.push_back(ruled_.at(span.key).second);
+  for (const Span& span : layout.spans) dense.push_back(ruled_.at(span.key).dense);
   return dense;
 }
 
@@ -263,12 +264,14 @@ Pieces Worker::copy_pieces() {
 void Worker::replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state) {
   density_control.restore(density_state);
   Store::Garbage garbage;
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   store_.replace(std::move(pieces), garbage);
   seen_.clear();
   if (report.device().is_cpu()) statistics.void_steps += steps.is_void() ? 1 : 0;
   else report.ask(steps.clock().verdict(report.device()), steps.round());
   steps.restart(step);
+  lock.unlock();
+  publish_dense();
 }
 
 void Worker::clear(const std::vector<ParameterKey>& keys) {

@@ -131,7 +131,12 @@ class Worker {
   mutable std::mutex dense_mutex_;  // for a moment each
   DenseBuckets dense_buckets_;
   std::atomic<bool> measures_anew_ = false;
-  std::unordered_map<ParameterKey, std::pair<Owner, bool>> ruled_;  // an owner keeps its key from being another parameter's
+  struct Ruled {
+    Owner owner;  // keeps its key from being another parameter's
+    int64_t numel;
+    bool dense;
+  };
+  std::unordered_map<ParameterKey, Ruled> ruled_;
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
 };

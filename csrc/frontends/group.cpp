@@ -72,11 +72,13 @@ GroupExchange::FuturePtr GroupExchange::exchange(
     const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
     const std::function<Fingerprint()>& describe, bool absent) {
   if (!worker_->options.dense_rule || !bucket.keeps) return exchange_as_one(bucket, gradient, average, owners, describe, absent);
+  const bool begins = worker_->begins_step(bucket);
   std::vector<bool> dense;
   try {
     dense = worker_->ruled_dense(bucket.layout, owners);
   } catch (const std::exception& error) {
     transport_->announce_failure(error.what());
+    if (!begins) worker_->steps.clock().make_void(worker_->steps.round());
     throw;
   }
   std::string places;
@@ -91,6 +93,8 @@ GroupExchange::FuturePtr GroupExchange::exchange(
   if (std::equal(dense.begin() + 1, dense.end(), dense.begin()))
     return exchange_as_one(whole, gradient, average, owners, describe_part, absent);
   for (const char letter : places) whole.layout.mark = (whole.layout.mark ^ static_cast<uint8_t>(letter)) * 0x100000001b3ull | 1;
+  // The bucket begins the step, and not the one of its parts that has parameters of the step before.
+  if (begins) worker_->steps.end();
   return exchange_in_parts(whole, dense, gradient, average, owners, describe_part, absent);
 }
 
@@ -190,11 +194,22 @@ std::shared_ptr<Plan> GroupExchange::enter(
   if (begins) transport_->wait_idle();
   std::shared_ptr<Plan> plan;
   try {
-    plan = worker_->enter(bucket, owners, owner_.applied);
-  } catch (const std::exception& error) {
-    transport_->announce_failure(error.what());
+    try {
+      plan = worker_->enter(bucket, owners, owner_.applied);
+    } catch (const std::exception& error) {
+      transport_->announce_failure(error.what());
+      throw;
+    }
+    agree_before(bucket, plan.get(), begins, describe);
+  } catch (...) {
+    // What the step's other buckets have sent returns: as a whole it comes to nobody.
+    if (!begins) worker_->steps.clock().make_void(worker_->steps.round());
     throw;
   }
+  return plan;
+}
+
+void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, const std::function<Fingerprint()>& describe) {
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
   if (worker_->options.schedule && worker_->density() != agreed_density_) {
     agree(*transport_, caller_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
@@ -207,15 +222,14 @@ std::shared_ptr<Plan> GroupExchange::enter(
     dense_step_ = worker_->is_dense_step();
     forget_agreements();
   }
-  if (plan) advise(*plan);
-  if (plan && plan->agreed_version == options_version_) return plan;
-  const int64_t hash = plan ? plan->hash : bucket.layout.hash() + 1;
+  if (plan != nullptr) advise(*plan);
+  if (plan != nullptr && plan->agreed_version == options_version_) return;
+  const int64_t hash = plan != nullptr ? plan->hash : bucket.layout.hash() + 1;
   if (!agreed_.contains(hash)) {
     agree_on(bucket, hash, describe());
     agreed_.insert(hash);
   }
-  if (plan) plan->agreed_version = options_version_;
-  return plan;
+  if (plan != nullptr) plan->agreed_version = options_version_;
 }
 
 void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerprint& description) {

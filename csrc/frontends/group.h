@@ -69,6 +69,8 @@ class GroupExchange {
   void advise(const Plan& plan);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe);
+  // Before a payload travels: what ranks have to have in common is compared where it may have changed.
+  void agree_before(const Bucket& bucket, Plan* plan, bool begins, const std::function<Fingerprint()>& describe);
   void forget_agreements();
   void agree_on(const Bucket& bucket, int64_t hash, const Fingerprint& description);
   bool is_dense() const { return dense_ || worker_->is_dense_step(); }
