@@ -210,7 +210,8 @@ def find_language(evidence, steps):
     tests = {row: compare(*(values("loss", some) for some in at_common_seeds([own, dense]))) for row, own in rows.items()}
     parts = [f"{row} {spread(values('loss', own), 3)} at {own[0].options['learning_rate']:g} ({own[0].value('of_dense'):.4f})" for row, own in rows.items()]
     text = f"dense {spread(values('loss', dense), 3)} at {dense[0].options['learning_rate']:g}; {', '.join(parts)}"
-    return Finding(text, min(map(len, (dense, *rows.values()))), describe_several(tests), runs)
+    seeds = sorted({len(own) for own in (dense, *rows.values())})
+    return Finding(text, " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), describe_several(tests), runs)
 
 
 # The anchor of each claim's row: its figure, and what finds its cells in the evidence.
