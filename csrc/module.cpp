@@ -76,7 +76,7 @@ void delete_without_gil(T* object) {
 using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
 using GroupTuple = std::tuple<
     GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>,
-    std::function<GroupPtr(int64_t)>>;
+    std::function<GroupPtr(int64_t, int64_t)>>;
 
 std::shared_ptr<GroupExchange> make_exchange(
     const Options& options, std::shared_ptr<Clock> clock, std::function<GroupTuple(const std::string& caller)> open_groups,
@@ -87,7 +87,11 @@ std::shared_ptr<GroupExchange> make_exchange(
     const std::string who = c10::str("rank ", payloads->getRank(), ": ", caller);
     const auto milliseconds = std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000));
     GlooTransport::Groups groups{
-        {payloads}, control, store, milliseconds, std::make_shared<std::function<GroupPtr(int64_t)>>(std::move(open_stage))};
+        {{{0, Transport::Collective::Among::kAll}, payloads}},
+        control,
+        store,
+        milliseconds,
+        std::make_shared<std::function<GroupPtr(int64_t, int64_t)>>(std::move(open_stage))};
     std::shared_ptr<GlooTransport> gloo(
         new GlooTransport(std::move(groups), who, std::move(own_calls)), &delete_without_gil<GlooTransport>);
     if (!on_stream) return gloo;
@@ -143,6 +147,7 @@ py::dict statistics_of(Worker& worker) {
   result["displaced"] = counters[1];
   result["bytes_sent"] = statistics.bytes_sent.load();
   result["bytes_dense"] = statistics.bytes_dense.load();
+  result["bytes_local"] = statistics.bytes_local.load();
   result["compress_seconds"] = statistics.compress_seconds.load();
   result["exchange_seconds"] = statistics.exchange_seconds.load();
   result["aggregate_seconds"] = statistics.aggregate_seconds.load();
@@ -207,6 +212,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cpu_variant", &set_cpu_variant);
   module.def("available_cpu_variants", &available_cpu_variants);
   module.def("close_all", &close_all, release_gil());
+  // Of a parameter's entries those that the rank at `place` of a host's `ranks` keeps: where they begin, and their number.
+  module.def("part_of", [](int64_t numel, int64_t place, int64_t ranks) {
+    const Part part = part_of(numel, place, ranks);
+    return std::pair(part.begin, part.numel);
+  });
   // The key under which the state of a parameter is kept.
   module.def("parameter_key", &key_of);
 
@@ -216,7 +226,7 @@ PYBIND11_MODULE(_C, module) {
                       const py::object& wire_dtype, bool elias_fano, bool leader, int64_t chunk, double momentum, bool nesterov,
                       bool mask_momentum, double clip_norm, std::function<double(int64_t)> schedule,
                       const std::optional<std::tuple<double, double, double, double>>& adaptive, bool dense_auto,
-                      decltype(Options::dense_rule) dense_rule) {
+                      decltype(Options::dense_rule) dense_rule, int64_t host_ranks, int64_t local_rank) {
             return Options{
                 .regularised = regularised,
                 .density = density,
@@ -234,6 +244,8 @@ PYBIND11_MODULE(_C, module) {
                 .clip_norm = clip_norm,
                 .dense_auto = dense_auto,
                 .dense_rule = std::move(dense_rule),
+                .host_ranks = host_ranks,
+                .local_rank = local_rank,
                 .schedule = std::move(schedule),
                 .adaptive = adaptive ? std::optional(std::make_from_tuple<AdaptiveDensity>(*adaptive)) : std::nullopt};
           }),
@@ -241,7 +253,8 @@ PYBIND11_MODULE(_C, module) {
           py::arg("dense_steps") = 0, py::arg("wire_dtype") = py::none(), py::arg("elias_fano") = false, py::arg("leader") = false,
           py::arg("chunk") = 0, py::arg("momentum") = 0.0, py::arg("nesterov") = false, py::arg("mask_momentum") = false,
           py::arg("clip_norm") = 0.0, py::arg("schedule") = py::none(), py::arg("adaptive") = py::none(), py::arg("dense_auto") = false,
-          py::arg("dense_rule") = py::none());
+          py::arg("dense_rule") = py::none(), py::arg("host_ranks") = 1, py::arg("local_rank") = -1)
+      .def_readonly("host_ranks", &Options::host_ranks);
 
   py::class_<Clock, std::shared_ptr<Clock>>(module, "Clock").def(py::init<>());
 
@@ -288,7 +301,7 @@ PYBIND11_MODULE(_C, module) {
           "open", [](GroupExchange& exchange) { exchange.transport(); }, release_gil())
       .def(
           "rank", [](GroupExchange& exchange) { return exchange.transport().rank(); }, release_gil())
-      .def("workers", [](const GroupExchange& exchange) { return exchange.worker().workers; })  // known once it has been open
+      .def("workers", [](const GroupExchange& exchange) { return exchange.worker().ranks(); })  // known once it has been open
       .def(
           "gather_texts",
           [](GroupExchange& exchange, const std::string& own, const std::string& caller, const std::string& activity) {

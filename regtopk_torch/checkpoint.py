@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from regtopk_torch import _C
+
 FORMAT = "regtopk_torch"
 VERSION = 1
 
@@ -30,6 +32,27 @@ class Progress(NamedTuple):
 
     step: int  # the last one
     density_state: list  # what an AdaptiveDensity has measured, else empty
+
+
+def whole_of(piece, place, ranks):
+    """A piece of all of its parameter, of which the rank at `place` of a host's `ranks` keeps a part: zero elsewhere."""
+    begin, numel = _C.part_of(piece.parameter.numel(), place, ranks)
+    residual = torch.zeros(piece.parameter.numel(), dtype=piece.residual.dtype, device="cpu")
+    residual[begin : begin + numel] = piece.residual
+    return piece._replace(residual=residual, sent_index=None if piece.sent_index is None else piece.sent_index + begin)
+
+
+def part_of(who, piece, place, ranks):
+    """The reverse; ValueError where something lies elsewhere."""
+    begin, numel = _C.part_of(piece.parameter.numel(), place, ranks)
+    residual, index = piece.residual[begin : begin + numel].clone(), piece.sent_index
+    elsewhere = torch.count_nonzero(piece.residual) - torch.count_nonzero(residual)
+    if elsewhere or (index is not None and len(index) and not begin <= index[0] <= index[-1] < begin + numel):
+        raise ValueError(
+            f"{who}: expected what entries {begin} to {begin + numel} of a parameter of shape {list(piece.parameter.shape)} hold back, got others; "
+            "load the same rank's state dict, into a model of the same memory format"
+        )
+    return piece._replace(residual=residual, sent_index=None if index is None else index - begin)
 
 
 def plain_name(name):
@@ -113,6 +136,9 @@ def from_state_dict(who, state_dict, named_keys, header):
         if not _is(state_dict.get(name), header[name]):
             advice = "; load the list of all its ranks' state dicts to redistribute them" if name == "world_size" else ""
             raise ValueError(f"{who}: expected a state dict of {name} {header[name]}, got {name} {state_dict.get(name)}{advice}")
+    levels, expected = state_dict.get("levels", 1), header.get("levels", 1)
+    if not _is(levels, expected):
+        raise ValueError(f"{who}: expected a state dict of levels of {expected} ranks to a host, got one of {levels}; 1 is without levels")
     step = state_dict.get("step")
     if type(step) is not int or not -1 <= step < 2**62:
         raise ValueError(f"{who}: expected step to be an integer in [-1, 2^62), got {step!r}")
@@ -188,6 +214,11 @@ def from_state_dicts(read, saved_world_size, named_keys, header):
     if saved_world_size == world_size:
         who, state_dict = read(rank)
         return *from_state_dict(who, state_dict, named_keys, header), 0
+    if header.get("levels", 1) > 1:
+        raise ValueError(
+            f"expected the state dicts of {world_size} ranks with levels of {header['levels']} ranks to a host, got those of {saved_world_size}; "
+            "what a host's ranks hold back is not redistributed yet, load it into as many"
+        )
     sums: dict[str, dict[str, torch.Tensor]] = {}  # of each parameter, by name
     parameters = {}
     steps, dropped = set(), 0

@@ -52,7 +52,8 @@ def open_groups(state, caller="sparse_hook"):
 
     `caller` is who messages are from. `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
 
-    open_stage(number) opens the group of a later stage of the exchange, as all ranks do together.
+    open_stage(number, among) opens the group of another stage of the exchange, as all ranks do together: of all ranks, of those of a host,
+    or of those of one place on their hosts (0, 1, 2).
 
     The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
     rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
@@ -81,17 +82,24 @@ def open_groups(state, caller="sparse_hook"):
             f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
         ) from error
 
-    def open_group(name, threads):
+    def open_group(name, threads, rank_among=rank, among=size):
         try:
-            return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, _options(limit, threads=threads))
+            return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank_among, among, _options(limit, threads=threads))
         except RuntimeError as error:
             raise dist.DistBackendError(
-                f"rank {rank}: {caller}: expected to connect to the other {size - 1} ranks within {limit.total_seconds():g} s, got: {error}"
+                f"rank {rank}: {caller}: expected to connect to the other {among - 1} ranks within {limit.total_seconds():g} s, got: {error}"
             ) from error
 
     payloads, control = open_group("payloads", 4), open_group("control", 1)
     stream = _stream_of(registered[0].process_group if registered else group)
-    return payloads, control, store, limit.total_seconds(), stream, lambda stage: open_group(f"stage {stage}", 2)
+    host, place = divmod(rank, state._host_ranks)
+    members = ("", rank, size), (f" of host {host}", place, state._host_ranks), (f" of place {place}", host, size // state._host_ranks)
+
+    def open_stage(stage, among):
+        name, rank_among, count = members[among]
+        return open_group(f"stage {stage}{name}", 2, rank_among, count)
+
+    return payloads, control, store, limit.total_seconds(), stream, open_stage
 
 
 def _stream_of(group):

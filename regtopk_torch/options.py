@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ INDEX_CODES = ("offsets", "elias-fano")
 SUPPORTS = ("own", "leader")
 CHUNKS = [2**bits for bits in range(6, 17)]
 # What every method takes, by name, and what it is unless it is given.
-COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never"}
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never", "levels": None}
 
 
 def check_options(who, names_of, *, method, density, mu, distortion, **common):
@@ -26,7 +27,7 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
     unknown = [name for name in common if name not in COMMON]
     if unknown:
         raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
-    decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm, dense = (common.get(name, usual) for name, usual in COMMON.items())
+    decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm, dense, levels = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")
     adaptive = isinstance(density, AdaptiveDensity)
@@ -67,12 +68,30 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected clip_norm to be None or a finite number > 0, got clip_norm={clip_norm}")
     if not (callable(dense) or isinstance(dense, str) and dense in ("never", "auto")):
         raise ValueError(f"{who}: expected dense to be 'never', 'auto' or a function of a parameter's name and its number of entries, got {dense!r}")
+    host_ranks, local_rank = _ranks_of_a_host(who, levels)
+    for name, excluded in (("support='leader'", support == "leader"), ("chunk=", chunk is not None), ("an AdaptiveDensity", adaptive), ("momentum=", momentum > 0), ("clip_norm=", clip_norm is not None), ("dense=", dense != "never")):
+        if excluded and levels is not None:
+            raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; hosts send entries of their own choice, at a density that all ranks know")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
         decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
         momentum=float(momentum), nesterov=nesterov, mask_momentum=mask_momentum, clip_norm=float(clip_norm or 0), adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
-        dense_auto=dense == "auto", dense_rule=_asking(who, dense, names_of) if callable(dense) else None,
+        dense_auto=dense == "auto", dense_rule=_asking(who, dense, names_of) if callable(dense) else None, host_ranks=host_ranks, local_rank=local_rank,
     )  # fmt: skip
+
+
+def _ranks_of_a_host(who, levels):
+    """(how many, this one's place among them; -1 where it follows from the rank)."""
+    if levels is None:
+        return 1, -1
+    if isinstance(levels, str) and levels == "host":
+        found = {name: os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK")}
+        if not all(value.isdecimal() for value in found.values()) or int(found["LOCAL_WORLD_SIZE"]) < 1:
+            raise ValueError(f"{who}: expected LOCAL_WORLD_SIZE and LOCAL_RANK in the environment with levels='host', as torchrun sets them, got {found}; pass the number of ranks to a host")
+        return int(found["LOCAL_WORLD_SIZE"]), int(found["LOCAL_RANK"])
+    if isinstance(levels, bool) or not isinstance(levels, numbers.Integral) or not 1 <= int(levels) < 2**31:
+        raise ValueError(f"{who}: expected levels to be None, 'host' or the number of ranks to a host, got {levels!r}")
+    return int(levels), -1
 
 
 def _checked(who, density):

@@ -76,6 +76,12 @@ class TopKState(Averaging):
             void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. Nothing of it is masked by
             `mask_momentum`, and `clip_norm` counts it apart from the others of a bucket. CPU gradients.
 
+        levels (str or int, optional): the number L of ranks to a host, which are numbered one after the other; "host" takes it from torchrun's
+            LOCAL_WORLD_SIZE, and LOCAL_RANK must agree. The ranks of a host send their mean as one, each a part of every parameter: a
+            reduce-scatter in rank order inside the host, the exchange among the ranks of one place on their hosts, and an all-gather inside the host. So a rank sends
+            other hosts 1 / L of what a host of one rank would, and holds back a part of each parameter, 1 / L of the memory. The average is over all
+            ranks. CPU gradients of a model's hook, own supports; all N ranks save and load together, in a world of the same size.
+
     The residual takes 4 bytes per parameter (8 for fp64), and as much again with momentum. The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
 
@@ -103,6 +109,7 @@ class TopKState(Averaging):
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
         options = check_options(who, lambda keys: [] if (state := this()) is None else state._names_of(keys), **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
+        self._host_ranks = options.host_ranks
         self._given = {name: float(value) if name in ("mu", "decay", "density", "momentum", "clip_norm") and isinstance(value, numbers.Real) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise TypeError(f"{who}: expected grad_scaler to be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
@@ -149,7 +156,8 @@ class TopKState(Averaging):
         (entries that plain magnitude would have sent and the RegTop-k factor did not; with a leader both of what this rank chose),
         bytes_sent and bytes_dense (what this rank puts on the network: (N - 1) payloads, or with a leader (N - 1) / N of the places, an
         even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
-        exchange_seconds (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers.
+        exchange_seconds (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers. With `levels` entries, bytes_sent and bytes_dense are
+        those between hosts, and bytes_local is what this rank sends inside its host, else 0.
         """
         statistics = self._exchange.statistics()
         statistics["history_dropped"] += self._history_dropped
@@ -182,6 +190,8 @@ class TopKState(Averaging):
         who = f"{type(self).__name__}.state_dict"
         named_keys = self._named_keys(module)
         pieces = self._pieces()
+        if self._host_ranks > 1:
+            pieces = {key: checkpoint.whole_of(piece, *self._place()) for key, piece in pieces.items()}
         left = _not_among(pieces, {key for _, _, key in named_keys})
         if left:
             raise ValueError(f"{who}: expected the module whose gradients were exchanged, got one without parameters of shapes {left}")
@@ -214,8 +224,14 @@ class TopKState(Averaging):
     def _loader(self, read, saved_world_size, module):
         """Check what was saved, `read` as for `checkpoint.from_state_dicts`; return the function that takes it in."""
         named_keys = self._named_keys_to_load(module)
-        loaded = checkpoint.from_state_dicts(read, saved_world_size, named_keys, self._checkpoint_header())
-        return lambda: self._import(named_keys, *loaded)
+        pieces, *rest = checkpoint.from_state_dicts(read, saved_world_size, named_keys, self._checkpoint_header())
+        if self._host_ranks > 1:
+            pieces = {key: checkpoint.part_of(f"{type(self).__name__}.load_state_dict", piece, *self._place()) for key, piece in pieces.items()}
+        return lambda: self._import(named_keys, pieces, *rest)
+
+    def _place(self):
+        """This rank's place on its host, and the number of ranks there."""
+        return groups.group_of(self).rank() % self._host_ranks, self._host_ranks
 
     def _names_of(self, keys):
         """The names of parameters of the model, or of the tensors that are being averaged, by their keys."""
@@ -260,6 +276,8 @@ class TopKState(Averaging):
         if self._forms:
             raise ValueError("flush: expected a state of a model's gradients, got one that averages tensors; average zeros at density 1 instead")
         pieces = self._pieces()
+        if self._host_ranks > 1:
+            pieces = {key: checkpoint.whole_of(piece, *self._place()) for key, piece in pieces.items()}
         named = {
             name: (parameter, key)
             for name, parameter, key in _named_keys(module)
@@ -277,7 +295,7 @@ class TopKState(Averaging):
             if name in named and pieces[named[name][1]].residual.numel() == numel:
                 residual.copy_(pieces[named[name][1]].residual)
             self._exchange.add_up(residual, "flush", "the flush")
-            averages[name] = residual.div_(self._exchange.workers())
+            averages[name] = residual.div_(self._exchange.workers() // self._host_ranks)
         flushed = []
         with torch.no_grad(), torch.inference_mode(False):
             for name, average in averages.items():
@@ -347,6 +365,8 @@ class TopKState(Averaging):
 
     def __getstate__(self):
         pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
+        if pieces and self._host_ranks > 1:
+            raise TypeError(f"{type(self).__name__}: expected a state without levels to copy, got one that holds back its rank's part; save its state_dict and load that")
         kept = {"step": self._exchange.last_step(), "density_state": self._exchange.density_state(), "pieces": pieces, "forms": self._forms}
         return {"options": self._given, "grad_scaler": self._grad_scaler, **kept}
 
@@ -390,6 +410,7 @@ class TopKState(Averaging):
             "distortion": self._given.get("distortion", "previous"),
             "world_size": group.size(),
             "rank": group.rank(),
+            **({"levels": self._host_ranks} if self._host_ranks > 1 else {}),
         }
 
 
@@ -401,7 +422,7 @@ class RegTopKState(TopKState):
 
     Args:
         density, process_group, grad_scaler, decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm,
-            dense: as for TopKState.
+            dense, levels: as for TopKState.
         mu (float): > 0; the limit 0 is Top-k. The authors' scripts use 4 (regression), 5 (ResNet-18) and 1 (toy).
         distortion (str): "previous": rho = |Z| / |v| of the last step, which reproduces the paper's Fig. 2; "current":
             rho = |a + (Z - v)| / |a|, as printed in the paper's Algorithm 1, line 5.

@@ -27,6 +27,13 @@ at::Tensor correct(Worker& worker, Plan& plan, const at::Tensor& gradient, const
   return room;
 }
 
+Sent place_for(Plan& plan) {
+  const at::Tensor payload = plan.next_payload();
+  if (!plan.has_wire_form()) return {payload, payload};
+  reserve(plan.message, {plan.message_bytes()}, payload.options());
+  return {payload, plan.message};
+}
+
 Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choose, bool absent) {
   if (absent) {
     plan.settle(worker.report.counters());
@@ -34,14 +41,12 @@ Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choos
     plan.shared.idle.fill_(1);
   }
   plan.follows = !choose;
-  const at::Tensor payload = plan.next_payload();
+  const Sent sent = place_for(plan);
   compress_(
-      gradient, plan.residual, payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
+      gradient, plan.residual, sent.payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
       worker.report.counters(), selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round, choose);
-  if (absent) mark_absent_(payload);
-  if (!plan.has_wire_form()) return {payload, payload};
-  reserve(plan.message, {plan.message_bytes()}, payload.options());
-  return {payload, plan.message};
+  if (absent) mark_absent_(sent.payload);
+  return sent;
 }
 
 void write_message(const Plan& plan, const Sent& sent) {

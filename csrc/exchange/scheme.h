@@ -44,6 +44,8 @@ inline bool is_shared(const Worker& worker, const Plan& plan) { return worker.op
 // the gradient's memory. Before anything else is done to the plan.
 at::Tensor correct(Worker& worker, Plan& plan, const at::Tensor& gradient, const at::Tensor& room);
 
+// Where compress will put what is sent.
+Sent place_for(Plan& plan);
 // The payload of this step, in a buffer of the plan, and a place for its message; the gradient is only read. A worker that does not
 // `choose` keeps everything for the time being. One that is `absent` contributes nothing this time: all its residuals wait, its history
 // ends, and its gradient is zero.

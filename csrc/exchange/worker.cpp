@@ -73,7 +73,19 @@ void Worker::check(const Bucket& bucket) const {
       bucket.layout.device.is_cpu() || !(options.dense_auto || options.dense_rule), who,
       ": expected gradients on the CPU with dense=", options.dense_auto ? "'auto'" : "a rule", ", got ", bucket.layout.device,
       "; it has no kernels for a device yet, dense='never' has");
-  if (!store_.find(bucket.layout, bucket.index)) store_.check_sizes(who, bucket.layout);
+  TORCH_CHECK_VALUE(
+      bucket.layout.device.is_cpu() || options.host_ranks == 1, who, ": expected gradients on the CPU with levels=, got ",
+      bucket.layout.device, "; it has no kernels for a device yet, levels=None has");
+  Layout room;
+  const Layout& kept = kept_of(bucket.layout, room);
+  if (!store_.find(kept, bucket.index)) store_.check_sizes(who, kept);
+}
+
+const Layout& Worker::kept_of(const Layout& whole, Layout& room) const {
+  if (options.host_ranks == 1) return whole;
+  room = whole;
+  for (Span& span : room.spans) span.numel = part_of(span.numel, place, options.host_ranks).numel;
+  return room;
 }
 
 bool Worker::begins_step(const Bucket& bucket) const {
@@ -81,7 +93,8 @@ bool Worker::begins_step(const Bucket& bucket) const {
   bool seen =
       std::any_of(bucket.layout.spans.begin(), bucket.layout.spans.end(), [this](const Span& span) { return seen_.contains(span.key); });
   if (!seen && bucket.keeps) {
-    const auto plan = store_.find(bucket.layout, bucket.index);
+    Layout room;
+    const auto plan = store_.find(kept_of(bucket.layout, room), bucket.index);
     seen = plan ? plan->round == round && round >= 0 : store_.was_exchanged(bucket.layout, round);
   }
   return steps.begins(bucket.index, bucket.scale, seen);
@@ -97,18 +110,20 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     for (const Span& span : bucket.layout.spans) seen_.insert(span.key);
     return nullptr;
   }
-  std::shared_ptr<Plan> plan = store_.find(bucket.layout, bucket.index);
+  Layout room;
+  const Layout& layout = kept_of(bucket.layout, room);
+  std::shared_ptr<Plan> plan = store_.find(layout, bucket.index);
   if (!report.is_placed()) report.place_on(bucket.layout.device);
   const bool is_new = !plan;
   if (is_new) {
     Store::Garbage garbage;  // freed after the lock is
     const std::lock_guard lock(mutex_);
-    plan =
-        store_.make(bucket.layout, owners(), steps.clock().verdict(bucket.layout.device), report.counters(), options.momentum > 0, garbage);
+    plan = store_.make(layout, owners(), steps.clock().verdict(layout.device), report.counters(), options.momentum > 0, garbage);
     plan->masks = options.mask_momentum;
     publish_counts();
   }
   plan->round = steps.round();
+  if (plan->numel == 0) return plan;  // parameters of fewer entries than the host has ranks
   if (set_form(*plan, bucket.dense) || is_new) publish_dense();
   return plan;
 }

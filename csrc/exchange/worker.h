@@ -42,6 +42,8 @@ struct Options {
   bool dense_auto = false;  // a bucket sends all its entries where chosen ones would take no fewer bytes
   // Which parameters do, by their keys and sizes, if it is not empty; may take another language's lock.
   std::function<std::vector<bool>(const std::vector<ParameterKey>& keys, const std::vector<int64_t>& numels)> dense_rule;
+  int64_t host_ranks = 1;   // ranks of a host, which send their mean as one; 1: each rank for itself
+  int64_t local_rank = -1;  // among them, where something else than the rank says it
   std::function<double(int64_t step)> schedule;  // the density of a step, instead of `density`; may take another language's lock
   std::optional<AdaptiveDensity> adaptive;  // instead of `density`
 
@@ -68,7 +70,9 @@ class Worker {
 
   const Options options;
   std::string who;  // begins messages
-  int64_t rank = 0, workers = 1;  // set before the first bucket
+  int64_t rank = 0, workers = 1;  // among those who send each other payloads: hosts, where there are levels. Set before the first bucket
+  int64_t place = 0;              // on the host
+  int64_t ranks() const { return workers * options.host_ranks; }
   Steps steps;
   Statistics statistics;
   Report report;
@@ -92,6 +96,9 @@ class Worker {
   // take on its scale.
   std::shared_ptr<Plan> enter(const Bucket& bucket, const MakeOwners& owners, const AppliedKeys& applied);
 
+  // While this lives no plan is taken apart, on whatever thread: for who compresses on another than the front end's.
+  std::unique_lock<std::mutex> hold_plans() { return std::unique_lock(mutex_); }
+
   // Takes in what a device has found out by now, or, with `wait`, of all steps so far, this last one included. ValueError, once,
   // where a payload was damaged.
   void hear(bool wait = false);
@@ -112,6 +119,8 @@ class Worker {
   uint64_t deed() const { return deed_; }
 
  private:
+  // What is kept of a bucket here: all of it, or with levels, in `room`, a part of each parameter.
+  const Layout& kept_of(const Layout& whole, Layout& room) const;
   void wait_for_report() const;
   double density_of(int64_t step) const;
   int64_t entries_to_send(double density, int64_t numel) const;

@@ -11,6 +11,7 @@
 #include "../exchange/dense.h"
 #include "../exchange/own_support.h"
 #include "../exchange/shared_support.h"
+#include "../exchange/two_levels.h"
 
 namespace regtopk {
 namespace {
@@ -29,6 +30,13 @@ std::string describe_measured(const Worker& worker) {
   return worker.options.adaptive ? text + round_trip(worker.density()) : "none";
 }
 
+// The same on every rank, unless one lies elsewhere on its host than levels take it to lie.
+std::string describe_numbering(const Transport& transport, const Options& options) {
+  const int64_t place = transport.rank() % options.host_ranks;
+  if (options.host_ranks == 1 || options.local_rank < 0 || options.local_rank == place) return "one after the other";
+  return c10::str("LOCAL_RANK ", options.local_rank, " at rank ", transport.rank());
+}
+
 }  // namespace
 
 GroupExchange::GroupExchange(Options options, std::shared_ptr<Clock> clock, Owner owner)
@@ -44,9 +52,11 @@ Transport& GroupExchange::transport() {
     TORCH_CHECK(!closed_, worker_->who, ": expected an open exchange, got one that was closed; construct a new state");
     if (!transport_) {
       transport_ = owner_.open(caller_, [worker = worker_] { return describe_deed(worker->deed()); });
-      worker_->rank = transport_->rank();
-      worker_->workers = transport_->workers();
-      worker_->who = c10::str("rank ", worker_->rank, ": ", caller_);
+      const int64_t host_ranks = worker_->options.host_ranks;
+      worker_->rank = transport_->rank() / host_ranks;
+      worker_->place = transport_->rank() % host_ranks;
+      worker_->workers = std::max<int64_t>(transport_->workers() / host_ranks, 1);  // the ranks compare it with their number
+      worker_->who = c10::str("rank ", transport_->rank(), ": ", caller_);
     }
   }
   return *transport_;
@@ -63,9 +73,13 @@ void GroupExchange::use(const std::string& caller) {
   TORCH_CHECK_VALUE(
       !used_ || caller == caller_, worker_->who, ": expected a state that ", caller, " alone uses, got one that ", caller_,
       " has used; construct another state");
+  TORCH_CHECK_VALUE(
+      worker_->options.host_ranks == 1 || caller != "average", worker_->who,
+      ": expected a state without levels= for averages of tensors, got one with ", worker_->options.host_ranks,
+      " ranks to a host; levels= are for a model's hook, construct a state without");
   if (std::exchange(used_, true)) return;
   caller_ = caller;
-  worker_->who = transport_ ? c10::str("rank ", worker_->rank, ": ", caller) : caller;
+  worker_->who = transport_ ? c10::str("rank ", transport_->rank(), ": ", caller) : caller;
 }
 
 GroupExchange::FuturePtr GroupExchange::exchange(
@@ -180,6 +194,11 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
           [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); }}},
         std::move(moved));
   }
+  if (worker_->options.host_ranks > 1) {
+    two_levels::Way way = two_levels::way(worker_, plan, bucket.layout, given, average);
+    moved.fail = std::move(way.fail);
+    return transport_->exchange(std::move(way.stages), std::move(moved));
+  }
   const bool shared = is_shared(*worker_, *plan);
   const Sent sent = (shared ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, given, absent);
   moved.fail = [worker = worker_, plan, sent] { fail(*worker, *plan, sent.payload); };
@@ -222,9 +241,9 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
     dense_step_ = worker_->is_dense_step();
     forget_agreements();
   }
-  if (plan != nullptr) advise(*plan);
+  if (plan != nullptr && worker_->options.host_ranks == 1) advise(*plan);
   if (plan != nullptr && plan->agreed_version == options_version_) return;
-  const int64_t hash = plan != nullptr ? plan->hash : bucket.layout.hash() + 1;
+  const int64_t hash = bucket.layout.hash() + (plan != nullptr ? 0 : 1);
   if (!agreed_.contains(hash)) {
     agree_on(bucket, hash, describe());
     agreed_.insert(hash);
@@ -258,6 +277,8 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
                : dense_step_  ? "dense"
                : bucket.dense ? "dense by the rule"
                               : "sparse"},
+      {"levels", options.host_ranks == 1 ? "none" : c10::str(options.host_ranks, " ranks to a host")},
+      {"numbering of a host's ranks", describe_numbering(*transport_, options)},
       {"gradient dtype", c10::toString(layout.dtype)}};
   fingerprint.insert(fingerprint.end(), description.begin(), description.end());
   fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
@@ -265,6 +286,9 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
   fingerprint.emplace_back("measurements of the adaptive density, which reset() ends", describe_measured(*worker_));
   fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
   agree(*transport_, caller_, fingerprint);
+  TORCH_CHECK_VALUE(
+      worker_->ranks() == transport_->workers(), worker_->who, ": expected a multiple of ", options.host_ranks, " ranks with levels of ",
+      options.host_ranks, " ranks to a host, got ", transport_->workers(), "; give every host as many, or take levels=None");
 }
 
 void GroupExchange::advise(const Plan& plan) {

@@ -90,6 +90,25 @@ void spread_(
 void feedback_(
     const at::Tensor& feedback, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
     at::ScalarType dtype, int64_t numel, const Selection& selection, const Stamp& stamp);
+// A host's ranks keep a part each of every parameter: consecutive entries, the same whatever bucket the parameter is in.
+struct Part {
+  int64_t begin, numel;
+};
+inline Part part_of(int64_t numel, int64_t place, int64_t ranks) {
+  const int64_t begin = numel * place / ranks;
+  return {begin, numel * (place + 1) / ranks - begin};
+}
+// Between the ranks of a host travel rows [ranks, bytes]: a head that says of which bucket and step, and a part of each parameter, of
+// `numels` entries. On the CPU.
+int64_t part_row_bytes(at::IntArrayRef numels, int64_t ranks, at::ScalarType dtype);
+// A gradient to a row for each rank.
+void split_(const at::Tensor& gradient, const at::Tensor& rows, at::IntArrayRef numels, const Stamp& stamp);
+// The mean of the rows, added up in their order, into the entries of `row`, and a head. ValueError where a head is not that of this step.
+void mean_(const at::Tensor& rows, const at::Tensor& row, int64_t entries, at::ScalarType dtype, const Stamp& stamp);
+// The entries of a row.
+at::Tensor entries_of(const at::Tensor& row, int64_t entries, at::ScalarType dtype);
+// The reverse of split_. ValueError likewise, before anything is written.
+void join_(const at::Tensor& rows, const at::Tensor& gradient, at::IntArrayRef numels, const Stamp& stamp);
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 

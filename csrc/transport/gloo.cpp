@@ -80,18 +80,17 @@ GlooTransport::GroupPtr GlooTransport::open(const Pick& pick) const {
   return pick(groups_);
 }
 
-void GlooTransport::open_stages(size_t count) {
-  for (;;) {
-    size_t stage = 0;
+void GlooTransport::open_stages(const std::vector<Stage>& stages) {
+  for (size_t stage = 0; stage < stages.size(); ++stage) {
+    const std::pair key(stage, stages[stage].collective.among);
     const auto open_stage = [&] {
       const std::lock_guard lock(groups_mutex_);
-      stage = groups_.stages.size();
-      return groups_.open_stage;
+      return groups_.stages.contains(key) ? nullptr : groups_.open_stage;
     }();
-    if (stage >= count || !open_stage) return;
-    GroupPtr group = (*open_stage)(static_cast<int64_t>(stage));
+    if (!open_stage) continue;
+    GroupPtr group = (*open_stage)(static_cast<int64_t>(stage), static_cast<int64_t>(key.second));
     const std::lock_guard lock(groups_mutex_);
-    if (groups_.control) groups_.stages.push_back(std::move(group));
+    if (groups_.control) groups_.stages.emplace(key, std::move(group));
   }
 }
 
@@ -105,7 +104,7 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
   course->stages = std::move(stages);
   course->bucket = std::move(bucket);
   try {
-    open_stages(course->stages.size());
+    open_stages(course->stages);
     issue(course, 0);
   } catch (...) {
     course->bucket.fail();
@@ -115,8 +114,9 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
 }
 
 void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
-  GroupPtr group = open([&](const Groups& groups) { return groups.stages.at(stage); });
-  const WorkPtr work = begin(*group, course->stages[stage].collective);
+  const Collective& collective = course->stages[stage].collective;
+  GroupPtr group = open([&](const Groups& groups) { return groups.stages.at({stage, collective.among}); });
+  const WorkPtr work = begin(*group, collective);
   const Completer::Clock::time_point issued = Completer::Clock::now();
   const FuturePtr arrival = work->getFuture();
   const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_,
@@ -276,7 +276,7 @@ void GlooTransport::close() {
   }
   // Destroying a gloo group waits for its outstanding collectives, which may never end. The process is about to end or the
   // exchange failed: the group is left to the operating system.
-  for (GroupPtr& group : groups.stages) {
+  for (auto& [key, group] : groups.stages) {
     if (outstanding) group.release();
   }
   const std::lock_guard lock(failure_->mutex);

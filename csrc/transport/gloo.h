@@ -16,9 +16,11 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "completer.h"
 #include "transport.h"
@@ -31,13 +33,14 @@ c10::intrusive_ptr<c10d::Work> begin(c10d::Backend& group, const Transport::Coll
 class GlooTransport final : public Transport, public std::enable_shared_from_this<GlooTransport> {
  public:
   using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
+  using Among = Collective::Among;
   struct Groups {
-    std::vector<GroupPtr> stages;  // the first one's, to begin with
+    std::map<std::pair<size_t, Among>, GroupPtr> stages;  // the first one's of all ranks, to begin with
     GroupPtr control;
     c10::intrusive_ptr<c10d::Store> store;  // of this exchange alone
     std::chrono::milliseconds timeout{};
-    // Of a later one; waits for the other ranks. Not copied, which may take another language's lock.
-    std::shared_ptr<const std::function<GroupPtr(int64_t stage)>> open_stage = nullptr;
+    // Of another one; waits for the other ranks. Not copied, which may take another language's lock.
+    std::shared_ptr<const std::function<GroupPtr(int64_t stage, int64_t among)>> open_stage = nullptr;
   };
   // `who` begins messages of buckets; `own_calls` as for Watch.
   GlooTransport(Groups groups, std::string who, std::function<std::string()> own_calls);
@@ -68,7 +71,7 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   // A group, of those that a function picks; raises RuntimeError once the transport is closed, DistBackendError once a wait has failed.
   template <typename Pick>
   GroupPtr open(const Pick& pick) const;
-  void open_stages(size_t count);
+  void open_stages(const std::vector<Stage>& stages);
   void issue(const std::shared_ptr<Course>& course, size_t stage);
   // Waits for a collective on the control group.
   void wait(const WorkPtr& work, const std::string& caller, const std::string& activity, int64_t number);

@@ -26,6 +26,7 @@ class Transport {
     at::Tensor input;
     at::Tensor output = {};
     int64_t root = 0;
+    enum class Among { kAll, kHost, kHosts } among = Among::kAll;  // all ranks, those of a host, or those of one place on their hosts
   };
   struct Stage {
     Collective collective;
