@@ -30,7 +30,7 @@ PAPER = {"workers": 8, "learning_rate": 0.01, "steps": 1500, "test_images": 10_0
 # Parts of the exchange that the paper's does not have, as they are unless an option says otherwise.
 USUAL = {
     "decay": 1.0, "dense_steps": 0, "warmup_steps": 0, "wire_dtype": "fp32", "index_code": "offsets", "support": "own", "chunk": None,
-    "adaptive_power": None, "dense": "never", "momentum_correction": 0.0, "mask_momentum": False, "clip_norm": None,
+    "adaptive_power": None, "dense": "never", "levels": None, "momentum_correction": 0.0, "mask_momentum": False, "clip_norm": None,
 }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def parse(arguments):
     add("--chunk", "consecutive entries that each send their own share (the whole bucket)", type=int, metavar="ENTRIES")
     add("--adaptive-power", "density follows the norm of the average to this power, around --density (fixed)", type=float, metavar="POWER")
     add("--dense", "auto: buckets that would send no less otherwise send all (%(default)s)", choices=("never", "auto"), default="never")
+    add("--levels", "ranks to a host, or host, as torchrun numbers them: dense inside it, sparse between hosts (none)", type=ranks, metavar="RANKS")
     add("--momentum-correction", "of what each worker gives, instead of --momentum (%(default)s)", type=float, default=0.0, metavar="MOMENTUM")
     add("--mask-momentum", "where an entry was sent its corrected momentum begins anew", action="store_true")
     add("--clip-norm", "of a bucket's gradient, over the root of the number of workers (no limit)", type=float, metavar="NORM")
@@ -109,6 +110,8 @@ def parse(arguments):
         options.workers = processes
         if options.local_steps > 1:
             parser.error(f"--local-steps: expected 1 under torchrun, got {options.local_steps}; run all workers in one process")
+    elif options.levels is not None:
+        parser.error(f"--levels: expected torchrun, got none and {options.levels}; workers in one process have no hosts")
     elif options.compare:
         parser.error("--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun "
                      "--standalone --nproc-per-node 2 experiments/cifar10.py --compare")  # fmt: skip
@@ -122,6 +125,10 @@ def parse(arguments):
     if options.checkpoint is None and (not options.distributed or local == options.workers):
         options.checkpoint = options.folder / "checkpoints"
     return options
+
+
+def ranks(text):
+    return text if text == "host" else int(text)
 
 
 def unusual(options):
@@ -138,8 +145,9 @@ def name_run(options):
         parts.append(f"mu{options.mu:g}" + ("" if options.distortion == "previous" else f"-{options.distortion}"))
     if options.method != "dense":
         for name, value in unusual(vars(options)).items():
-            named = isinstance(value, str) and name != "dense"
-            parts.append(value if named else name.split("_")[0] + ("" if value is True else value if name == "dense" else f"{value:g}"))
+            named = isinstance(value, str) and name not in ("dense", "levels")
+            told = "" if value is True else value if isinstance(value, str) else f"{value:g}"
+            parts.append(value if named else name.split("_")[0] + told)
     if options.partition != "iid":
         parts.append(options.partition + (f"{options.concentration:g}" if options.partition == "dirichlet" else ""))
     if options.local_steps > 1:
