@@ -9,9 +9,9 @@ namespace regtopk::two_levels {
 namespace {
 
 // Those ranks `first`, first + step, ... are counted from 0 in what the operation says.
-void say_whose(const Worker& worker, int64_t first, int64_t step, int64_t count, const std::function<void()>& operation) {
+void say_whose(int64_t first, int64_t step, int64_t count, const std::function<void()>& operation) {
   try {
-    say_who(worker, operation);
+    operation();
   } catch (const c10::ValueError& error) {
     std::string ranks;
     for (int64_t i = 0; i < count; ++i) ranks += c10::str(i == 0 ? "" : ", ", first + i * step);
@@ -50,7 +50,9 @@ Way way(
   const at::Tensor part = entries_of(plan->slice, plan->numel, whole.dtype);
   const auto given = std::make_shared<bool>(false);  // the part's gradient is in the residual
 
-  const auto in_host = [=](const std::function<void()>& operation) { say_whose(*worker, first, 1, host_ranks, operation); };
+  const auto in_host = [=](const std::function<void()>& operation) {
+    say_whose(first, 1, host_ranks, [&] { say_who(*worker, operation); });
+  };
   const auto compress = [=] {
     in_host([&] { mean_(plan->averages, plan->slice, plan->numel, whole.dtype, stamp); });
     if (is_empty) return;
@@ -60,7 +62,7 @@ Way way(
   };
   const auto receive = [=] {
     if (is_empty) return;
-    say_whose(*worker, worker->place, host_ranks, worker->workers, [&] { own_support::receive({{*worker, *plan, sent.payload}}, part); });
+    say_whose(worker->place, host_ranks, worker->workers, [&] { own_support::receive({{*worker, *plan, sent.payload}}, part); });
   };
   const auto join = [=] {
     in_host([&] { join_(plan->averages, average, numels, stamp); });
