@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from given import ENTRIES, Given, finite, held, integers, missing, register, seed_of, unit_sgd
 from processes import error_of, run_workers
-from test_shared_support import SIZES, fail_once, steps_of
+from test_shared_support import SIZES, fail_once, steps_of, train_with_void_steps
 from torch.nn.parallel import DistributedDataParallel
 from training import make_state
 
@@ -145,25 +145,10 @@ def test_changing_loss_scales_change_no_bit_of_what_is_held_back():
 
 
 def lose_nothing(rank, method, entry, density, dense):
-    """Steps of which some are void, on account of one rank. Returns (what is missing, the parameters, residuals, statistics)."""
-    sizes = (300, 40, 300, 20)
-    module = Given(*sizes)
-    ddp = DistributedDataParallel(module, bucket_cap_mb=1.5e-3)
+    """Returns (what is missing, the parameters, residuals, statistics)."""
     state = make_state(method, density, dense=dense)
-    register(ddp, state, entry)
-    optimizer = unit_sgd(module)
-    given = [torch.zeros(size, dtype=torch.float64) for size in sizes]
-    for step in range(13):
-        gradients = integers(*sizes, seed=seed_of(rank, step))
-        if step % 4 == 3 and rank == step % 2:
-            gradients[step % 3][7] = torch.nan
-        optimizer.zero_grad()
-        ddp(gradients).backward()
-        for total, gradient in zip(given, gradients, strict=True):
-            total += finite(gradient)
-        if all(parameter.grad.isfinite().all() for parameter in module.parameters()):
-            optimizer.step()
-    return missing(state, ddp, given), [part.detach().clone() for part in module.parts], held(state, ddp), state.stats()
+    lost, parameters, ddp = train_with_void_steps(rank, state, entry, (300, 40, 300, 20), 13, 1.5e-3, lambda step: step % 2)
+    return lost, parameters, held(state, ddp), state.stats()
 
 
 def two_of_three(name, numel):

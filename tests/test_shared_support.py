@@ -231,18 +231,16 @@ def test_no_rank_waits_in_the_hook_whoever_leads():
     assert run_workers(hook_does_not_wait, 2, 6) == [5, 5]
 
 
-def lose_nothing(rank, method, entry):
-    """Steps of which some are void, on account of one rank. Returns (what is missing, the parameters, void steps)."""
-    sizes = (300, 40, 300)
+def train_with_void_steps(rank, state, entry, sizes, steps, bucket_cap_mb, faulty):
+    """Steps of which each fourth is void, on account of rank `faulty(step)`. Returns (what is missing, the parameters, the model)."""
     module = Given(*sizes)
-    ddp = DistributedDataParallel(module, bucket_cap_mb=1e-3)
-    state = make_state(method, 0.05, support="leader")
+    ddp = DistributedDataParallel(module, bucket_cap_mb=bucket_cap_mb)
     register(ddp, state, entry)
     optimizer = unit_sgd(module)
     given = [torch.zeros(size, dtype=torch.float64) for size in sizes]
-    for step in range(12):
+    for step in range(steps):
         gradients = integers(*sizes, seed=seed_of(rank, step))
-        if step % 4 == 3 and rank == step % 3:
+        if step % 4 == 3 and rank == faulty(step):
             gradients[step % 3][7] = torch.nan
         optimizer.zero_grad()
         ddp(gradients).backward()
@@ -250,7 +248,14 @@ def lose_nothing(rank, method, entry):
             total += finite(gradient)
         if all(parameter.grad.isfinite().all() for parameter in module.parameters()):
             optimizer.step()
-    return missing(state, ddp, given), [part.detach().clone() for part in module.parts], state.stats()["void_steps"]
+    return missing(state, ddp, given), [part.detach().clone() for part in module.parts], ddp
+
+
+def lose_nothing(rank, method, entry):
+    """Returns (what is missing, the parameters, void steps)."""
+    state = make_state(method, 0.05, support="leader")
+    lost, parameters, _ = train_with_void_steps(rank, state, entry, (300, 40, 300), 12, 1e-3, lambda step: step % 3)
+    return lost, parameters, state.stats()["void_steps"]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
