@@ -88,7 +88,7 @@ def wire_bytes_of(row, numel, workers, k):
 class Text:
     """Bytes in blocks of BLOCK, of which every twentieth is for validation."""
 
-    def __init__(self, path, context):
+    def __init__(self, path, context, device="cpu"):
         import torch
 
         if path is None:
@@ -103,8 +103,8 @@ class Text:
             raise ValueError(f"language_model: expected a text of at least {20 * BLOCK} bytes, got {len(values)}")
         blocks = values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK)
         validation = torch.arange(len(blocks)) % 20 == 19
-        self._train, self._validation = blocks[~validation].flatten(), blocks[validation].flatten()
-        self._context = context
+        self._train, self._validation = blocks[~validation].flatten().to(device), blocks[validation].flatten().to(device)
+        self._context, self._device = context, device
 
     def batch(self, seed, rank, step, windows):
         """Return [windows, context + 1] bytes as int64."""
@@ -123,7 +123,7 @@ class Text:
     def _windows(self, values, starts):
         import torch
 
-        return values[starts[:, None] + torch.arange(self._context + 1)].long()
+        return values[(starts[:, None] + torch.arange(self._context + 1)).to(self._device)].long()
 
 
 def make_model(size, seed):
@@ -210,7 +210,7 @@ def simulate(options, text, row, rate, seed):
 
     import regtopk_torch as rt
 
-    model = make_model(options.size, seed)
+    model = make_model(options.size, seed).to(options.device)
     parameters = list(model.parameters())  # the common weights
     numel = sum(parameter.numel() for parameter in parameters)
     exchange = None
@@ -319,6 +319,7 @@ def parse(arguments):
     add("--evaluate-every", "steps between validations (%(default)s)", type=int, default=100, metavar="STEPS")
     add("--text", "a file (the standard library's sources)", type=Path, metavar="FILE")
     add("--out", "log to write, or to go on with", type=Path, metavar="FILE.jsonl")
+    add("--device", "of a simulation (%(default)s)", choices=("cpu", "cuda"), default="cpu")
     add("--threads", "CPU threads of each process (%(default)s)", type=int, default=1)
     options = parser.parse_args(arguments)
     check(
@@ -337,7 +338,7 @@ def main(arguments=None):
     import torch
 
     torch.set_num_threads(options.threads)
-    text = Text(options.text, SIZES[options.size][3])
+    text = Text(options.text, SIZES[options.size][3], options.device)
     if "RANK" in os.environ:
         return run_as_worker(options, text)
     options.workers = options.workers or 4
@@ -346,6 +347,8 @@ def main(arguments=None):
         for seed in options.seed for rate in options.learning_rate for name in options.rows
     ]  # fmt: skip
     settings = {name: getattr(options, name) for name in ("size", "workers", "steps", "batch_size", "budget", "evaluate_every")}
+    if options.device == "cuda":
+        settings["device"] = torch.cuda.get_device_name()
     compute = functools.partial(_compute, options, text)
     try:
         for result in sweeps.complete(options.out, {**settings, "text": text.name, "text_sha256": text.digest}, runs, compute):
@@ -357,6 +360,8 @@ def main(arguments=None):
 def run_as_worker(options, text):
     import torch.distributed as dist
 
+    if options.device != "cpu":
+        sys.exit(f"language_model: expected --device cpu under torchrun, got {options.device}")
     if len(options.rows) * len(options.learning_rate) * len(options.seed) > 1 or options.out is not None:
         sys.exit("language_model: expected one --row, --learning-rate and --seed and no --out under torchrun, got more")
     dist.init_process_group("gloo")

@@ -43,7 +43,7 @@ def run_forked(part, options, seconds):
 def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_path, monkeypatch, capsys):
     alone = main.run_in_process  # of one part, as the command starts each
     monkeypatch.setattr(main, "run_in_process", lambda part, *rest: (alone if part.name == "memory" else run_forked)(part, *rest))
-    options = SimpleNamespace(out=tmp_path, device="emulated", seconds=900, commit="abc")
+    options = SimpleNamespace(out=tmp_path, device="emulated", seconds=900, commit="abc", only=None)
     status, printed, lines = main.run_all(options), capsys.readouterr().out, lines_of(tmp_path)
     assert status == 0, printed + (tmp_path / "gpu-check.log").read_text()[-3000:]
     assert all(FACTS <= set(line) and line["commit"] == "abc" and line["card"] == "emulated" for line in lines)

@@ -53,6 +53,8 @@ def run_all(options):
     log = Log(options.out, options.device, options.commit, "gpu-check")
     end = time.monotonic() + options.seconds
     for part in PARTS:
+        if options.only and part.name not in options.only:
+            continue
         started = time.monotonic()
         left = end - started
         if part.gpu_alone and options.device == "emulated":
@@ -101,6 +103,7 @@ def main():
     parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything (or for the one part)")
     parser.add_argument("--commit", default="", help="of what is checked, where there is no git to ask")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts, as all are run; what `build` made must be there")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help="run this part alone, in this process")
     options = parser.parse_args()
     options.out = options.out.resolve()
