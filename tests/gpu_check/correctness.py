@@ -7,7 +7,6 @@ import sys
 
 import torch
 from tests.simt.inputs import brackets_of, hard_inputs
-from tests.simt.with_spans import Pair as PairWithSpans
 
 from tests.gpu_check import machine, package_without_extension
 from tests.gpu_check.log import ROOT, NotRun
@@ -198,6 +197,8 @@ def spans(log):
     """Random steps of buckets with parameters: idle ones, void rounds, what an optimizer applied all the same, settling."""
     if package_without_extension():
         raise NotRun("the extension was not built, and its CPU operators say what is right")
+    from tests.simt.with_spans import Pair as PairWithSpans  # it needs the extension
+
     kernels, failed, done = machine.library_kernels(log), 0, 0
     for numel in [9_001] if log.emulated else [20_003, 140_001, 11_200_000]:
         for dtype in FLOATS[:1] if log.emulated else FLOATS:
