@@ -10,6 +10,10 @@ constexpr unsigned kThreadsOf = sizeof(typename Traits<T>::Accumulate) == 8 ? 10
 template <typename T>
 constexpr unsigned kBlocksOfMultiprocessor = 1024 / kThreadsOf<T>;
 
+struct alignas(16) Bins {  // and when they have been read, keys
+  uint32_t bins[kHistogramBins];
+};
+
 // A block owns block tiles of 32 KiB of the accumulate type, one after the other.
 // Reads g and r, writes r: 12 bytes per element in fp32, 10 in 16-bit types. Further, per listed entry (those above the low
 // end of the bracket, 1.2 to 3 k) 6 bytes written, 10 with feedback; per entry of the last step 16 read, 4 more with feedback.
@@ -26,7 +30,8 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   constexpr int kVectors = kEntries / (kThreads * kVectorEntries);
   static_assert(kVectors * kThreads * kVectorEntries == kEntries);
 
-  REGTOPK_SHARED(uint32_t[kHistogramBins], bins);
+  REGTOPK_SHARED(Bins, shared_bins);
+  uint32_t (&bins)[kHistogramBins] = shared_bins.bins;
   REGTOPK_SHARED(Set, sent);
   REGTOPK_SHARED(uint32_t[Set::kWords], non_finite_words);
   REGTOPK_SHARED(uint32_t[Set::kWords], idle_words);
@@ -44,6 +49,10 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) bins[bin] = 0;
+  for (uint32_t run = blockIdx.x * kThreads + threadIdx.x; run < device.runs(); run += gridDim.x * kThreads) {
+    device.above_of_run.store(run, 0);
+    device.ties_of_run.store(run, 0);
+  }
   if (thread_again() == 0) {
     sent_size = device.sent.history();
     has_idle = device.has_idle();
@@ -203,7 +212,9 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   if (thread_again() == 0 && hits > 0) device.counters.add(kHits, hits);
   if (!is_last_block(device.counters, kAccumulateDone, last)) return;
 
-  const Selection<Bits> selection = first_selection(group, found, bracket, device);
+  Selection<Bits> selection = first_selection(group, found, bracket, device);
+  static_assert(sizeof bins >= kNarrowedAlone * sizeof(Bits));
+  narrow_alone(group, reinterpret_cast<Bits*>(&shared_bins), listed, found, selection, device, kHasFeedback);
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) device.histogram.store(bin, 0);
   if (thread_again() == 0) device.selection.store(1, selection);
 }

@@ -9,7 +9,8 @@ namespace regtopk {
 namespace {
 
 constexpr unsigned kThreads = 256;
-constexpr unsigned kRanksAtOnce = 64;  // whose ranges are searched together
+constexpr unsigned kRanksAtOnce = kThreads / kWarpThreads;  // a warp to each
+constexpr unsigned kAhead = 4;                              // entries of each lane that are loaded before the first is needed
 
 template <typename T>
 struct AggregateDevice {
@@ -26,6 +27,7 @@ struct AggregateDevice {
   uint64_t step, plan;
   Global<unsigned long long> status;  // the complement of the lowest status found, so that zero says that all are valid
   Global<uint32_t> left;              // blocks
+  Global<uint32_t> absent;            // ranks that contribute nothing
   Global<uint32_t> any_idle;          // a span that is idle now and has entries
   Global<uint32_t> idle_now;          // a bit per span, 1 where the gradients of all ranks are zero
   Global<unsigned long long> worst_status;
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
                          header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlags) == 0 &&
                          header.spans == static_cast<uint64_t>(layout.spans) && header.repeated <= header.k;
       if (!valid) report(PayloadField::kHeader);
+      if ((header.flags & kFlagAbsent) != 0) device.absent.add(0, 1);
       if (device.spans && rank > 0) {
         const auto part_of = [&](Global<const uint8_t> payload) {
           return payload.template at_byte<const ExchangePart>(sizeof(PayloadHeader)).load(0);
@@ -128,8 +131,19 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
     } else {
       const Global<const uint32_t> words = bytes.template at_byte<const uint32_t>(layout.support_at);
       constexpr uint32_t kWordsOfTile = kTileEntries / 32;
-      uint32_t members = 0;
-      for (uint32_t word = warp.rank(); word * 32 < entries; word += kWarpThreads) {
+      uint32_t members = 0, word = warp.rank();
+      // Whole words two at a time, and many loads before the first is needed.
+      const Global<const uint64_t> pairs = bytes.template at_byte<const uint64_t>(layout.support_at);
+      constexpr uint32_t kPairs = 8;
+      for (uint32_t first = 0; (first + kPairs * kWarpThreads) * 64 <= entries; first += kPairs * kWarpThreads) {
+        uint64_t loaded[kPairs];
+#pragma unroll
+        for (uint32_t i = 0; i < kPairs; ++i) loaded[i] = pairs.load(tile * (kWordsOfTile / 2) + first + i * kWarpThreads + warp.rank());
+#pragma unroll
+        for (uint32_t i = 0; i < kPairs; ++i) members += __popcll(loaded[i]);
+        word += 2 * kPairs * kWarpThreads;
+      }
+      for (; word * 32 < entries; word += kWarpThreads) {
         const uint32_t bits = words.load(tile * kWordsOfTile + word);
         members += __popc(bits);
         // Bits beyond the bucket, up to the byte; what follows is padding or the values.
@@ -152,6 +166,8 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
 // writes one accumulate value.
 // Ranks are added in order, with a barrier between; within a rank every entry has an offset of its own. So each sum is the
 // same left fold on every replica.
+// What takes the time of a block is waiting for loads that depend on each other. So with offsets a warp takes one rank, and all
+// ranks find their ranges and load their entries at the same time; only the additions take turns.
 template <typename T>
 class Aggregate {
   using Device = AggregateDevice<T>;
@@ -169,30 +185,35 @@ class Aggregate {
     uint32_t smallest;
     uint32_t idle_words[Set::kWords];
     uint32_t first_span;
-    uint32_t contributors;
     typename Group::Scratch scratch;
   };
 
   __device__ Aggregate(const Device& device, Shared& shared, uint32_t block)
       : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
 
-  // has_idle is the same for all threads of all blocks.
-  __device__ void run(bool has_idle) {
+  // Both are the same for all threads of all blocks; contributing as contributors() in csrc/core/aggregate.h.
+  __device__ void run(bool has_idle, uint32_t contributing) {
     has_idle_ = has_idle;
     if (has_idle_) load_idle_words();
-    if (threadIdx.x < kWarpThreads) count_contributors();
     for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
     __syncthreads();
-    each_rank(0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); });
-    if (device_.feedback) {
-      each_rank(device_.first_feedback_worker, device_.feedback_workers, [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
-        const Accumulate sent = Traits<T>::load(value);
-        device_.feedback.store(
-            row * static_cast<size_t>(device_.layout.k) + entry,
-            is_idle(offset) ? std::numeric_limits<Accumulate>::infinity() : feedback_of(shared_.sums[offset], sent, device_.distortion));
-      });
+    const auto feed_back = [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
+      const Accumulate sent = Traits<T>::load(value);
+      device_.feedback.store(
+          row * static_cast<size_t>(device_.layout.k) + entry,
+          is_idle(offset) ? std::numeric_limits<Accumulate>::infinity() : feedback_of(shared_.sums[offset], sent, device_.distortion));
+    };
+    // Of few ranks the sums are whole while the warps still have their entries in hand.
+    const bool at_once = device_.feedback && device_.layout.support == Support::kOffsets && device_.workers <= kRanksAtOnce;
+    each_rank<true>(
+        0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); },
+        [&](uint32_t rank, uint32_t offset, T value, uint32_t entry) {
+          const uint32_t row = rank - device_.first_feedback_worker;
+          if (at_once && row < device_.feedback_workers) feed_back(row, offset, value, entry);
+        });
+    if (device_.feedback && !at_once) {
+      each_rank<false>(device_.first_feedback_worker, device_.feedback_workers, feed_back, [](uint32_t, uint32_t, T, uint32_t) {});
     }
-    const uint32_t contributing = shared_.contributors;
     const Accumulate divisor = static_cast<Accumulate>(contributing), reciprocal = Accumulate{1} / divisor;
     if ((contributing & (contributing - 1)) == 0) {
       // The reciprocal of a power of two is exact, and the product with it has the bits of the quotient.
@@ -233,50 +254,77 @@ class Aggregate {
   }
 
  private:
-  // As contributors() in csrc/core/aggregate.h; by one warp, before a barrier.
-  __device__ void count_contributors() {
-    const WarpGroup warp;
-    uint32_t count = 0;
-    for (uint32_t first = 0; first < device_.workers; first += kWarpThreads) {
-      const uint32_t rank = first + warp.rank();
-      const bool contributes = rank < device_.workers && !device_.reader(rank).is_absent();
-      count += __popc(__ballot_sync(kAllLanes, contributes));
-    }
-    if (warp.rank() == 0) shared_.contributors = count > 0 ? count : 1;
-  }
-
-  // Calls function(rank - first, offset in the block tile, value, entry), one rank after the other.
-  template <typename Function>
-  __device__ void each_rank(uint32_t first, uint32_t count, const Function& function) {
+  // Calls function(rank - first, offset in the block tile, value, entry), of kInTurn one rank after the other, with a barrier between;
+  // and then, where there are offsets, so many ranks at a time, `then` with the same.
+  template <bool kInTurn, typename Function, typename Then>
+  __device__ void each_rank(uint32_t first, uint32_t count, const Function& function, const Then& then) {
     for (uint32_t chunk = 0; chunk < count; chunk += kRanksAtOnce) {
       const uint32_t ranks = count - chunk < kRanksAtOnce ? count - chunk : kRanksAtOnce;
-      if (device_.layout.support == Support::kOffsets) find_ranges(first + chunk, ranks);
-      for (uint32_t rank = 0; rank < ranks; ++rank) {
-        const Reader reader = device_.reader(first + chunk + rank);
-        const auto visit = [&](uint32_t offset, uint32_t entry) { function(chunk + rank, offset, reader.value(entry), entry); };
-        if (device_.layout.support == Support::kOffsets) {
-          const uint32_t begin = shared_.begin[rank], end = shared_.end[rank];
-          const uint32_t base = block_ % Reader::kBlocksPerTile * kEntries;
-          for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) visit(reader.offset_in_tile(entry) - base, entry);
-          if (begin < end) __syncthreads();
-        } else {
-          visit_bitmap(reader, visit);
+      if (device_.layout.support == Support::kOffsets) {
+        each_offset<kInTurn>(
+            first + chunk, ranks,
+            [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { function(chunk + turn, offset, value, entry); },
+            [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { then(chunk + turn, offset, value, entry); });
+      } else {
+        for (uint32_t turn = 0; turn < ranks; ++turn) {
+          const Reader reader = device_.reader(first + chunk + turn);
+          visit_bitmap(reader, [&](uint32_t offset, uint32_t entry) { function(chunk + turn, offset, reader.value(entry), entry); });
         }
       }
-      __syncthreads();
-    }
-  }
-
-  // Of each rank, the entries of this block tile: two binary searches by two threads, all ranks at the same time.
-  __device__ void find_ranges(uint32_t first_rank, uint32_t ranks) {
-    const uint32_t rank = threadIdx.x / 2, tile = block_ / Reader::kBlocksPerTile;
-    if (rank < ranks) {
-      const Reader reader = device_.reader(first_rank + rank);
-      const uint32_t base = block_ % Reader::kBlocksPerTile * kEntries, upper = threadIdx.x % 2;
-      const uint32_t found = reader.lower_bound(reader.first_entry(tile), reader.first_entry(tile + 1), base + upper * kEntries);
-      (upper ? shared_.end : shared_.begin)[rank] = found;
     }
     __syncthreads();
+  }
+
+  // Of at most kRanksAtOnce ranks.
+  template <bool kInTurn, typename Function, typename Then>
+  __device__ void each_offset(uint32_t first_rank, uint32_t ranks, const Function& function, const Then& then) {
+    const WarpGroup warp;
+    const uint32_t own = threadIdx.x / kWarpThreads, base = block_ % Reader::kBlocksPerTile * kEntries;
+    const Reader reader = device_.reader(first_rank + (own < ranks ? own : 0));
+    uint32_t begin = 0, end = 0, offset[kAhead];
+    T value[kAhead];
+    if (own < ranks) {
+      reader.range_of_block(warp, block_, begin, end);
+#pragma unroll
+      for (unsigned i = 0; i < kAhead; ++i) {
+        const uint32_t entry = begin + i * kWarpThreads + warp.rank();
+        if (entry >= end) continue;
+        offset[i] = reader.offset_in_tile(entry) - base;
+        value[i] = reader.value(entry);
+      }
+    }
+    const auto visit_own = [&](const auto& visit) {
+#pragma unroll
+      for (unsigned i = 0; i < kAhead; ++i) {
+        const uint32_t entry = begin + i * kWarpThreads + warp.rank();
+        if (entry < end) visit(own, offset[i], value[i], entry);
+      }
+    };
+    if (__syncthreads_or(end - begin > kAhead * kWarpThreads)) {  // dense: all threads to one rank after the other
+      if (warp.rank() == 0) shared_.begin[own] = begin, shared_.end[own] = end;
+      const auto visit_all = [&](const auto& visit) {
+        for (uint32_t turn = 0; turn < ranks; ++turn) {
+          __syncthreads();
+          const Reader of_turn = device_.reader(first_rank + turn);
+          for (uint32_t entry = shared_.begin[turn] + threadIdx.x; entry < shared_.end[turn]; entry += kThreads) {
+            visit(turn, of_turn.offset_in_tile(entry) - base, of_turn.value(entry), entry);
+          }
+        }
+        __syncthreads();
+      };
+      visit_all(function);
+      if constexpr (kInTurn) visit_all(then);
+      return;
+    }
+    if constexpr (!kInTurn) {
+      visit_own(function);
+      return;
+    }
+    for (uint32_t turn = 0; turn < ranks; ++turn) {
+      if (turn == own) visit_own(function);
+      __syncthreads();
+    }
+    visit_own(then);
   }
 
   template <typename Visit>
@@ -354,10 +402,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
   const unsigned long long status = ~device.status.load_uniform(0);
+  const uint32_t contributing = device.workers - device.absent.load_uniform(0);
   const bool has_idle = device.spans && device.any_idle.load_uniform(0) != 0;
   Aggregate<T> work(device, shared, blockIdx.x);
   if (!__syncthreads_or(status != kPayloadsValid)) {  // a barrier too: the whole block has read the status
-    work.run(has_idle);
+    work.run(has_idle, contributing > 0 ? contributing : 1);
     const uint32_t step = gridDim.x * kThreads;
     for (uint32_t span = blockIdx.x * kThreads + threadIdx.x; span < device.spans.count; span += step) {
       device.idle.store(span, (device.idle_now.load(span / 32) >> (span % 32)) & 1);
@@ -370,6 +419,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
   if (threadIdx.x == 0 && device.left.add(0, 1) == gridDim.x - 1) {
     device.status.store(0, 0);
     device.left.store(0, 0);
+    device.absent.store(0, 0);
     if (device.spans) device.any_idle.store(0, 0);
   }
 }
@@ -403,6 +453,7 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     const Global<uint32_t> words(static_cast<uint32_t*>(arguments.workspace));
     device.left = words.offset(2);
     device.any_idle = words.offset(3);
+    device.absent = words.offset(4);
     device.idle_now = words.offset(kAggregateZeroedBytes / sizeof(uint32_t));
     device.spans = {
         Global(arguments.span_ends), static_cast<uint32_t>(arguments.layout.spans), static_cast<uint32_t>(arguments.layout.numel)};

@@ -2,14 +2,17 @@
 #include <algorithm>
 #include <cmath>
 
+#include "selection.cuh"
 #include "settle.cuh"
-#include "workspace.cuh"
 
 namespace regtopk {
 namespace {
 
-constexpr int64_t kSampledSectors = 8192;  // 65,536 entries
-constexpr int64_t kSampledAtMost = 128;    // one entry in so many
+// Of a small bucket the sample takes longer than what a narrower bracket saves.
+constexpr int64_t kSampledAtMost = 128;          // one entry in so many
+constexpr int64_t kSampledAtLeast = 2048;        // one sector of eight entries in so many, but not more than kSectors
+constexpr int64_t kSectors = 2048, kMostSectors = 8192;
+constexpr uint32_t kItemsOfBlock = 8;             // of finish, at least, where it draws several block tiles at once
 constexpr int64_t kListAtLeast = 65536;    // entries; buckets up to that size need no bracket
 
 }  // namespace
@@ -20,7 +23,8 @@ Sampling sampling_of(int64_t numel, int64_t k) {
     sampling.list_capacity = numel;
     return sampling;
   }
-  sampling.sectors = std::min(kSampledSectors, numel / (8 * kSampledAtMost));
+  const int64_t wanted = std::clamp(numel / (8 * kSampledAtLeast), kSectors, kMostSectors);
+  sampling.sectors = std::min(wanted, numel / (8 * kSampledAtMost));
   const double samples = static_cast<double>(sampling.sectors * 8), density = static_cast<double>(k) / static_cast<double>(numel);
   const double expected = samples * density, margin = 5.0 * std::sqrt(expected * (1.0 - density)) + 2.0;
   // A high end that is too low costs another look at the list, not at the residual; so there is always one.
@@ -65,6 +69,9 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
     device.distortion = arguments.distortion;
     device.mu = arguments.mu;
     device.decay = static_cast<Accumulate>(arguments.decay);
+    // Drawing an item costs about what a block tile does: of a large bucket every draw brings several.
+    const uint32_t warps = kFinishWarps * kFinishBlocks * static_cast<uint32_t>(multiprocessors());
+    device.tiles_of_warp = std::clamp<uint32_t>(device.blocks / (kItemsOfBlock * warps), 1, 16);
     place_workspace(device, static_cast<uint8_t*>(arguments.workspace), has_feedback);
     if (arguments.layout.spans > 0) {
       SettleDevice<T> settle(arguments.layout);

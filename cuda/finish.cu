@@ -43,19 +43,25 @@ class Finish {
     const BlockGroup<kThreads> group{shared_.scratch};
     uint32_t ticket = phases.draw();
     for (uint32_t phase = 0;; ++phase) {
-      const Selection<Bits> selection = device_.selection.load_uniform(1 + phase);
+      Selection<Bits> selection = device_.selection.load_uniform(1 + phase);
       if (selection.task == Task::kNarrow) clear_bins();
       const uint32_t end = selection.first_ticket + selection.items;
       uint32_t items = 0;
       for (; ticket < end; ticket = phases.draw(), ++items) {
         work(selection, ticket - selection.first_ticket);
       }
-      if (items > 0 && selection.task == Task::kNarrow) add_bins();
-      const bool last = phases.finish_items(items, selection.items);
-      if (selection.task == Task::kPack) {  // no block waits for the last one, which writes the header
-        if (last && threadIdx.x == 0) write_header();
+      if (selection.task == Task::kCount) {  // what comes next is clear to every block, and last
+        phases.report(kItemsCounted, items);
+        selection.task = Task::kPack;
+        selection.first_ticket = end;
+        if (ticket - end >= selection.items) return;
+        phases.wait_for(kItemsCounted, selection.items);
+        for (items = 0; ticket - end < selection.items; ticket = phases.draw(), ++items) work(selection, ticket - end);
+        if (phases.finish_items(items, selection.items) && threadIdx.x == 0) write_header();
         return;
       }
+      if (items > 0 && selection.task == Task::kNarrow) add_bins();
+      const bool last = phases.finish_items(items, selection.items);
       if (last) {
         decide(group, selection, phase);
         phases.publish();
@@ -84,12 +90,14 @@ class Finish {
       narrow_list(selection, item);
       return;
     }
-    const uint32_t block = item * kFinishWarps + threadIdx.x / kWarpThreads;
-    if (block >= device_.blocks) return;
-    if (selection.task == Task::kNarrow) visit(selection, block, Purpose::kNarrow);
-    else if (selection.task == Task::kCollect) collect(selection, block);
-    else if (selection.task == Task::kCount) count(selection, block);
-    else pack(selection, block);
+    for (uint32_t i = 0; i < device_.tiles_of_warp; ++i) {
+      const uint32_t block = (item * device_.tiles_of_warp + i) * kFinishWarps + threadIdx.x / kWarpThreads;
+      if (block >= device_.blocks) return;
+      if (selection.task == Task::kNarrow) visit(selection, block, Purpose::kNarrow);
+      else if (selection.task == Task::kCollect) collect(selection, block);
+      else if (selection.task == Task::kCount) count(selection, block);
+      else pack(selection, block);
+    }
   }
 
   struct Entry {
@@ -243,16 +251,42 @@ class Finish {
     const Counts counts = visit(selection, block, Purpose::kCount);
     const uint32_t above = warp_.sum(counts.above), ties = warp_.sum(counts.ties);
     if (warp_.rank() == 0) {
-      device_.above_before.store(block, above);
-      device_.ties_before.store(block, ties);
+      device_.counts.store(block, above | ties << 16);
+      if (above > 0) device_.above_of_run.add(block / kBlocksOfRun, above);
+      if (ties > 0) device_.ties_of_run.add(block / kBlocksOfRun, ties);
     }
+  }
+
+  // The entries of the block tiles before this one.
+  __device__ Counts counts_before(uint32_t block) const {
+    Counts before;
+    for (uint32_t run = warp_.rank(); run < block / kBlocksOfRun; run += kWarpThreads) {
+      before.above += device_.above_of_run.load(run);
+      before.ties += device_.ties_of_run.load(run);
+    }
+    constexpr uint32_t kVectors = kBlocksOfRun / (kWarpThreads * kVectorEntries);
+    Vector<uint32_t> counts[kVectors];
+#pragma unroll
+    for (uint32_t v = 0; v < kVectors; ++v) {
+      const uint32_t at = block / kBlocksOfRun * kBlocksOfRun + (v * kWarpThreads + warp_.rank()) * kVectorEntries;
+      counts[v] = at < block ? device_.counts.load_vector(at) : Vector<uint32_t>{};
+#pragma unroll
+      for (uint32_t i = 0; i < kVectorEntries; ++i) {
+        if (at + i >= block) continue;
+        before.above += counts[v].entry[i] & 0xffff;
+        before.ties += counts[v].entry[i] >> 16;
+      }
+    }
+    before.above = warp_.sum(before.above);
+    before.ties = warp_.sum(before.ties);
+    return before;
   }
 
   // One past the offset of the last tie that is sent. Ties are sent in index order until k entries are: all of this block
   // tile's, none, or, in the one tile where they run out, those up to an offset.
   __device__ uint32_t end_of_ties(const Selection<Bits>& selection, uint32_t block, uint32_t before, uint32_t wanted) {
     if (before >= wanted) return 0;
-    if (device_.ties_before.load_uniform(block + 1) < wanted) return kEntries;
+    if (before + (device_.counts.load_uniform(block) >> 16) < wanted) return kEntries;
     chosen_.clear(warp_);
     visit(selection, block, Purpose::kTies);
     chosen_.rank(warp_);
@@ -261,9 +295,9 @@ class Finish {
 
   __device__ void pack(const Selection<Bits>& selection, uint32_t block) {
     const uint32_t wanted = static_cast<uint32_t>(device_.layout.k) - selection.above;
-    const uint32_t ties_before = device_.ties_before.load_uniform(block);
-    const uint32_t first = device_.above_before.load_uniform(block) + (ties_before < wanted ? ties_before : wanted);
-    const uint32_t ties_end = end_of_ties(selection, block, ties_before, wanted);
+    const Counts before = counts_before(block);
+    const uint32_t first = before.above + (before.ties < wanted ? before.ties : wanted);
+    const uint32_t ties_end = end_of_ties(selection, block, before.ties, wanted);
 
     warp_.sync();
     chosen_.clear(warp_);
@@ -301,22 +335,6 @@ class Finish {
     if (warp_.rank() == 0 && displaced > 0) device_.counters.add(kDisplaced, displaced);
   }
 
-  // Counts of each block tile become counts of those before it.
-  __device__ void sum_counts(const BlockGroup<kThreads>& group, Global<uint32_t> counts) {
-    const uint32_t run = (device_.blocks + kThreads - 1) / kThreads;
-    const uint32_t begin = group.rank() * run < device_.blocks ? group.rank() * run : device_.blocks;
-    const uint32_t end = begin + run < device_.blocks ? begin + run : device_.blocks;
-    uint32_t sum = 0;
-    for (uint32_t block = begin; block < end; ++block) sum += counts.load(block);
-    uint32_t before = group.exclusive_sum(sum);
-    for (uint32_t block = begin; block < end; ++block) {
-      const uint32_t here = counts.load(block);
-      counts.store(block, before);
-      before += here;
-    }
-    if (end == device_.blocks && begin < end) counts.store(end, before);
-  }
-
   // By the one block that finished the phase: what the next phase does.
   __device__ void decide(const BlockGroup<kThreads>& group, Selection<Bits> selection, uint32_t phase) {
     const uint32_t next_ticket = selection.first_ticket + selection.items;
@@ -327,15 +345,10 @@ class Finish {
       take_bin(selection, bin);
       choose_task(selection, device_);
       if (selection.task == Task::kCollect && threadIdx.x == 0) device_.counters.store(kListSize, 0);
-    } else if (selection.task == Task::kCollect) {
+    } else {  // kCollect
       selection.collected = 1;
       selection.from_residual = device_.counters.load(kListSize) > static_cast<uint64_t>(device_.sampling.list_capacity);
       choose_task(selection, device_);
-    } else {  // kCount
-      sum_counts(group, device_.above_before);
-      sum_counts(group, device_.ties_before);
-      selection.task = Task::kPack;
-      selection.items = (device_.blocks + kFinishWarps - 1) / kFinishWarps;
     }
     selection.first_ticket = next_ticket;
     if (threadIdx.x == 0) device_.selection.store(2 + phase, selection);
@@ -367,7 +380,7 @@ class Finish {
 // share one score than the list holds, the residual takes the list's place and is read once more for every phase.
 // Places are counts of entries before, by index, so that neither tickets nor threads decide them.
 template <typename T, bool kHasFeedback>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 2 : kFinishBlocks)
     finish_kernel(const __grid_constant__ CompressDevice<T> device) {
   using Work = Finish<T, kHasFeedback>;
   REGTOPK_SHARED(typename Work::Shared, shared);
@@ -381,8 +394,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
 
 template <typename T>
 void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
-  const unsigned items = (device.blocks + kFinishWarps - 1) / kFinishWarps, most = static_cast<unsigned>(multiprocessors()) * 3;
-  const unsigned blocks = items < most ? items : most;
+  const unsigned tiles = kFinishWarps * device.tiles_of_warp, items = (device.blocks + tiles - 1) / tiles;
+  const unsigned most = static_cast<unsigned>(multiprocessors()) * kFinishBlocks, blocks = items < most ? items : most;
   if (has_feedback) REGTOPK_LAUNCH((finish_kernel<T, true>), blocks, kThreads, stream, device);
   else REGTOPK_LAUNCH((finish_kernel<T, false>), blocks, kThreads, stream, device);
 }

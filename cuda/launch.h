@@ -100,7 +100,7 @@ struct AggregateLaunch {
   // it waits for the stream anyway, and raise the error then.
   unsigned long long* worst_status = nullptr;
 };
-inline constexpr int64_t kAggregateZeroedBytes = 16;
+inline constexpr int64_t kAggregateZeroedBytes = 32;
 int64_t aggregate_workspace_bytes(const PayloadLayout& layout);
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream);
 

@@ -25,7 +25,6 @@ class PayloadReader {
   __device__ uint32_t first_entry(uint32_t tile) const {
     return tile < layout_.tiles ? clamped(tile_starts().load(tile)) : clamped(0xffffffffu);
   }
-  __device__ bool is_absent() const { return (bytes_.at_byte<const uint32_t>(offsetof(PayloadHeader, flags)).load(0) & kFlagAbsent) != 0; }
   // The same with one tile for all lanes of a warp.
   __device__ uint32_t uniform_first_entry(uint32_t tile) const {
     return tile < layout_.tiles ? clamped(tile_starts().load_uniform(tile)) : clamped(0xffffffffu);
@@ -42,14 +41,15 @@ class PayloadReader {
   __device__ T value(uint32_t entry) const { return bytes_.at_byte<const T>(layout_.values_at).load(entry); }
   __device__ bool has_bitmap() const { return layout_.support == Support::kBitmap; }
 
-  // Entries of the payload before bit `entry` of the bucket, by counting bits from the beginning of its payload tile.
+  // Entries of the payload before those of a block tile, by counting bits from the beginning of its payload tile.
   template <typename Group>
-  __device__ uint32_t bitmap_rank(const Group& group, uint32_t word_of_entry, uint32_t tile) const {
-    constexpr uint32_t kWordsPerTile = kTileEntries / 32;
+  __device__ uint32_t bitmap_rank(const Group& group, uint32_t block, uint32_t tile) const {
+    constexpr uint32_t kPairsOfTile = kTileEntries / 64, kPairsOfBlock = kEntries / 64;
+    const Global<const uint64_t> pairs = bytes_.at_byte<const uint64_t>(layout_.support_at);  // of words
     uint32_t members = 0;
 #pragma unroll 1
-    for (uint32_t word = tile * kWordsPerTile + group.rank(); word < word_of_entry; word += group.size()) {
-      members += __popc(bitmap_word(word));
+    for (uint32_t pair = tile * kPairsOfTile + group.rank(); pair < block * kPairsOfBlock; pair += group.size()) {
+      members += __popcll(pairs.load(pair));
     }
     return uniform_first_entry(tile) + group.sum(members);
   }
@@ -64,6 +64,26 @@ class PayloadReader {
     return begin;
   }
 
+  // The entries of a block tile, with offsets; the lanes of a warp search together, in two latencies of memory, three where a payload
+  // tile has many.
+  __device__ void range_of_block(const WarpGroup& warp, uint32_t block, uint32_t& begin, uint32_t& end) const {
+    const uint32_t tile = block / kBlocksPerTile, low = block % kBlocksPerTile * kEntries, high = low + kEntries;
+    const uint32_t from = uniform_first_entry(tile), to = uniform_first_entry(tile + 1);
+    if (to - from > kCounted) {
+      begin = lower_bound_by_warp(warp, from, to, low);
+      end = lower_bound_by_warp(warp, begin, to, high);
+      return;
+    }
+    begin = end = from;
+#pragma unroll
+    for (uint32_t first = 0; first < kCounted; first += kWarpThreads) {
+      const uint32_t entry = from + first + warp.rank();
+      const uint32_t offset = entry < to ? offset_in_tile(entry) : 0xffffffffu;
+      begin += __popc(__ballot_sync(kAllLanes, offset < low));
+      end += __popc(__ballot_sync(kAllLanes, offset < high));
+    }
+  }
+
   // Fills `set` with the entries of a block tile, ranks it and returns the number of its first entry; entry number
   // first + set.rank_of(offset) is the one at `offset`. The members of the group call it together; `smallest` is theirs.
   // With offsets, all threads read the whole payload tile at once: 8 (fp64: 16) times the bytes that a binary search would
@@ -75,7 +95,7 @@ class PayloadReader {
       const uint32_t first_word = block * Set::kWords;
       group.sync();
       for (uint32_t word = group.rank(); word < Set::kWords; word += group.size()) set.words[word] = bitmap_word(first_word + word);
-      const uint32_t first = bitmap_rank(group, first_word, tile);
+      const uint32_t first = bitmap_rank(group, block, tile);
       set.rank(group);
       return first;
     }
@@ -98,6 +118,24 @@ class PayloadReader {
 
  private:
   __device__ Global<const uint32_t> tile_starts() const { return bytes_.at_byte<const uint32_t>(layout_.tile_starts_at); }
+  // As lower_bound: probes at 32 places while many are left, then a count.
+  static constexpr uint32_t kCounted = 4 * kWarpThreads;
+  __device__ uint32_t lower_bound_by_warp(const WarpGroup& warp, uint32_t begin, uint32_t end, uint32_t offset) const {
+#pragma unroll 1
+    while (end - begin > kCounted) {
+      const uint32_t stride = (end - begin) / kWarpThreads;
+      const uint32_t below = __popc(__ballot_sync(kAllLanes, offset_in_tile(begin + (warp.rank() + 1) * stride - 1) < offset));
+      begin += below * stride;
+      if (below < kWarpThreads) end = begin + stride - 1;
+    }
+    uint32_t below = 0;
+#pragma unroll
+    for (uint32_t first = 0; first < kCounted; first += kWarpThreads) {
+      const uint32_t entry = begin + first + warp.rank();
+      below += __popc(__ballot_sync(kAllLanes, entry < end && offset_in_tile(entry) < offset));
+    }
+    return begin + below;
+  }
   __device__ uint32_t clamped(uint32_t entry) const { return entry < layout_.k ? entry : static_cast<uint32_t>(layout_.k); }
 
   Global<const uint8_t> bytes_;

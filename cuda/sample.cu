@@ -15,23 +15,19 @@ __device__ uint32_t scramble(uint32_t value) {
   return value ^ (value >> 16);
 }
 
-// Which of the four entries from `index` on were sent in the last step, a bit each, and the payload entry of the first.
+// Which of the four entries from `index` on were sent in the last step, a bit each, and the payload entry of the first, or one near it.
 template <typename T>
 __device__ uint32_t sent_among(const PayloadReader<T>& sent, uint32_t index, bool active, uint32_t& entry) {
   const uint32_t tile = index / kTileEntries, offset = index % kTileEntries;
   const WarpGroup warp;
   uint32_t members = 0;
   if (sent.has_bitmap()) {
-    // Ranks in a bitmap cost a count of the bits before: the lanes count together, for one sector after the other.
-    for (unsigned lane = 0; lane < kWarpThreads; lane += 2) {
-      const uint32_t of_lane = __shfl_sync(kAllLanes, index, lane);
-      const uint32_t before = sent.bitmap_rank(warp, of_lane / 32, of_lane / kTileEntries);
-      if (warp.rank() / 2 == lane / 2) entry = before;
-    }
+    // The number of an entry of a bitmap costs a count of all bits before it. A sample can do with the feedback of some entry near by:
+    // it decides about the bracket alone.
     if (!active) return 0;
-    const uint32_t word = sent.bitmap_word(index / 32);
-    entry += __popc(word & ((1u << (index % 32)) - 1));
-    return (word >> (index % 32)) & 0xf;
+    const uint32_t begin = sent.first_entry(tile), inside = sent.first_entry(tile + 1) - begin;
+    entry = begin + static_cast<uint32_t>(uint64_t{inside} * offset / kTileEntries);
+    return (sent.bitmap_word(index / 32) >> (index % 32)) & 0xf;
   }
   // One search for the two lanes of a sector.
   uint32_t end = 0;

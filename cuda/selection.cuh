@@ -8,8 +8,8 @@
 
 namespace regtopk {
 
-// One item of work of a block of finish: a block tile to each of its warps, or so many entries of the list.
-inline constexpr unsigned kFinishWarps = 8;
+// One item of work of a block of finish: block tiles to each of its warps, or so many entries of the list.
+inline constexpr unsigned kFinishWarps = 8, kFinishBlocks = 3;  // of a block, of a multiprocessor
 inline constexpr unsigned kListChunk = 2048;
 
 struct Bin {
@@ -79,7 +79,7 @@ __device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, cons
   const bool by_list = selection.task == Task::kNarrow && !selection.from_residual;
   const uint32_t list_size = device.counters.load_uniform(kListSize);
   selection.items = by_list ? static_cast<uint32_t>((uint64_t{list_size} + kListChunk - 1) / kListChunk)
-                            : (device.blocks + kFinishWarps - 1) / kFinishWarps;
+                            : (device.blocks + kFinishWarps * device.tiles_of_warp - 1) / (kFinishWarps * device.tiles_of_warp);
 }
 
 // Where accumulate left it: hits above the bracket, a histogram inside it, and a list of at least both if it fits.
@@ -109,6 +109,59 @@ __device__ Selection<typename Traits<T>::Bits> first_selection(
   }
   choose_task(selection, device);
   return selection;
+}
+
+// Where the list is short and the range holds few entries of it, the k-th score itself: one block reads the list, which takes less than
+// another phase of all blocks. `keys` has room for kNarrowedAlone of them.
+inline constexpr uint32_t kListReadAlone = 65536, kNarrowedAlone = 512;
+template <typename T, unsigned kThreads>
+__device__ void narrow_alone(
+    const BlockGroup<kThreads>& group, typename Traits<T>::Bits* keys, uint32_t& count, Bin& found,
+    Selection<typename Traits<T>::Bits>& selection, const CompressDevice<T>& device, bool has_feedback) {
+  using Bits = typename Traits<T>::Bits;
+  const uint32_t size = device.counters.load_uniform(kListSize);
+  if (selection.task != Task::kNarrow || selection.from_residual || size > kListReadAlone || selection.inside > kNarrowedAlone) return;
+  if (group.rank() == 0) count = 0, found = {0, 0, 0};
+  group.sync();
+  const auto take = [&](Bits key) {
+    if (!in_range(selection, key)) return;
+    const uint32_t at = atomicAdd(&count, 1u);
+    if (at < kNarrowedAlone) keys[at] = key;  // as many as the histogram counted
+  };
+  const uint32_t whole = size / kVectorEntries * kVectorEntries;
+#pragma unroll 4
+  for (uint32_t at = group.rank() * kVectorEntries; at < whole; at += kThreads * kVectorEntries) {
+    Vector<Bits> of_list;
+    if (has_feedback) {
+      of_list = device.list_keys.load_vector(at);
+    } else {
+      const auto values = device.list_values.load_vector(at);
+      for (int i = 0; i < kVectorEntries; ++i) of_list.entry[i] = magnitude_key(values.entry[i]);
+    }
+    for (int i = 0; i < kVectorEntries; ++i) take(of_list.entry[i]);
+  }
+  if (group.rank() < size - whole) {
+    const uint32_t at = whole + group.rank();
+    take(has_feedback ? device.list_keys.load(at) : magnitude_key(device.list_values.load(at)));
+  }
+  group.sync();
+  const uint32_t wanted = static_cast<uint32_t>(device.layout.k) - selection.above;
+  const uint32_t candidates = count < kNarrowedAlone ? count : kNarrowedAlone;
+  for (uint32_t i = group.rank(); i < candidates; i += kThreads) {
+    uint32_t above = 0, equal = 0;
+    for (uint32_t j = 0; j < candidates; ++j) {
+      above += keys[j] > keys[i];
+      equal += keys[j] == keys[i];
+    }
+    if (above < wanted && wanted <= above + equal) found = {i, above, equal};  // all that write it write one key
+  }
+  group.sync();
+  const Bin at = found;
+  if (at.inside == 0) return;  // never, with feedback that aggregate wrote
+  selection.low = selection.high = keys[at.index];
+  selection.above += at.above;
+  selection.inside = at.inside;
+  choose_task(selection, device);
 }
 
 }  // namespace regtopk

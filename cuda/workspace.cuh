@@ -29,6 +29,7 @@ enum Counter : unsigned {
   kNonFinite,
   kTicket,          // of finish: the next one to give out
   kItemsDone,       // of the current phase of finish
+  kItemsCounted,    // of the phase that counts
   kPhase,           // of finish
   kRepeated,
   kDisplaced,
@@ -55,6 +56,9 @@ struct alignas(16) Selection {
 // list in fp64, and collect, count and pack.
 inline constexpr unsigned kSelections = 20;
 
+// Block tiles whose counts are added up together: about the root of how many a large bucket has.
+inline constexpr uint32_t kBlocksOfRun = 512;
+
 template <typename T>
 struct CompressDevice {
   using Accumulate = typename Traits<T>::Accumulate;
@@ -66,7 +70,8 @@ struct CompressDevice {
       : layout(bucket), blocks(static_cast<uint32_t>((bucket.numel + kEntries - 1) / kEntries)) {}
 
   PayloadLayout layout;
-  uint32_t blocks;  // block tiles
+  uint32_t blocks;             // block tiles
+  uint32_t tiles_of_warp = 1;  // of finish, in each item
   Global<const T> gradient;
   Global<Accumulate> residual;
   Global<uint8_t> payload;
@@ -90,7 +95,8 @@ struct CompressDevice {
   Global<Accumulate> tail_residual;
   Global<Bits> samples;
   Global<uint32_t> list_begin, list_entries;    // by block tile
-  Global<uint32_t> above_before, ties_before;   // entries of the block tiles before, [blocks + 1]
+  Global<uint32_t> counts;                      // by block tile: entries above the k-th score, and from bit 16 on those at it
+  Global<uint32_t> above_of_run, ties_of_run;   // the same of kBlocksOfRun block tiles together; zeroed by accumulate
   Global<uint32_t> non_finite;                  // a bit per entry, of the block tiles marked kHasNonFinite
   Global<Accumulate> list_values;
   Global<Bits> list_keys;                       // only with feedback: otherwise the value says it
@@ -100,6 +106,7 @@ struct CompressDevice {
     const uint32_t first = block * kEntries, numel = static_cast<uint32_t>(layout.numel);
     return numel - first < kEntries ? numel - first : kEntries;
   }
+  REGTOPK_HOST_DEVICE uint32_t runs() const { return (blocks + kBlocksOfRun - 1) / kBlocksOfRun; }
   __device__ bool has_idle() const { return spans && any_idle.load_uniform(0) != 0; }
   // Of 32 entries of a block tile, those of idle spans; all lanes of a warp call it together.
   __device__ uint32_t idle_word(uint32_t block, uint32_t word) const {
@@ -134,8 +141,9 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   place(device.samples, device.sampling.sectors * 8);
   place(device.list_begin, device.blocks);
   place(device.list_entries, device.blocks);
-  place(device.above_before, int64_t{device.blocks} + 1);
-  place(device.ties_before, int64_t{device.blocks} + 1);
+  place(device.counts, device.blocks);  // read by whole vectors
+  place(device.above_of_run, device.runs());
+  place(device.ties_of_run, device.runs());
   place(device.non_finite, int64_t{device.blocks} * Device::Set::kWords);
   if (device.layout.spans > 0) {
     place(device.any_idle, 1);

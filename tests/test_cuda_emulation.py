@@ -129,6 +129,18 @@ def test_steps_of_three_workers_equal_the_reference(kernels, numel, density, mu,
         assert messages[0].repeated + messages[0].displaced > 0  # or the merge of last step's entries is not seen
 
 
+def test_a_bucket_of_many_block_tiles_is_counted_run_by_run(kernels):
+    # 520 block tiles of 4,096: more than a run of 512, and several to each item of finish; ties at the k-th score in all of them.
+    numel = 520 * 4096 + 3
+    gradient = (torch.randn(numel, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 50).round()
+    with kernels.schedule(multiprocessors=1):
+        twin = Twin(kernels, numel, torch.float64, density=0.001)
+        message = twin.compress(gradient)
+    smallest = message.value.abs().min()
+    assert 0 < int((message.value.abs() == smallest).sum()) < int((gradient.abs() == smallest).sum())
+    assert int(message.index[-1]) >= 512 * 4096
+
+
 def test_a_payload_tile_with_many_entries_and_one_with_none_are_read_alike(kernels):
     numel = 3 * reference.TILE_ENTRIES + 11
     gradient = torch.randn(numel, generator=torch.Generator().manual_seed(1)) * 1e-3

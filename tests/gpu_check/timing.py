@@ -8,6 +8,7 @@ import statistics
 import time
 
 import torch
+from tests.simt import host
 
 from tests.gpu_check import machine
 
@@ -256,7 +257,7 @@ class Reused:
 
     def __init__(self, log, kernels):
         self.log, self.kernels, self.workspaces = log, kernels, {}
-        self.aggregates = kernels._workspace(16, 16)
+        self.aggregates = kernels._workspace(host.AGGREGATE_ZEROED_BYTES, host.AGGREGATE_ZEROED_BYTES)
         self.status = torch.full((1,), -1, dtype=torch.int64, device=self.aggregates.device)
 
     def compress(self, gradient, residual, payload, *, k, feedback=None, sampling=None, **keywords):

@@ -25,6 +25,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-
 DISTORTIONS = {"previous": 0, "current": 1}
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 PAYLOADS_VALID = 2**64 - 1
+AGGREGATE_ZEROED_BYTES = 32  # kAggregateZeroedBytes of cuda/launch.h
 
 
 class EmulationError(RuntimeError):
@@ -326,7 +327,7 @@ class Kernels:
     ):  # fmt: skip
         """As regtopk::aggregate_; returns what the device found wrong with the payloads, PAYLOADS_VALID if nothing.
 
-        With a workspace that begins with 16 zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
+        With a workspace that begins with AGGREGATE_ZEROED_BYTES zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
         """
         with self._operands(gradient, payloads, feedback, spans, idle, verdict) as (gradient, payloads, feedback, spans, idle, verdict):
             call = _Aggregate(
@@ -336,13 +337,13 @@ class Kernels:
             )  # fmt: skip
             used, found = workspace, status
             if workspace is None:
-                used = self._workspace(self._library.call_aggregate_workspace(ctypes.byref(call)), 16)
+                used = self._workspace(self._library.call_aggregate_workspace(ctypes.byref(call)), AGGREGATE_ZEROED_BYTES)
                 found = torch.full((1,), -1, dtype=torch.int64, device=used.device)
             call.worst_status, call.workspace = _pointer(found), _pointer(used)
             self._raise(self._library.call_aggregate(ctypes.byref(call)))
         if workspace is not None:
             return None
-        if used[:16].any():
+        if used[:AGGREGATE_ZEROED_BYTES].any():
             raise EmulationError("aggregate left its workspace without the zeros it begins with")
         return int(found) % 2**64
 
