@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   REGTOPK_SHARED(uint32_t[Set::kWords], non_finite_words);
   REGTOPK_SHARED(uint32_t[Set::kWords], idle_words);
   REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
-  REGTOPK_SHARED(Bin, found);
+  REGTOPK_SHARED(Found<1>, found);
   REGTOPK_SHARED(SentSize, sent_size);
   REGTOPK_SHARED(Selection<Bits>, bracket);  // not in registers: the loop takes them all
   REGTOPK_SHARED(uint32_t, has_idle);

@@ -25,7 +25,7 @@ class Finish {
     Set chosen[kFinishWarps];
     uint32_t smallest[kFinishWarps];
     typename BlockGroup<kThreads>::Scratch scratch;
-    Bin found;
+    Found<1> found;
     SentSize sent_size;
   };
 

@@ -15,14 +15,21 @@ struct WarpGroup {
   __device__ unsigned rank() const { return threadIdx.x % kWarpThreads; }
   __device__ static constexpr unsigned size() { return kWarpThreads; }
   __device__ void sync() const { __syncwarp(); }
-  // The sum of the values of the lanes before this one.
-  __device__ uint32_t exclusive_sum(uint32_t value) const {
-    uint32_t sum = value;
+  // The sum of the values of the lanes before this one, of 32 or 64 bits; and of all lanes.
+  template <typename Sum>
+  __device__ Sum exclusive_sum(Sum value) const {
+    Sum sum = value;
     for (unsigned distance = 1; distance < kWarpThreads; distance *= 2) {
-      const uint32_t before = __shfl_up_sync(kAllLanes, sum, distance);
+      const Sum before = __shfl_up_sync(kAllLanes, sum, distance);
       if (rank() >= distance) sum += before;
     }
     return sum - value;
+  }
+  template <typename Sum>
+  __device__ Sum exclusive_sum(Sum value, Sum& total) const {
+    const Sum before = exclusive_sum(value);
+    total = __shfl_sync(kAllLanes, before + value, kWarpThreads - 1);
+    return before;
   }
   __device__ uint32_t sum(uint32_t value) const {
     for (unsigned distance = kWarpThreads / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
@@ -35,20 +42,27 @@ struct BlockGroup {
   static_assert(kThreads % kWarpThreads == 0 && kThreads <= 1024);
   // Shared by the block; one scan or sum at a time.
   struct Scratch {
-    uint32_t of_warp[kThreads / kWarpThreads];
+    uint64_t of_warp[kThreads / kWarpThreads];
   };
   Scratch& scratch;
 
   __device__ unsigned rank() const { return threadIdx.x; }
   __device__ static constexpr unsigned size() { return kThreads; }
   __device__ void sync() const { __syncthreads(); }
-  __device__ uint32_t exclusive_sum(uint32_t value) const {
+  // As of a warp. Every thread looks at all warps, at once: a loop to its own would wait for one load after the other.
+  template <typename Sum>
+  __device__ Sum exclusive_sum(Sum value, Sum& total) const {
     const WarpGroup warp;
-    const uint32_t before_in_warp = warp.exclusive_sum(value);
-    if (warp.rank() == kWarpThreads - 1) scratch.of_warp[threadIdx.x / kWarpThreads] = before_in_warp + value;
+    Sum before = warp.exclusive_sum(value);
+    if (warp.rank() == kWarpThreads - 1) scratch.of_warp[threadIdx.x / kWarpThreads] = before + value;
     __syncthreads();
-    uint32_t before = before_in_warp;
-    for (unsigned w = 0; w < threadIdx.x / kWarpThreads; ++w) before += scratch.of_warp[w];
+    total = 0;
+#pragma unroll 8
+    for (unsigned w = 0; w < kThreads / kWarpThreads; ++w) {
+      const Sum of_warp = static_cast<Sum>(scratch.of_warp[w]);
+      total += of_warp;
+      before += w < threadIdx.x / kWarpThreads ? of_warp : 0;
+    }
     __syncthreads();
     return before;
   }
@@ -58,7 +72,8 @@ struct BlockGroup {
     if (warp.rank() == 0) scratch.of_warp[threadIdx.x / kWarpThreads] = of_this_warp;
     __syncthreads();
     uint32_t total = 0;
-    for (unsigned w = 0; w < kThreads / kWarpThreads; ++w) total += scratch.of_warp[w];
+#pragma unroll 8
+    for (unsigned w = 0; w < kThreads / kWarpThreads; ++w) total += static_cast<uint32_t>(scratch.of_warp[w]);
     __syncthreads();
     return total;
   }

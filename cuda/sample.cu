@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> d
   REGTOPK_SHARED(uint32_t[kHistogramBins], high_bins);
   REGTOPK_SHARED(uint32_t[kHistogramBins], low_bins);
   REGTOPK_SHARED(typename BlockGroup<kThreads>::Scratch, scratch);
-  REGTOPK_SHARED(Bin, found);
+  REGTOPK_SHARED(Found<2>, found);
   REGTOPK_SHARED(SentSize, sent);
   REGTOPK_SHARED(uint32_t, last);
   const BlockGroup<kThreads> group{scratch};
@@ -133,8 +133,9 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> d
 
   // The first 22 bits of the two order statistics: 2^-14 of their size in fp32, 2^-11 in fp64.
   const uint32_t rank_high = static_cast<uint32_t>(device.sampling.rank_high), rank_low = static_cast<uint32_t>(device.sampling.rank_low);
-  const auto coarse = [&](unsigned bin) { return device.histogram.load(bin); };
-  const Bin high = find_bin(group, found, rank_high, coarse), low = find_bin(group, found, rank_low, coarse);
+  const Found<2> coarse =
+      find_bins(group, found, {rank_high, rank_low}, [&](unsigned, unsigned bin) { return device.histogram.load(bin); });
+  const Bin high = coarse.bin[0], low = coarse.bin[1];
   // One block alone: what takes its time is the latency of the loads, so many are on their way before the first is used.
   for (uint32_t first = threadIdx.x * kVectorEntries; first < sectors * kSectorEntries; first += kThreads * kVectorEntries * kLoadsAhead) {
     Vector<Bits> keys[kLoadsAhead];
@@ -156,18 +157,19 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> d
     }
   }
   __syncthreads();
-  const Bin fine_high = find_bin(group, found, rank_high - high.above, [&](unsigned bin) { return high_bins[bin]; });
-  const Bin fine_low = find_bin(group, found, rank_low - low.above, [&](unsigned bin) { return low_bins[bin]; });
+  const Found<2> fine = find_bins(group, found, {rank_high - high.above, rank_low - low.above}, [&](unsigned n, unsigned bin) {
+    return n == 0 ? high_bins[bin] : low_bins[bin];
+  });
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) device.histogram.store(bin, 0);
   if (threadIdx.x == 0) {
     Selection<Bits> selection{};
     selection.high = kLargestKey<Bits>;
     if (rank_high > 0 && high.index < kHistogramBins) {
-      const Bits prefix = (static_cast<Bits>(high.index) << kHistogramBits) | fine_high.index;
+      const Bits prefix = (static_cast<Bits>(high.index) << kHistogramBits) | fine.bin[0].index;
       selection.high = (prefix << kFineShift) + ((Bits{1} << kFineShift) - 1);
     }
     if (rank_low > 0 && low.index < kHistogramBins) {
-      selection.low = ((static_cast<Bits>(low.index) << kHistogramBits) | fine_low.index) << kFineShift;
+      selection.low = ((static_cast<Bits>(low.index) << kHistogramBits) | fine.bin[1].index) << kFineShift;
     }
     // Entries that are not finite are listed whatever their score, so the list may begin at infinity at the latest.
     if (selection.low > kInfinityKey<Bits>) selection.low = kInfinityKey<Bits>;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "workspace.cuh"
 
@@ -17,28 +18,46 @@ struct Bin {
 };
 
 // The bin that holds the entry of rank `wanted` from the top, 1 the largest; index kHistogramBins if there are fewer entries,
-// and then `above` is their number.
-template <unsigned kThreads, typename Load>
-__device__ Bin find_bin(const BlockGroup<kThreads>& group, Bin& found, uint32_t wanted, const Load& load) {
+// and then `above` is their number. Of one histogram, load(0, bin), or of two at the same time.
+template <unsigned kCount>
+struct Found {
+  Bin bin[kCount];
+};
+template <unsigned kThreads, unsigned kCount, typename Load>
+__device__ Found<kCount> find_bins(
+    const BlockGroup<kThreads>& group, Found<kCount>& found, const uint32_t (&wanted)[kCount], const Load& load) {
+  using Sum = std::conditional_t<kCount == 1, uint32_t, uint64_t>;  // two histograms share a word
   constexpr unsigned kPerThread = kHistogramBins / kThreads;
-  static_assert(kPerThread * kThreads == kHistogramBins);
+  static_assert(kPerThread * kThreads == kHistogramBins && kCount <= 2);
   const unsigned top = kHistogramBins - 1 - group.rank() * kPerThread;
-  uint32_t inside[kPerThread], sum = 0;
+  uint32_t inside[kCount][kPerThread];
+  Sum sum = 0;
 #pragma unroll
-  for (unsigned i = 0; i < kPerThread; ++i) sum += inside[i] = load(top - i);
-  uint32_t above = group.exclusive_sum(sum);
-  const uint32_t total = group.sum(sum);
-  if (group.rank() == 0) found = {kHistogramBins, total, 0};
+  for (unsigned n = 0; n < kCount; ++n) {
+#pragma unroll
+    for (unsigned i = 0; i < kPerThread; ++i) sum += Sum{inside[n][i] = load(n, top - i)} << (32 * n);
+  }
+  Sum total;
+  const Sum before = group.exclusive_sum(sum, total);
+  if (group.rank() < kCount) found.bin[group.rank()] = {kHistogramBins, static_cast<uint32_t>(total >> (32 * group.rank())), 0};
   group.sync();
 #pragma unroll
-  for (unsigned i = 0; i < kPerThread; ++i) {
-    if (above < wanted && wanted <= above + inside[i]) found = {top - i, above, inside[i]};
-    above += inside[i];
+  for (unsigned n = 0; n < kCount; ++n) {
+    uint32_t above = static_cast<uint32_t>(before >> (32 * n));
+#pragma unroll
+    for (unsigned i = 0; i < kPerThread; ++i) {
+      if (above < wanted[n] && wanted[n] <= above + inside[n][i]) found.bin[n] = {top - i, above, inside[n][i]};
+      above += inside[n][i];
+    }
   }
   group.sync();
-  const Bin result = found;
+  const Found<kCount> result = found;
   group.sync();
   return result;
+}
+template <unsigned kThreads, typename Load>
+__device__ Bin find_bin(const BlockGroup<kThreads>& group, Found<1>& found, uint32_t wanted, const Load& load) {
+  return find_bins(group, found, {wanted}, [&](unsigned, unsigned bin) { return load(bin); }).bin[0];
 }
 
 template <typename Bits>
@@ -85,7 +104,7 @@ __device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, cons
 // Where accumulate left it: hits above the bracket, a histogram inside it, and a list of at least both if it fits.
 template <typename T, unsigned kThreads>
 __device__ Selection<typename Traits<T>::Bits> first_selection(
-    const BlockGroup<kThreads>& group, Bin& found, Selection<typename Traits<T>::Bits> selection, const CompressDevice<T>& device) {
+    const BlockGroup<kThreads>& group, Found<1>& found, Selection<typename Traits<T>::Bits> selection, const CompressDevice<T>& device) {
   using Bits = typename Traits<T>::Bits;
   const uint32_t k = static_cast<uint32_t>(device.layout.k), hits = device.counters.load_uniform(kHits);
   const Bin bin = find_bin(group, found, hits < k ? k - hits : 0, [&](unsigned i) { return device.histogram.load(i); });
@@ -113,36 +132,41 @@ __device__ Selection<typename Traits<T>::Bits> first_selection(
 
 // Where the list is short and the range holds few entries of it, the k-th score itself: one block reads the list, which takes less than
 // another phase of all blocks. `keys` has room for kNarrowedAlone of them.
-inline constexpr uint32_t kListReadAlone = 65536, kNarrowedAlone = 512;
+inline constexpr uint32_t kListReadAlone = 81920, kNarrowedAlone = 512;
 template <typename T, unsigned kThreads>
 __device__ void narrow_alone(
-    const BlockGroup<kThreads>& group, typename Traits<T>::Bits* keys, uint32_t& count, Bin& found,
+    const BlockGroup<kThreads>& group, typename Traits<T>::Bits* keys, uint32_t& count, Found<1>& found,
     Selection<typename Traits<T>::Bits>& selection, const CompressDevice<T>& device, bool has_feedback) {
   using Bits = typename Traits<T>::Bits;
   const uint32_t size = device.counters.load_uniform(kListSize);
   if (selection.task != Task::kNarrow || selection.from_residual || size > kListReadAlone || selection.inside > kNarrowedAlone) return;
-  if (group.rank() == 0) count = 0, found = {0, 0, 0};
+  if (group.rank() == 0) count = 0, found.bin[0] = {0, 0, 0};
   group.sync();
-  const auto take = [&](Bits key) {
-    if (!in_range(selection, key)) return;
-    const uint32_t at = atomicAdd(&count, 1u);
-    if (at < kNarrowedAlone) keys[at] = key;  // as many as the histogram counted
-  };
-  const uint32_t whole = size / kVectorEntries * kVectorEntries;
-#pragma unroll 4
-  for (uint32_t at = group.rank() * kVectorEntries; at < whole; at += kThreads * kVectorEntries) {
-    Vector<Bits> of_list;
-    if (has_feedback) {
-      of_list = device.list_keys.load_vector(at);
-    } else {
-      const auto values = device.list_values.load_vector(at);
-      for (int i = 0; i < kVectorEntries; ++i) of_list.entry[i] = magnitude_key(values.entry[i]);
+  constexpr uint32_t kLoadsAhead = 16 / sizeof(Bits);
+  for (uint32_t first = group.rank() * kVectorEntries; first < size; first += kThreads * kVectorEntries * kLoadsAhead) {
+    Vector<Bits> of_list[kLoadsAhead];
+#pragma unroll
+    for (uint32_t v = 0; v < kLoadsAhead; ++v) {
+      const uint32_t at = first + v * kThreads * kVectorEntries;  // what lies behind the list's end is not looked at
+      if (at >= size) continue;
+      if (has_feedback) {
+        of_list[v] = device.list_keys.load_vector(at);
+      } else {
+        const auto values = device.list_values.load_vector(at);
+#pragma unroll
+        for (int i = 0; i < kVectorEntries; ++i) of_list[v].entry[i] = magnitude_key(values.entry[i]);
+      }
     }
-    for (int i = 0; i < kVectorEntries; ++i) take(of_list.entry[i]);
-  }
-  if (group.rank() < size - whole) {
-    const uint32_t at = whole + group.rank();
-    take(has_feedback ? device.list_keys.load(at) : magnitude_key(device.list_values.load(at)));
+#pragma unroll
+    for (uint32_t v = 0; v < kLoadsAhead; ++v) {
+      const uint32_t at = first + v * kThreads * kVectorEntries;
+#pragma unroll
+      for (uint32_t i = 0; i < kVectorEntries; ++i) {
+        if (at + i >= size || !in_range(selection, of_list[v].entry[i])) continue;
+        const uint32_t place = atomicAdd(&count, 1u);
+        if (place < kNarrowedAlone) keys[place] = of_list[v].entry[i];  // as many as the histogram counted
+      }
+    }
   }
   group.sync();
   const uint32_t wanted = static_cast<uint32_t>(device.layout.k) - selection.above;
@@ -153,10 +177,10 @@ __device__ void narrow_alone(
       above += keys[j] > keys[i];
       equal += keys[j] == keys[i];
     }
-    if (above < wanted && wanted <= above + equal) found = {i, above, equal};  // all that write it write one key
+    if (above < wanted && wanted <= above + equal) found.bin[0] = {i, above, equal};  // all that write it write one key
   }
   group.sync();
-  const Bin at = found;
+  const Bin at = found.bin[0];
   if (at.inside == 0) return;  // never, with feedback that aggregate wrote
   selection.low = selection.high = keys[at.index];
   selection.above += at.above;

@@ -34,8 +34,7 @@ struct TileSet {
     const unsigned first = group.rank() * kPerThread;
     uint32_t members = 0;
     for (unsigned i = 0; i < kPerThread; ++i) members += first + i < kWords ? __popc(words[first + i]) : 0;
-    uint32_t before = group.exclusive_sum(members);
-    const uint32_t total = group.sum(members);
+    uint32_t total, before = group.exclusive_sum(members, total);
     for (unsigned i = 0; i < kPerThread && first + i < kWords; ++i) {
       members_before[first + i] = static_cast<uint16_t>(before);
       before += __popc(words[first + i]);

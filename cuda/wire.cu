@@ -298,10 +298,10 @@ __global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constan
     before = group.sum(before);
     const uint32_t word = chunk * kThreads + threadIdx.x;
     const uint32_t ones = __popc(device.high_word(row, word));
-    const Decode decode(device, row, word, before + group.exclusive_sum(ones));
+    uint32_t of_chunk;
+    const Decode decode(device, row, word, before + group.exclusive_sum(ones, of_chunk));
     bool valid = decode.write_entries();
     decode.write_tile_starts();
-    const uint32_t of_chunk = group.sum(ones);
     if (chunk == device.chunks - 1 && before + of_chunk != layout.k) valid = false;
     if (!valid) device.row_of_payloads(row).at_byte<uint32_t>(0).store(0, 0);
   }

@@ -151,9 +151,10 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
     place(device.first_span, device.blocks);
     place(device.idle_entries, int64_t{device.blocks} * Device::Set::kWords);
   }
-  place(device.list_values, device.sampling.list_capacity);
+  const int64_t capacity = (device.sampling.list_capacity + kVectorEntries - 1) / kVectorEntries * kVectorEntries;  // whole vectors
+  place(device.list_values, capacity);
   place(device.list_offsets, device.sampling.list_capacity);
-  place(device.list_keys, has_feedback ? device.sampling.list_capacity : 0);
+  place(device.list_keys, has_feedback ? capacity : 0);
   return at;
 }
 

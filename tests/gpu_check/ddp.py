@@ -27,8 +27,12 @@ ON_ONE_GPU = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS":
 
 def gradients_of(rank, step, device, dtype=torch.float32):
     """One gradient per parameter; None where the parameter is not used."""
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    gradients = [torch.randn(size, generator=generator).to(device, dtype) for size in SIZES]
+    noise, steady = (torch.Generator().manual_seed(1000 * rank + number) for number in (step, 999))  # entries are sent twice running
+    gradients = []
+    for size in SIZES:
+        # Products and sums alone: the bits of other functions depend on how threads share the work.
+        large = torch.randn(size, generator=steady)
+        gradients.append((large * large * large * large * large + 0.5 * torch.randn(size, generator=noise)).to(device, dtype))
     if step == OVERFLOW and rank == 0:
         gradients[0][7] = float("inf")
     if step in UNUSED:
@@ -49,7 +53,12 @@ def finite(tensors):
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
-def train(rank, backend, device, method, view):
+# What else than the plain exchange is run: options of the state and of the simulation; and how the state comes to the gradients.
+WIRE = {"wire_dtype": "2bit", "index_code": "elias-fano", "decay": 0.95}
+FORMS = {"": ({}, "hook"), "2 bits": (WIRE, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach")}
+
+
+def train(rank, backend, device, method, view, form):
     """Return (parameters, residuals, statistics, layouts, of which kind the transport is) of this rank."""
     import regtopk_torch as rt
     from given import Given
@@ -62,28 +71,37 @@ def train(rank, backend, device, method, view):
     group = dist.new_group(backend=backend)
     module = Given(*SIZES).to(device)
     ddp = DistributedDataParallel(module, process_group=group, bucket_cap_mb=0.2, find_unused_parameters=True, gradient_as_bucket_view=view)
-    state = make_state(method, DENSITY, process_group=group)
+    options, entry = FORMS[form]
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=2) if entry == "scaler" else None
+    state = make_state(method, DENSITY, process_group=group, grad_scaler=scaler, **options)
     places = {parameter: place for place, parameter in enumerate(module.parameters())}
     layouts = []
 
     def hook(state, bucket):
         layouts[-1].append([places[parameter] for parameter in bucket.parameters()])
         # Buffers and layouts are there by then: nothing may wait for the device.
-        settled = backend == "nccl" and len(layouts) > 7
+        settled = backend == "nccl" and len(layouts) > 7 and scaler is None  # a scale that may have changed is waited for
         with refusing_to_wait() if settled else contextlib.nullcontext():
             return rt.sparse_hook(state, bucket)
 
-    ddp.register_comm_hook(state, hook)
+    if entry == "attach":
+        rt.attach(ddp, state)
+    else:
+        ddp.register_comm_hook(state, hook)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step in range(STEPS):
         layouts.append([])
         optimizer.zero_grad()
-        ddp(gradients_of(rank, step, device)).backward()
+        loss = ddp(gradients_of(rank, step, device))
+        (loss if scaler is None else scaler.scale(loss)).backward()
         if step == 2:
             copied = state.state_dict(ddp)
         if step == 3:  # as if it had been stopped: what was saved, loaded and gone on with
             state.load_state_dict(state.state_dict(ddp), ddp)
-        if finite(parameter.grad for parameter in module.parameters()):
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        elif finite(parameter.grad for parameter in module.parameters()):
             optimizer.step()
     state.check()
     assert copied["step"] == 2
@@ -92,12 +110,12 @@ def train(rank, backend, device, method, view):
     return [parameter.detach().cpu() for parameter in module.parameters()], residuals, counted, layouts, rt.groups._stream_of(group) is not None
 
 
-def simulate(world, device, method, layouts):
+def simulate(world, device, method, layouts, options):
     """Return (parameters, residuals of each rank) of the same job on LocalExchange."""
     import regtopk_torch as rt
 
     parameters = [torch.zeros(size, device=device) for size in SIZES]
-    exchange = rt.LocalExchange(world, DENSITY, method=method, mu=1.0)
+    exchange = rt.LocalExchange(world, DENSITY, method=method, mu=1.0, **options)
     for step in range(STEPS):
         given = [
             [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in zip(parameters, gradients_of(rank, step, device), strict=True)]
@@ -112,40 +130,50 @@ def simulate(world, device, method, layouts):
     return [parameter.cpu() for parameter in parameters], state
 
 
-def compare(log, world, backend, method, view):
+def compare(log, world, backend, method, view, form="", layouts=None):
+    """Return the layouts of a run, which one with a state that is attached needs, as it cannot see them."""
     from processes import run_workers_and_report
 
     device = "cpu" if log.emulated else "cuda"
-    name = f"{world} ranks, {backend}, {method}{', bucket view' if view else ''}"
+    name = f"{world} ranks, {backend}, {method}{', bucket view' if view else ''}{form and ', '}{form}"
     started = time.monotonic()
-    outcomes = run_workers_and_report(train, world, backend, device, method, view, seconds=60)
+    outcomes = run_workers_and_report(train, world, backend, device, method, view, form, seconds=60)
     if not log.check(all(succeeded for succeeded, _ in outcomes), f"{name}: expected a result of every rank, got {outcomes}"):
-        return
+        return layouts
     results = [result for _, result in outcomes]
-    parameters, _, counted, layouts, on_stream = results[0]
+    parameters, _, counted, seen, on_stream = results[0]
+    layouts = layouts or seen
     for rank, other in enumerate(results):
         same = all(torch.equal(one, two) for one, two in zip(parameters, other[0], strict=True))
         log.check(same, f"{name}: expected the parameters of rank 0 on rank {rank}, got others")
-    simulated, state = simulate(world, device, method, layouts)
+    simulated, state = simulate(world, device, method, layouts, FORMS[form][0])
     for rank, (_, residuals, *_) in enumerate(results):
         kept = {int(name): entry["residual"] for name, entry in state["workers"][rank]["parameters"].items()}
         same = len(kept) == len(residuals) and all(torch.equal(residual, kept[int(name.rpartition(".")[2])]) for name, residual in residuals.items())
         log.check(same, f"{name}: expected the residuals of the simulation on rank {rank}, got others")
     differing = [place for place, (one, two) in enumerate(zip(parameters, simulated, strict=True)) if not torch.equal(one, two)]
     log.check(not differing, f"{name}: expected the parameters of the simulation, got others in {differing}")
+    log.check(counted["repeated"] > 0, f"{name}: expected entries that are sent twice running, got none")
     log.check(counted["void_steps"] == 1, f"{name}: expected 1 void step, got {counted['void_steps']}")
     log.check(on_stream == (backend == "nccl"), f"{name}: expected the transport of {backend}, got the other")
     log.write("trained", name=name, world=world, backend=backend, method=method, seconds=round(time.monotonic() - started, 1), statistics=counted)
+    return layouts
 
 
 def gloo(log):
     for world, method, view in [(2, "regtopk", True)] if log.emulated else [(2, "topk", False), (2, "regtopk", True), (4, "regtopk", False)]:
-        compare(log, world, "gloo", method, view)
+        layouts = compare(log, world, "gloo", method, view)
+    for form in FORMS:
+        if form:
+            compare(log, world, "gloo", method, view, form, layouts)
 
 
 def nccl(log):
     for world, method, view in [(1, "regtopk", False), (1, "topk", True), (2, "regtopk", False), (2, "topk", True), (4, "regtopk", True)]:
-        compare(log, world, "nccl", method, view)
+        layouts = compare(log, world, "nccl", method, view)
+    for form in FORMS:
+        if form:
+            compare(log, world, "nccl", method, view, form, layouts)
 
 
 WARM, TIMED = 8, 25
