@@ -104,6 +104,12 @@ def test_every_committed_log_is_of_a_clean_commit_and_of_the_data_set_and_finish
         assert len({run.result["step"] for run in runs}) == 1, group
 
 
+def without_names(figure):
+    """A figure whose clipping paths are named in the order of their use: matplotlib's names depend on the last bits of the layout's solver."""
+    names = {}
+    return re.sub(r"\bp[0-9a-f]{10}\b", lambda found: names.setdefault(found[0], f"p{len(names)}"), figure)
+
+
 def test_every_figure_is_drawn_again_from_the_committed_logs(tmp_path):
     drawn = {path.stem: path for path in report.draw_all(committed(), tmp_path)}
     folder = ROOT / "experiments" / "figures"
@@ -114,7 +120,8 @@ def test_every_figure_is_drawn_again_from_the_committed_logs(tmp_path):
         text = path.read_text(encoding="utf-8")
         assert "</svg>" in text and "<dc:date>" not in text
         if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "requirements.txt").read_text():  # another version draws otherwise
-            assert text == (folder / path.name).read_text(encoding="utf-8"), f"expected the figure {name} of the committed logs; run python -m experiments.report"
+            committed_text = (folder / path.name).read_text(encoding="utf-8")
+            assert without_names(text) == without_names(committed_text), f"expected the figure {name} of the committed logs; run python -m experiments.report"
 
 
 # Commands
