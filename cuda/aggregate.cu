@@ -185,44 +185,14 @@ class Aggregate {
     uint32_t smallest;
     uint32_t idle_words[Set::kWords];
     uint32_t first_span;
-    uint32_t contributing;  // as contributors() in csrc/core/aggregate.h
     typename Group::Scratch scratch;
   };
 
   __device__ Aggregate(const Device& device, Shared& shared, uint32_t block)
       : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
 
-  // Of one rank, by a warp: how many entries it has in this block tile, and the first of them; where they begin is in shared memory.
-  struct Ahead {
-    uint32_t entries = 0, offsets[kAhead / 2];  // two to a word
-    T value[kAhead];
-    __device__ uint32_t offset(unsigned i) const { return (offsets[i / 2] >> (16 * (i % 2))) & 0xffff; }
-  };
-  // Of the warp's rank from `first_rank` on; nothing of a rank that is not there, or has a bitmap. Payloads may be anything.
-  __device__ Ahead load_ahead(uint32_t first_rank, uint32_t ranks) {
-    Ahead ahead;
-    const WarpGroup warp;
-    const uint32_t own = threadIdx.x / kWarpThreads;
-    if (own >= ranks || device_.layout.support != Support::kOffsets) return ahead;
-    const Reader reader = device_.reader(first_rank + own);
-    uint32_t begin, end;
-    reader.range_of_block(warp, block_, begin, end);
-    if (warp.rank() == 0) shared_.begin[own] = begin, shared_.end[own] = end;
-    ahead.entries = end - begin;
-#pragma unroll
-    for (unsigned i = 0; i < kAhead; ++i) {
-      const uint32_t number = i * kWarpThreads + warp.rank(), entry = begin + number;
-      if (i % 2 == 0) ahead.offsets[i / 2] = 0;
-      if (number >= ahead.entries) continue;
-      ahead.offsets[i / 2] |= (reader.offset_in_tile(entry) % kEntries) << (16 * (i % 2));
-      ahead.value[i] = reader.value(entry);
-    }
-    return ahead;
-  }
-  __device__ Ahead load_ahead() { return load_ahead(0, device_.workers < kRanksAtOnce ? device_.workers : kRanksAtOnce); }
-
-  // With what load_ahead() gave; has_idle is the same for all threads of all blocks.
-  __device__ void run(const Ahead& ahead, bool has_idle) {
+  // Both are the same for all threads of all blocks; contributing as contributors() in csrc/core/aggregate.h.
+  __device__ void run(bool has_idle, uint32_t contributing) {
     has_idle_ = has_idle;
     if (has_idle_) load_idle_words();
     for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
@@ -236,17 +206,14 @@ class Aggregate {
     // Of few ranks the sums are whole while the warps still have their entries in hand.
     const bool at_once = device_.feedback && device_.layout.support == Support::kOffsets && device_.workers <= kRanksAtOnce;
     each_rank<true>(
-        ahead, 0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); },
+        0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); },
         [&](uint32_t rank, uint32_t offset, T value, uint32_t entry) {
           const uint32_t row = rank - device_.first_feedback_worker;
           if (at_once && row < device_.feedback_workers) feed_back(row, offset, value, entry);
         });
     if (device_.feedback && !at_once) {
-      const uint32_t first = device_.first_feedback_worker, ranks = device_.feedback_workers;
-      each_rank<false>(
-          load_ahead(first, ranks < kRanksAtOnce ? ranks : kRanksAtOnce), first, ranks, feed_back, [](uint32_t, uint32_t, T, uint32_t) {});
+      each_rank<false>(device_.first_feedback_worker, device_.feedback_workers, feed_back, [](uint32_t, uint32_t, T, uint32_t) {});
     }
-    const uint32_t contributing = shared_.contributing;
     const Accumulate divisor = static_cast<Accumulate>(contributing), reciprocal = Accumulate{1} / divisor;
     if ((contributing & (contributing - 1)) == 0) {
       // The reciprocal of a power of two is exact, and the product with it has the bits of the quotient.
@@ -288,15 +255,14 @@ class Aggregate {
 
  private:
   // Calls function(rank - first, offset in the block tile, value, entry), of kInTurn one rank after the other, with a barrier between;
-  // and then, where there are offsets, so many ranks at a time, `then` with the same. `ahead` is of the first ranks.
+  // and then, where there are offsets, so many ranks at a time, `then` with the same.
   template <bool kInTurn, typename Function, typename Then>
-  __device__ void each_rank(Ahead ahead, uint32_t first, uint32_t count, const Function& function, const Then& then) {
+  __device__ void each_rank(uint32_t first, uint32_t count, const Function& function, const Then& then) {
     for (uint32_t chunk = 0; chunk < count; chunk += kRanksAtOnce) {
       const uint32_t ranks = count - chunk < kRanksAtOnce ? count - chunk : kRanksAtOnce;
       if (device_.layout.support == Support::kOffsets) {
-        if (chunk > 0) ahead = load_ahead(first + chunk, ranks);
         each_offset<kInTurn>(
-            ahead, first + chunk, ranks,
+            first + chunk, ranks,
             [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { function(chunk + turn, offset, value, entry); },
             [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { then(chunk + turn, offset, value, entry); });
       } else {
@@ -311,17 +277,31 @@ class Aggregate {
 
   // Of at most kRanksAtOnce ranks.
   template <bool kInTurn, typename Function, typename Then>
-  __device__ void each_offset(const Ahead& ahead, uint32_t first_rank, uint32_t ranks, const Function& function, const Then& then) {
+  __device__ void each_offset(uint32_t first_rank, uint32_t ranks, const Function& function, const Then& then) {
     const WarpGroup warp;
     const uint32_t own = threadIdx.x / kWarpThreads, base = block_ % Reader::kBlocksPerTile * kEntries;
+    const Reader reader = device_.reader(first_rank + (own < ranks ? own : 0));
+    uint32_t begin = 0, end = 0, offset[kAhead];
+    T value[kAhead];
+    if (own < ranks) {
+      reader.range_of_block(warp, block_, begin, end);
+#pragma unroll
+      for (unsigned i = 0; i < kAhead; ++i) {
+        const uint32_t entry = begin + i * kWarpThreads + warp.rank();
+        if (entry >= end) continue;
+        offset[i] = reader.offset_in_tile(entry) - base;
+        value[i] = reader.value(entry);
+      }
+    }
     const auto visit_own = [&](const auto& visit) {
 #pragma unroll
       for (unsigned i = 0; i < kAhead; ++i) {
-        const uint32_t number = i * kWarpThreads + warp.rank();
-        if (number < ahead.entries) visit(own, ahead.offset(i), ahead.value[i], shared_.begin[own] + number);
+        const uint32_t entry = begin + i * kWarpThreads + warp.rank();
+        if (entry < end) visit(own, offset[i], value[i], entry);
       }
     };
-    if (__syncthreads_or(ahead.entries > kAhead * kWarpThreads)) {  // dense: all threads to one rank after the other
+    if (__syncthreads_or(end - begin > kAhead * kWarpThreads)) {  // dense: all threads to one rank after the other
+      if (warp.rank() == 0) shared_.begin[own] = begin, shared_.end[own] = end;
       const auto visit_all = [&](const auto& visit) {
         for (uint32_t turn = 0; turn < ranks; ++turn) {
           __syncthreads();
@@ -343,13 +323,7 @@ class Aggregate {
         if (turn == own) visit_own(function);
         __syncthreads();
       }
-      // Loaded anew, which costs little: no register has to hold them until now.
-      const Reader reader = device_.reader(first_rank + own);
-#pragma unroll 1
-      for (uint32_t number = warp.rank(); number < ahead.entries; number += kWarpThreads) {
-        const uint32_t entry = shared_.begin[own] + number;
-        then(own, reader.offset_in_tile(entry) - base, reader.value(entry), entry);
-      }
+      visit_own(then);
     }
   }
 
@@ -428,14 +402,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
     aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
   const unsigned long long status = ~device.status.load_uniform(0);
-  const uint32_t absent = device.absent.load_uniform(0);
+  const uint32_t contributing = device.workers - device.absent.load_uniform(0);
   const bool has_idle = device.spans && device.any_idle.load_uniform(0) != 0;
   Aggregate<T> work(device, shared, blockIdx.x);
-  // Before anybody waits for the status.
-  const auto ahead = work.load_ahead();
-  if (threadIdx.x == 0) shared.contributing = device.workers > absent ? device.workers - absent : 1;
   if (!__syncthreads_or(status != kPayloadsValid)) {  // a barrier too: the whole block has read the status
-    work.run(ahead, has_idle);
+    work.run(has_idle, contributing > 0 ? contributing : 1);
     const uint32_t step = gridDim.x * kThreads;
     for (uint32_t span = blockIdx.x * kThreads + threadIdx.x; span < device.spans.count; span += step) {
       device.idle.store(span, (device.idle_now.load(span / 32) >> (span % 32)) & 1);

@@ -132,7 +132,7 @@ __device__ Selection<typename Traits<T>::Bits> first_selection(
 
 // Where the list is short and the range holds few entries of it, the k-th score itself: one block reads the list, which takes less than
 // another phase of all blocks. `keys` has room for kNarrowedAlone of them.
-inline constexpr uint32_t kListReadAlone = 81920, kNarrowedAlone = 512;
+inline constexpr uint32_t kListReadAlone = 32768, kNarrowedAlone = 512;
 template <typename T, unsigned kThreads>
 __device__ void narrow_alone(
     const BlockGroup<kThreads>& group, typename Traits<T>::Bits* keys, uint32_t& count, Found<1>& found,
@@ -172,12 +172,13 @@ __device__ void narrow_alone(
   const uint32_t wanted = static_cast<uint32_t>(device.layout.k) - selection.above;
   const uint32_t candidates = count < kNarrowedAlone ? count : kNarrowedAlone;
   for (uint32_t i = group.rank(); i < candidates; i += kThreads) {
-    uint32_t above = 0, equal = 0;
+    uint32_t above = 0, equal = 0, before = 0;
     for (uint32_t j = 0; j < candidates; ++j) {
       above += keys[j] > keys[i];
       equal += keys[j] == keys[i];
+      before += keys[j] == keys[i] && j < i;
     }
-    if (above < wanted && wanted <= above + equal) found.bin[0] = {i, above, equal};  // all that write it write one key
+    if (before == 0 && above < wanted && wanted <= above + equal) found.bin[0] = {i, above, equal};
   }
   group.sync();
   const Bin at = found.bin[0];

@@ -288,13 +288,15 @@ def races(log):
     gradient, before = (machine.on_device(log, next(steady(log, numel, torch.float32, seed))) for seed in range(2))
     residual, bucket = machine.empty_on_device(log, (numel,), torch.float32), machine.empty_on_device(log, (numel,), torch.float32)
     payloads = machine.empty_on_device(log, (2, machine.payload_bytes(numel, k, torch.float32)), torch.uint8)
+    own = [machine.empty_on_device(log, (payloads.shape[1],), torch.uint8) for _ in range(2)]  # two slices of one tensor would be refused
     if payloads[1].data_ptr() % 16:
         raise RuntimeError("expected payloads of a multiple of 16 bytes, got others")
     feedback = machine.empty_on_device(log, (2, k), torch.float32)
 
     def call(into, step_feedback=None):
         residual.copy_(before)
-        kernels.compress(gradient, residual, payloads[into], k=k, sent=payloads[0] if into else None, feedback=step_feedback, step=0)
+        kernels.compress(gradient, residual, own[into], k=k, sent=own[0] if into else None, feedback=step_feedback, step=0)
+        payloads[into].copy_(own[into])
         if into:
             kernels.aggregate(bucket, payloads, k=k, feedback=feedback, step=0)
 

@@ -102,7 +102,8 @@ int main(int count, char** words) {
   AggregateCall aggregate{};
   aggregate.type = type, aggregate.numel = numel, aggregate.k = k, aggregate.workers = aggregate.feedback_workers = workers;
   aggregate.gradient = gradient, aggregate.feedback = feedback;
-  aggregate.workspace = zeros(static_cast<size_t>(call_aggregate_workspace(&aggregate))), aggregate.worst_status = static_cast<unsigned long long*>(status);
+  aggregate.workspace = zeros(static_cast<size_t>(call_aggregate_workspace(&aggregate))),
+  aggregate.worst_status = static_cast<unsigned long long*>(status);
 
   for (int64_t step = 0; step < steps; ++step) {
     uint8_t* const now = static_cast<uint8_t*>(payloads[static_cast<size_t>(step % 2)]);
