@@ -10,7 +10,7 @@ from processes import become_one_of_torchrun, run_module, run_workers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
-from benchmarks import hosts, network, plot, table  # noqa: E402
+from benchmarks import gpu, hosts, network, plot, table  # noqa: E402
 from runlog.document import replace  # noqa: E402
 
 TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]
@@ -31,7 +31,7 @@ def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
 def test_the_tables_in_the_documents_are_those_of_the_logs():
     operators, readme = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
     made = table.format_tables([ROOT / "benchmarks/results/ops" / log for log in TABLED], operators.parent)
-    for path, text, begin in ((operators, made, table.BEGIN), (readme, hosts.format_hosts(), hosts.BEGIN)):
+    for path, text, begin in ((operators, made, table.BEGIN), (operators, gpu.format_gpu(), gpu.BEGIN), (readme, hosts.format_hosts(), hosts.BEGIN)):
         document = path.read_text(encoding="utf-8")
         assert replace(document, text, begin) == document
 

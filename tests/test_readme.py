@@ -103,7 +103,7 @@ def test_the_readme_is_short_and_says_first_what_it_runs_on():
     first = " ".join(lines[2:5])
     project = read("pyproject.toml")
     python, torch = re.search(r'requires-python = ">=([\d.]+)"', project)[1], re.search(r'"torch>=([\d.]+)"', project)[1]
-    for fact in ("CPU", "gloo", "Linux", f"Python {python} or newer", f"torch {torch} or newer", "not run on a GPU yet"):
+    for fact in ("CPU", "gloo", "Linux", f"Python {python} or newer", f"torch {torch} or newer", "**one GPU**"):
         assert fact in first, fact
     assert re.search(r"some \d+ GB", read("Makefile"))[0] in read("README.md")
 

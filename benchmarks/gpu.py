@@ -1,0 +1,93 @@
+"""Print what make gpu-check found on a GPU as Markdown tables, from the logs in results/gpu alone: python -m benchmarks.gpu
+
+A log is the gpu-check.jsonl of one commit, or several of them one after the other, and has the commit's name. Times are medians over the calls
+of one run, by events, with buckets that take turns so that no cache helps; ratios are those of medians.
+"""
+
+import json
+from pathlib import Path
+
+from runlog.command import make_parser
+from runlog.document import replace
+
+LOGS = Path(__file__).resolve().parent / "results" / "gpu"
+BEGIN = "<!-- python -m benchmarks.gpu: begin -->"
+KERNELS = ("sample", "accumulate", "finish", "check", "aggregate")
+
+
+def read(folder):
+    """Return [(commit, its lines)], the earliest first: in the order of the file COMMITS."""
+    commits = (Path(folder) / "COMMITS").read_text(encoding="utf-8").split()
+    return [(commit, [json.loads(line) for line in (Path(folder) / f"{commit}.jsonl").read_text(encoding="utf-8").splitlines()]) for commit in commits]
+
+
+def format_parts(logs):
+    """A row per part and a column per commit: passed, or what failed."""
+    names = list(dict.fromkeys(line["name"] for _, lines in logs for line in lines if line["event"] == "part"))
+    rows = [f"| part | {' | '.join(commit for commit, _ in logs)} |", "|" + "---|" * (len(logs) + 1)]
+    for name in names:
+        cells = []
+        for _, lines in logs:
+            results = [line["result"] for line in lines if line["event"] == "part" and line["name"] == name]
+            compared = sum(line["cases"] for line in lines if line["event"] == "compared" and line["part"] == name)
+            cells.append("" if not results else results[0] + (f", {compared} cases" if compared else ""))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def format_times(logs):
+    """Microseconds of compress and aggregate of 8 workers, and how many times the copy of equal bytes; then what the last commit's consist of."""
+    timed = [(commit, {(row["numel"], row["density"], row["dtype"]): row for row in lines if row["event"] == "times"}) for commit, lines in logs]
+    last = timed[-1][1]
+    cases = sorted((case for case in last if case[2] == "float32" or case[1] == 1e-3), key=lambda case: (case[2] != "float32", case[1], case[0]))
+    names = [f"{commit}: us (x copy)" for commit, _ in timed]
+    rows = [f"| entries | density | dtype | {' | '.join(names)} | RegTop-k / Top-k | chain / Top-k | {' | '.join(KERNELS)} |", "|" + "---|" * (len(names) + 5 + len(KERNELS))]
+    for case in cases:
+        cells = [f"{case[0]:,}", f"{case[1]:g}", case[2]]
+        for _, found in timed:
+            row = found.get(case)
+            cells.append("" if row is None else f"{1e6 * row['seconds']['topk']['median']:,.0f} ({row['to_copy']['topk']:.2f})")
+        of = {name: last[case]["seconds"][name]["median"] for name in ("topk", "regtopk", "chain")}
+        cells += [f"{of['regtopk'] / of['topk']:.2f}", f"{of['chain'] / of['topk']:.1f}"]
+        rows.append("| " + " | ".join([*cells, *(f"{1e6 * last[case]['kernels'][name]:,.1f}" for name in KERNELS)]) + " |")
+    return rows
+
+
+def format_rest(logs):
+    """What the hook adds to a step, the rate of 8 workers in one process, and the memory that the operators need."""
+    lines = [line for _, of_commit in logs for line in of_commit]
+    found = [
+        f"* ResNet-50, batch {line['batch']} in bf16 autocast, one rank over NCCL: {line['method']} adds {100 * line['share']:.1f} % to a step "
+        f"(alone {' and '.join(f'{1e3 * seconds:.1f}' for seconds in line['alone_seconds'])} ms)"
+        for line in lines if line["event"] == "share"
+    ]  # fmt: skip
+    found += [
+        f"* {line['workers']} workers of {line['network']} in one process, {line['method']}: {line['steps_per_second']:.1f} steps a second"
+        for line in lines if line["event"] == "workers"
+    ]  # fmt: skip
+    found += [
+        f"* {line['numel']:,} entries, density {line['density']:g}: the workspace is {100 * line['of the residual']:.1f} % of the residual"
+        for line in lines if line["event"] == "memory"
+    ]  # fmt: skip
+    return found
+
+
+def format_gpu(folder=LOGS):
+    logs = read(folder)
+    cards = {(line["card"], line["torch"], line["cuda"]) for _, lines in logs for line in lines if line["card"] != "none"}
+    made = "; ".join(f"{card}, torch {torch}, CUDA {cuda}" for card, torch, cuda in sorted(cards))
+    return "\n".join([*format_parts(logs), "", *format_times(logs), "", *format_rest(logs), "", f"{made}; [logs](results/gpu) by commit, one run each."])
+
+
+def main():
+    parser = make_parser("benchmarks.gpu", __doc__, "")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
+    options = parser.parse_args()
+    if options.write is None:
+        print(format_gpu())
+    else:
+        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), format_gpu(), BEGIN), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
