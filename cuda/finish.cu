@@ -265,16 +265,15 @@ class Finish {
       before.ties += device_.ties_of_run.load(run);
     }
     constexpr uint32_t kVectors = kBlocksOfRun / (kWarpThreads * kVectorEntries);
-    Vector<uint32_t> counts[kVectors];
-#pragma unroll
+#pragma unroll 2
     for (uint32_t v = 0; v < kVectors; ++v) {
       const uint32_t at = block / kBlocksOfRun * kBlocksOfRun + (v * kWarpThreads + warp_.rank()) * kVectorEntries;
-      counts[v] = at < block ? device_.counts.load_vector(at) : Vector<uint32_t>{};
+      const Vector<uint32_t> counts = at < block ? device_.counts.load_vector(at) : Vector<uint32_t>{};
 #pragma unroll
       for (uint32_t i = 0; i < kVectorEntries; ++i) {
         if (at + i >= block) continue;
-        before.above += counts[v].entry[i] & 0xffff;
-        before.ties += counts[v].entry[i] >> 16;
+        before.above += counts.entry[i] & 0xffff;
+        before.ties += counts.entry[i] >> 16;
       }
     }
     before.above = warp_.sum(before.above);
