@@ -216,7 +216,10 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   static_assert(sizeof bins >= kNarrowedAlone * sizeof(Bits));
   narrow_alone(group, reinterpret_cast<Bits*>(&shared_bins), listed, found, selection, device, kHasFeedback);
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) device.histogram.store(bin, 0);
-  if (thread_again() == 0) device.selection.store(1, selection);
+  if (thread_again() == 0) {
+    device.selection.store(1, selection);
+    if (selection.task == Task::kCollect) device.counters.store(kListSize, 0);  // finish fills the list anew
+  }
 }
 
 }  // namespace

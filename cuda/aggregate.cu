@@ -203,15 +203,15 @@ class Aggregate {
           row * static_cast<size_t>(device_.layout.k) + entry,
           is_idle(offset) ? std::numeric_limits<Accumulate>::infinity() : feedback_of(shared_.sums[offset], sent, device_.distortion));
     };
-    // Of few ranks the sums are whole while the warps still have their entries in hand.
+    // Of few ranks with few entries the sums are whole while the warps still have these in hand.
     const bool at_once = device_.feedback && device_.layout.support == Support::kOffsets && device_.workers <= kRanksAtOnce;
-    each_rank<true>(
+    const bool fed_back = each_rank<true>(
         0, device_.workers, [&](uint32_t, uint32_t offset, T value, uint32_t) { shared_.sums[offset] += Traits<T>::load(value); },
         [&](uint32_t rank, uint32_t offset, T value, uint32_t entry) {
           const uint32_t row = rank - device_.first_feedback_worker;
           if (at_once && row < device_.feedback_workers) feed_back(row, offset, value, entry);
         });
-    if (device_.feedback && !at_once) {
+    if (device_.feedback && !(at_once && fed_back)) {
       each_rank<false>(device_.first_feedback_worker, device_.feedback_workers, feed_back, [](uint32_t, uint32_t, T, uint32_t) {});
     }
     const Accumulate divisor = static_cast<Accumulate>(contributing), reciprocal = Accumulate{1} / divisor;
@@ -255,13 +255,14 @@ class Aggregate {
 
  private:
   // Calls function(rank - first, offset in the block tile, value, entry), of kInTurn one rank after the other, with a barrier between;
-  // and then, where there are offsets, so many ranks at a time, `then` with the same.
+  // and then, where there are offsets and few of them, so many ranks at a time, `then` with the same: returns whether of all.
   template <bool kInTurn, typename Function, typename Then>
-  __device__ void each_rank(uint32_t first, uint32_t count, const Function& function, const Then& then) {
+  __device__ bool each_rank(uint32_t first, uint32_t count, const Function& function, const Then& then) {
+    bool had_then = true;
     for (uint32_t chunk = 0; chunk < count; chunk += kRanksAtOnce) {
       const uint32_t ranks = count - chunk < kRanksAtOnce ? count - chunk : kRanksAtOnce;
       if (device_.layout.support == Support::kOffsets) {
-        each_offset<kInTurn>(
+        had_then &= each_offset<kInTurn>(
             first + chunk, ranks,
             [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { function(chunk + turn, offset, value, entry); },
             [&](uint32_t turn, uint32_t offset, T value, uint32_t entry) { then(chunk + turn, offset, value, entry); });
@@ -273,11 +274,12 @@ class Aggregate {
       }
     }
     __syncthreads();
+    return had_then;
   }
 
   // Of at most kRanksAtOnce ranks.
   template <bool kInTurn, typename Function, typename Then>
-  __device__ void each_offset(uint32_t first_rank, uint32_t ranks, const Function& function, const Then& then) {
+  __device__ bool each_offset(uint32_t first_rank, uint32_t ranks, const Function& function, const Then& then) {
     const WarpGroup warp;
     const uint32_t own = threadIdx.x / kWarpThreads, base = block_ % Reader::kBlocksPerTile * kEntries;
     const Reader reader = device_.reader(first_rank + (own < ranks ? own : 0));
@@ -302,19 +304,15 @@ class Aggregate {
     };
     if (__syncthreads_or(end - begin > kAhead * kWarpThreads)) {  // dense: all threads to one rank after the other
       if (warp.rank() == 0) shared_.begin[own] = begin, shared_.end[own] = end;
-      const auto visit_all = [&](const auto& visit) {
-        for (uint32_t turn = 0; turn < ranks; ++turn) {
-          __syncthreads();
-          const Reader of_turn = device_.reader(first_rank + turn);
-          for (uint32_t entry = shared_.begin[turn] + threadIdx.x; entry < shared_.end[turn]; entry += kThreads) {
-            visit(turn, of_turn.offset_in_tile(entry) - base, of_turn.value(entry), entry);
-          }
-        }
+      for (uint32_t turn = 0; turn < ranks; ++turn) {
         __syncthreads();
-      };
-      visit_all(function);
-      if constexpr (kInTurn) visit_all(then);
-      return;
+        const Reader of_turn = device_.reader(first_rank + turn);
+        for (uint32_t entry = shared_.begin[turn] + threadIdx.x; entry < shared_.end[turn]; entry += kThreads) {
+          function(turn, of_turn.offset_in_tile(entry) - base, of_turn.value(entry), entry);
+        }
+      }
+      __syncthreads();
+      return false;
     }
     if constexpr (!kInTurn) {
       visit_own(function);
@@ -325,6 +323,7 @@ class Aggregate {
       }
       visit_own(then);
     }
+    return true;
   }
 
   template <typename Visit>

@@ -293,6 +293,7 @@ class Finish {
   }
 
   __device__ void pack(const Selection<Bits>& selection, uint32_t block) {
+    warp_.sync();  // chosen_ may still be read for the tile before
     const uint32_t wanted = static_cast<uint32_t>(device_.layout.k) - selection.above;
     const Counts before = counts_before(block);
     const uint32_t first = before.above + (before.ties < wanted ? before.ties : wanted);

@@ -64,7 +64,7 @@ class PayloadReader {
     return begin;
   }
 
-  // The entries of a block tile, with offsets, of a payload that need not have been checked; the lanes of a warp search together, in two latencies of memory, three where a payload
+  // The entries of a block tile, with offsets; the lanes of a warp search together, in two latencies of memory, three where a payload
   // tile has many.
   __device__ void range_of_block(const WarpGroup& warp, uint32_t block, uint32_t& begin, uint32_t& end) const {
     const uint32_t tile = block / kBlocksPerTile, low = block % kBlocksPerTile * kEntries, high = low + kEntries;

@@ -205,6 +205,9 @@ def test_a_miss_reads_the_residual_twice_more_and_a_held_bracket_never(kernels):
     assert 8 <= finish_bytes(kernels, gradient, sampling.replace(rank_high=1, rank_low=1)) < 9
     # Equal values leave nothing to narrow, but do not fit the list: counted and packed from the residual.
     assert 8 <= finish_bytes(kernels, gradient.fill_(0.5), sampling) < 9
+    # Nearly all are 0, and so is the low end of the bracket: one look at the residual fills the list with the few that are not.
+    gradient.zero_()[:: numel // 240] = torch.linspace(1, 2, len(gradient[:: numel // 240]))
+    assert 4 <= finish_bytes(kernels, gradient, sampling) < 5
 
 
 @emulation_alone

@@ -45,19 +45,21 @@ def sanitizer(log):
     tool = shutil.which("compute-sanitizer")
     if log.emulated or tool is None:
         raise NotRun("no compute-sanitizer for what is emulated" if log.emulated else "no compute-sanitizer on PATH")
-    cases = [(name, 1, missed) for name in TOOLS for missed in (False, True)]
-    cases += [(name, value_type, missed) for name, value_type, missed in itertools.product(TOOLS[:2], (0, 2, 3), (False, True))]
-    for number, (name, value_type, missed) in enumerate(cases):
+    cases = [(name, 1, missed, 0.01) for name in TOOLS for missed in (False, True)]
+    # Where a rank has more entries in a block tile than a warp holds, and where a payload has a bitmap.
+    cases += [(name, 1, False, density) for name in TOOLS[:2] for density in (0.03, 0.2)]
+    cases += [(name, value_type, missed, 0.01) for name, value_type, missed in itertools.product(TOOLS[:2], (0, 2, 3), (False, True))]
+    for number, (name, value_type, missed, density) in enumerate(cases):
         if log.seconds_left() < 5:
             log.write("left out", cases=len(cases) - number)
             break
         before = [tool, "--tool", name, "--error-exitcode", "9"]
         try:
-            done = run_steps(log, numel, 0.01, value_type, missed=missed, before=before, seconds=log.seconds_left())
+            done = run_steps(log, numel, density, value_type, missed=missed, before=before, seconds=log.seconds_left())
         except subprocess.TimeoutExpired:
             log.write("left out", cases=len(cases) - number, reason=f"{name} (type {value_type}, missed {missed}) took too long")
             break
-        log.write("sanitized", tool=name, type=value_type, missed=missed, returncode=done.returncode, words=done.stdout.strip().splitlines()[-1:])
+        log.write("sanitized", tool=name, type=value_type, missed=missed, density=density, returncode=done.returncode, words=done.stdout.strip().splitlines()[-1:])
         log.check(done.returncode == 0, f"expected nothing from {name} (type {value_type}, missed {missed}), got {done.stdout[-800:]}{done.stderr[-200:]}")
 
 
