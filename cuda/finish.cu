@@ -9,6 +9,12 @@ namespace regtopk {
 namespace {
 
 constexpr unsigned kThreads = kFinishWarps * kWarpThreads;
+// Blocks of a multiprocessor that registers are counted for: for sm_100 three would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr unsigned kBlocksWithFeedback = 2;
+#else
+constexpr unsigned kBlocksWithFeedback = kFinishBlocks;
+#endif
 
 template <typename T, bool kHasFeedback>
 class Finish {
@@ -380,8 +386,10 @@ class Finish {
 // share one score than the list holds, the residual takes the list's place and is read once more for every phase.
 // Places are counts of entries before, by index, so that neither tickets nor threads decide them.
 template <typename T, bool kHasFeedback>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 2 : kFinishBlocks)
-    finish_kernel(const __grid_constant__ CompressDevice<T> device) {
+__global__ void __launch_bounds__(
+    kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 2
+              : kHasFeedback                              ? kBlocksWithFeedback
+                                                          : kFinishBlocks) finish_kernel(const __grid_constant__ CompressDevice<T> device) {
   using Work = Finish<T, kHasFeedback>;
   REGTOPK_SHARED(typename Work::Shared, shared);
   REGTOPK_SHARED(Phases::Shared, phases);
