@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from runlog.command import make_parser
-from runlog.document import replace
+from runlog.document import write_command
 
 LOGS = Path(__file__).resolve().parent / "results" / "gpu"
 BEGIN = "<!-- python -m benchmarks.gpu: begin -->"
@@ -80,13 +80,7 @@ def format_gpu(folder=LOGS):
 
 
 def main():
-    parser = make_parser("benchmarks.gpu", __doc__, "")
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
-    options = parser.parse_args()
-    if options.write is None:
-        print(format_gpu())
-    else:
-        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), format_gpu(), BEGIN), encoding="utf-8")
+    write_command(make_parser("benchmarks.gpu", __doc__, ""), lambda options: format_gpu(), BEGIN)
 
 
 if __name__ == "__main__":

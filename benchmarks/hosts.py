@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from runlog.command import make_parser
-from runlog.document import replace
+from runlog.document import write_command
 from runlog.record import read_logs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,14 +63,10 @@ def format_hosts(folder=LOGS, relative_to=ROOT):
 
 
 def main():
-    parser = make_parser("benchmarks.hosts", __doc__, "")
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
-    options = parser.parse_args()
-    if options.write is None:
-        print(format_hosts())
-    else:
-        text = format_hosts(relative_to=options.write.resolve().parent)
-        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text, BEGIN), encoding="utf-8")
+    def make(options):
+        return format_hosts(relative_to=ROOT if options.write is None else options.write.resolve().parent)
+
+    write_command(make_parser("benchmarks.hosts", __doc__, ""), make, BEGIN)
 
 
 if __name__ == "__main__":

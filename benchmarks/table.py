@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from runlog.command import make_parser
-from runlog.document import replace
+from runlog.document import write_command
 from runlog.record import read_log
 
 BEGIN = "<!-- python -m benchmarks.table: begin -->"
@@ -47,13 +47,7 @@ def format_tables(logs, relative_to="."):
 def main():
     parser = make_parser("benchmarks.table", __doc__, "FILE.jsonl ...")
     parser.add_argument("logs", nargs="+", metavar="FILE.jsonl", help="logs, in the order of the table's rows")
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
-    options = parser.parse_args()
-    text = format_tables(options.logs, options.write.parent if options.write else ".")
-    if options.write is None:
-        print(text)
-    else:
-        options.write.write_text(replace(options.write.read_text(encoding="utf-8"), text, BEGIN), encoding="utf-8")
+    write_command(parser, lambda options: format_tables(options.logs, options.write.parent if options.write else "."), BEGIN)
 
 
 if __name__ == "__main__":
