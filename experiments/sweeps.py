@@ -8,7 +8,7 @@ from runlog.record import Recorder, read_log
 # Of a run's row: how it was made. Everything else in the row is a result.
 RUN_KEYS = ("method", "density", "mu", "distortion", "seed")
 # What logs mean that are older than a setting.
-EARLIER = {"support": "own"}
+EARLIER = {"support": "own", "model": "mnist_mlp"}
 
 
 def list_runs(methods, densities, mus, distortions, seeds):

@@ -46,8 +46,8 @@ def test_every_claim_has_a_row_and_every_end_of_training_a_line_in_the_findings(
     lines = re.findall(r"^\* \[[^]]+\]\(\S+#([^)]+)\): .*\d", FINDINGS, re.MULTILINE)
     ends = [name for name in names if name.startswith("end-")]
     assert len(ends) >= 3 and sorted(name for name in lines if name.startswith("end-")) == ends
-    rules = [name for name in names if name.startswith("adaptive-")]
-    assert len(rules) == 2 and set(rules) < set(lines)
+    rules = [name for name in names if name.startswith("equal-")]
+    assert len(rules) >= 2 and set(rules) < set(lines)
     language = [name for name in names if name.startswith("language-")]
     assert len(language) >= 1 and set(language) < set(lines)
     assert len(lines) == len(set(lines)) == 10 + len(ends) + len(rules) + len(language)
@@ -271,7 +271,7 @@ def test_rows_of_the_language_model_stand_at_the_rate_that_was_best_for_each_ove
 
 
 def test_rules_for_k_are_held_against_a_fixed_one_at_their_density(tmp_path):
-    folder = tmp_path / "adaptive_density"
+    folder = tmp_path / "equal_bytes"
     folder.mkdir()
     with record.Recorder(folder / "mnist.jsonl", seed=None, settings={"steps": 10}) as recorder:
         for density in (0.5, 0.001):
@@ -279,15 +279,15 @@ def test_rules_for_k_are_held_against_a_fixed_one_at_their_density(tmp_path):
                 for rule, gain in (("fixed", 0.0), ("power-1", 0.01 * seed), ("threshold", 0.02 + 0.001 * seed)):
                     sent = 1000 + round(100 * gain)
                     recorder.write("run", density=density, rule=rule, seed=seed, accuracy=density + gain, loss=1 - gain, bytes_sent=sent)
-    found, n, test, log, figure = cells_of("adaptive-0.5", tmp_path)
+    found, n, test, log, figure = cells_of("equal-mnist-0.5", tmp_path)
     assert found == (
         "fixed 50.00 ± 0.00 %; points more than it: power-1 1.00, threshold 2.10; test loss fixed 1.0000, power-1 0.9900, threshold 0.9790; "
         "bytes 1.000…1.002 times those of fixed"
     )
     assert n == "3" and test == "2 paired t-tests, uncorrected: p < 0.05 at threshold"
-    assert log == "[mnist](results/adaptive_density/mnist.jsonl)" and figure == "[figure](figures/adaptive_density.svg)"
+    assert log == "[mnist](results/equal_bytes/mnist.jsonl)" and figure == "[figure](figures/equal_bytes.svg)"
     (drawn,) = report.draw_all(logs.Evidence(tmp_path), tmp_path / "figures")
-    assert drawn.name == "adaptive_density.svg" and all(f">{text}<" in drawn.read_text() for text in ("0.5", "0.001", "power-1", "threshold"))
+    assert drawn.name == "equal_bytes.svg" and all(f">{text}<" in drawn.read_text() for text in ("0.5", "0.001", "power-1", "threshold"))
 
 
 def test_the_paper_s_gain_is_held_against_the_interval(tmp_path):

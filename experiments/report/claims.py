@@ -181,9 +181,17 @@ def find_endings(evidence, model, optimizer):
     return find_gains(select(evidence.endings, model=model, optimizer=optimizer), "ending")
 
 
-def find_adaptive(evidence, density):
-    """Find what the rules for k add to a fixed one, with the losses and how far from equal the bytes in all were."""
-    found = find_gains(select(evidence.adaptive, density=density), "rule")
+def by_sweep(evidence):
+    """Return {(stem of the log, density): the runs of equal bytes}."""
+    found = {}
+    for run in evidence.equal_bytes:
+        found.setdefault((Path(run.log).stem, run.options["density"]), []).append(run)
+    return found
+
+
+def find_equal_bytes(evidence, sweep):
+    """Find what other ways to spend the bytes add to the usual one, with the losses and how far from equal the bytes in all were."""
+    found = find_gains(by_sweep(evidence)[sweep], "rule")
     rules = variants_of(found.runs, "rule")
     losses = ", ".join(f"{rule} {mean('loss', own, 4)}" for rule, own in rules.items())
     against = [run.value("bytes_sent") / fixed.value("bytes_sent") for own in rules.values() for run, fixed in zip(own, rules["fixed"])]
@@ -242,12 +250,12 @@ CLAIMS = {
 
 
 def claims_of(evidence):
-    """Return CLAIMS, and a claim for each model and optimizer whose ends of training, and each density at which rules for k, and each length of the
-    language model's training, are in the evidence."""
+    """Return CLAIMS, and a claim for each model and optimizer whose ends of training, each sweep and density at which ways to spend equal bytes, and
+    each length of the language model's training, are in the evidence."""
     ends = dict.fromkeys((run.options["model"], run.options["optimizer"]) for run in evidence.endings)
     found = {f"end-{model}-{optimizer}": partial(find_endings, model=model, optimizer=optimizer) for model, optimizer in ends}
-    rules = {f"adaptive-{density:g}": partial(find_adaptive, density=density) for density in dict.fromkeys(run.options["density"] for run in evidence.adaptive)}
-    figures = {name: ("end_of_training", find) for name, find in found.items()} | {name: ("adaptive_density", find) for name, find in rules.items()}
+    bytes_of = {f"equal-{stem}-{density:g}": partial(find_equal_bytes, sweep=(stem, density)) for stem, density in by_sweep(evidence)}
+    figures = {name: ("end_of_training", find) for name, find in found.items()} | {name: ("equal_bytes", find) for name, find in bytes_of.items()}
     return CLAIMS | figures | {
         f"language-{steps}": (f"language_model_{steps}", partial(find_language, steps=steps))
         for steps in dict.fromkeys(run.options["steps"] for run in evidence.language)

@@ -3,7 +3,7 @@
 from functools import partial
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, variants_of
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, by_sweep, variants_of
 from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
@@ -226,9 +226,12 @@ def make_figures(evidence):
         models = dict.fromkeys(run.options["model"] for run in evidence.endings)
         panels = [(model, "points more than nothing (test accuracy)", select(evidence.endings, model=model), partial(draw_gains, "ending", "optimizer")) for model in models]
         yield "end_of_training", draw_panels("What to do at the end of training, every seed", panels)
-    if evidence.adaptive:
-        panels = [("colours: mean density", "points more than a fixed k (test accuracy)", evidence.adaptive, partial(draw_gains, "rule", "density"))]
-        yield "adaptive_density", draw_panels("k by rules, equal bytes, MNIST, every seed", panels)
+    if evidence.equal_bytes:
+        sweeps = {}
+        for (stem, _), runs in by_sweep(evidence).items():
+            sweeps.setdefault(stem, []).extend(runs)
+        panels = [(f"{stem}; colours: density", "points more than fixed (test accuracy)", runs, partial(draw_gains, "rule", "density")) for stem, runs in sweeps.items()]
+        yield "equal_bytes", draw_panels("Ways to spend equal bytes, every seed", panels)
     for steps in dict.fromkeys(run.options["steps"] for run in evidence.language):
         yield f"language_model_{steps}", draw_language(select(evidence.language, steps=steps))
     for group, runs in evidence.cifar10.items():

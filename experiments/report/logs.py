@@ -97,7 +97,7 @@ def _read_sweeps(results, name):
 
 
 class Evidence:
-    """All committed logs: runs of the toy, of the regression, of the ends of training, of adaptive densities, of the language model, and of CIFAR-10
+    """All committed logs: runs of the toy, of the regression, of the ends of training, of equal bytes, of the language model, and of CIFAR-10
     by group.
 
     A group's runs are sorted. Last comes the group BY_DENSITY: those of the groups density-D, each as it stood where the shortest
@@ -105,8 +105,8 @@ class Evidence:
     """
 
     def __init__(self, results=RESULTS):
-        names = ("toy_logistic", "linear_regression", "end_of_training", "adaptive_density", "language_model")
-        self.toy, self.regression, self.endings, self.adaptive, self.language = (_read_sweeps(results, name) for name in names)
+        names = ("toy_logistic", "linear_regression", "end_of_training", "equal_bytes", "language_model")
+        self.toy, self.regression, self.endings, self.equal_bytes, self.language = (_read_sweeps(results, name) for name in names)
         self.cifar10 = {}
         for path in sorted(results.glob("cifar10/*.jsonl")):
             runs = [finished_run(*log, path.relative_to(results).as_posix()) for log in read_logs(path)]

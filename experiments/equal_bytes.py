@@ -1,11 +1,12 @@
-"""Compare what may vary from step to step, at equal bytes in all: nothing, k by the average's norm, or k by a threshold.
+"""Compare ways to spend the same bytes: on as many entries in every step, on more in some than in others, or on more of fewer bits.
 
-N workers in this process train 128 hidden units on MNIST with Top-k:
+N workers in this process train 128 hidden units on MNIST, or ResNet-18 on CIFAR-10, with Top-k:
 
-    fixed      k = density * J in every step
+    fixed      k = density * J in every step, fp32 values
     power-P    rt.AdaptiveDensity(density, power=P): k follows the norm of the last average to the power P
     threshold  every entry of at least lambda, the same in all steps and workers, travels: what minimises the sum over the steps of the
                squared errors for a number of entries in all; lambda is searched until the bytes are those of `fixed`, within 1 %
+    coded      fixed with Elias-Fano's code of the places, and as many more entries as fit into the bytes; behind a hyphen the values: coded-bf16, coded-2bit
 
 Options that take several values make a sweep; with --out one that was killed goes on when the same command is given again.
 """
@@ -18,6 +19,8 @@ from experiments import cifar10, sweeps
 from runlog.command import check, make_parser
 
 RULES = ("fixed", "power-1", "power-2", "threshold")
+VALUES = ("fixed", "coded", "coded-bf16", "coded-2bit")
+MODELS = ("mnist_mlp", "resnet18")
 WITHIN, TRIES = 0.01, 12  # of the search for lambda
 
 
@@ -55,20 +58,49 @@ def bytes_of(numel, count, parameters):
     return rt._C.payload_bytes(numel, max(1, count), torch.float32, parameters)
 
 
-def train(options, dataset, density, exchange, seed):
-    """Return (row of one training, the exchange): `exchange`, or with None a LocalExchange of that density, a number or a rule."""
+def entries_of(options, density, seed):
+    """Return (J, k, number of parameters)."""
+    from experiments.models import make_model
+
+    sizes = [parameter.numel() for parameter in make_model(options.model, seed).parameters()]
+    return sum(sizes), max(1, math.floor(density * sum(sizes) + 0.5)), len(sizes)
+
+
+def coded_density(options, density, wire_dtype, seed):
+    """Return the largest density whose messages, with a code of the places, have no more bytes than those of `fixed`."""
+    import torch
+
+    import regtopk_torch as rt
+
+    numel, k, parameters = entries_of(options, density, seed)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "2bit": torch.bits2x4}
+    low, high, allowed = 1, numel, bytes_of(numel, k, parameters)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = rt._C.wire_bytes(numel, middle, torch.float32, parameters, types[wire_dtype], True) <= allowed
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low / numel
+
+
+def train(options, dataset, density, exchange, seed, wire_dtype=None):
+    """Return the row of one training by `exchange`, or with None a LocalExchange of that density, a number or a rule.
+
+    `wire_dtype`: of the values, beside a code of the places; None sends them as they are, beside offsets.
+    """
     from experiments.batches import make_batches
     from experiments.models import make_model, test
     from experiments.workers import LocalWorkers
 
     job = cifar10.parse(["--method", "topk", "--device", "cpu"])
     job.workers, job.batch_size, job.learning_rate, job.seed, job.density = options.workers, options.batch_size, options.learning_rate, seed, density
-    workers = LocalWorkers(job, make_model("mnist_mlp", seed), make_batches(dataset, job))
+    if wire_dtype is not None:
+        job.wire_dtype, job.index_code = wire_dtype, "elias-fano"
+    workers = LocalWorkers(job, make_model(options.model, seed), make_batches(dataset, job))
     workers.exchange = exchange or workers.exchange
     for step in range(options.steps):
         losses = workers.step(step)
         if not all(map(math.isfinite, losses)):
-            raise ValueError(f"adaptive_density: expected finite training losses, got {losses} in step {step}")
+            raise ValueError(f"equal_bytes: expected finite training losses, got {losses} in step {step}")
     correct, loss = test(workers.model, dataset)
     count = len(dataset.test_labels)
     sent = {name: int(workers.exchange.stats()[name]) for name in ("sent_entries", "bytes_sent")}
@@ -77,11 +109,7 @@ def train(options, dataset, density, exchange, seed):
 
 def search(options, dataset, density, seed, start):
     """Return the row of the threshold that sends the budget, `start` the first one tried."""
-    from experiments.models import make_model
-
-    sizes = [parameter.numel() for parameter in make_model("mnist_mlp", seed).parameters()]
-    of_one = bytes_of(sum(sizes), math.floor(density * sum(sizes) + 0.5), len(sizes))
-    budget = options.workers * (options.workers - 1) * options.steps * of_one
+    budget = options.workers * (options.workers - 1) * options.steps * bytes_of(*entries_of(options, density, seed))
     tried = {}  # log of the threshold: log of the bytes that it sends against the budget
     threshold = start
     for _ in range(TRIES):
@@ -101,19 +129,20 @@ def search(options, dataset, density, seed, start):
 
 
 def parse(arguments):
-    parser = make_parser("experiments.adaptive_density", __doc__)
+    parser = make_parser("experiments.equal_bytes", __doc__)
 
     def add(name, help, **settings):
         parser.add_argument(name, help=help, **settings)
 
-    add("--rule", "(all)", nargs="+", choices=RULES, default=list(RULES))
+    add("--rule", f"what the bytes are spent on ({' '.join(RULES)})", nargs="+", choices=list(dict.fromkeys(RULES + VALUES)), default=list(RULES))
+    add("--model", "(%(default)s)", choices=MODELS, default="mnist_mlp")
     add("--density", "mean fraction of the entries that each worker sends (0.001)", nargs="+", type=float, default=[0.001], metavar="DENSITY")
     add("--seed", "of start weights and order of images (0)", nargs="+", type=int, default=[0], metavar="SEED")
     add("--workers", "N (%(default)s)", type=int, default=4, metavar="N")
     add("--steps", "(%(default)s)", type=int, default=2000)
     add("--batch-size", "images per step and worker (%(default)s)", type=int, default=20, metavar="IMAGES")
     add("--learning-rate", "constant (%(default)s)", type=float, default=0.05, metavar="RATE")
-    add("--data", "folder that holds MNIST/raw, torchvision's layout (%(default)s)", default="data", metavar="DIR")
+    add("--data", "folder that holds MNIST/raw, or for resnet18 cifar-10-batches-py, torchvision's layouts (%(default)s)", default="data", metavar="DIR")
     add("--out", "log to write, or to go on with", type=Path, metavar="FILE.jsonl")
     add("--threads", "CPU threads (%(default)s)", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -131,7 +160,7 @@ def main(arguments=None):
     import torch
 
     import regtopk_torch as rt
-    from experiments.data import load_mnist
+    from experiments.data import load_cifar10, load_mnist
 
     torch.set_num_threads(options.threads)
     found = {}  # the last threshold of each density: where the next search begins
@@ -142,13 +171,18 @@ def main(arguments=None):
             row = search(options, dataset, density, seed, found.get(density, 0.01))
             found[density] = row["lambda"]
             return row
-        adaptive = density if rule == "fixed" else rt.AdaptiveDensity(density, power=float(rule.removeprefix("power-")))
-        return {**train(options, dataset, adaptive, None, seed), "lambda": None}
+        wire_dtype = None
+        if rule.startswith("power-"):
+            density = rt.AdaptiveDensity(density, power=float(rule.removeprefix("power-")))
+        elif rule.startswith("coded"):
+            wire_dtype = rule.removeprefix("coded").removeprefix("-") or "fp32"
+            density = coded_density(options, density, wire_dtype, seed)
+        return {**train(options, dataset, density, None, seed, wire_dtype), "lambda": None}
 
     runs = [{"density": density, "rule": rule, "seed": seed} for density in options.density for seed in options.seed for rule in options.rule]
-    settings = {name: getattr(options, name) for name in ("workers", "steps", "batch_size", "learning_rate")}
+    settings = {name: getattr(options, name) for name in ("model", "workers", "steps", "batch_size", "learning_rate")}
     try:
-        dataset = load_mnist(options.data)
+        dataset = (load_mnist if options.model == "mnist_mlp" else load_cifar10)(options.data)
         for row in sweeps.complete(options.out, {**settings, "data": dataset.name}, runs, compute):
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     except ValueError as error:

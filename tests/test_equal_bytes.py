@@ -1,4 +1,4 @@
-"""Rules for k are compared at equal numbers of entries, and a threshold loses nothing."""
+"""Ways to spend bytes are compared at equal ones, and a threshold loses nothing."""
 
 import argparse
 import struct
@@ -10,10 +10,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # experiments is not installed
 
-from experiments import adaptive_density, data  # noqa: E402
+from experiments import data, equal_bytes  # noqa: E402
 from torchvision_here import needs_torchvision  # noqa: E402
 
-OPTIONS = argparse.Namespace(workers=2, steps=60, batch_size=4, learning_rate=0.05)
+OPTIONS = argparse.Namespace(model="mnist_mlp", workers=2, steps=60, batch_size=4, learning_rate=0.05)
 
 
 def images(count, seed):
@@ -32,7 +32,7 @@ def dataset():
 
 
 def test_a_threshold_sends_what_is_at_least_as_large_and_keeps_the_rest():
-    exchange = adaptive_density.Threshold(2.0)
+    exchange = equal_bytes.Threshold(2.0)
     first, second = torch.tensor([1.0, -3.0, 2.0, 0.5]), torch.tensor([[1.5, 0.0]])
     given = [[first, second], [first, -second]]
     total = [torch.zeros(4), torch.zeros(1, 2)]
@@ -45,10 +45,10 @@ def test_a_threshold_sends_what_is_at_least_as_large_and_keeps_the_rest():
 
 
 def test_a_search_ends_at_the_budget(dataset):
-    row = adaptive_density.search(OPTIONS, dataset, 0.001, 0, 0.05)
-    assert row["bytes_sent"] == pytest.approx(2 * 60 * adaptive_density.bytes_of(101_770, 102, 4), rel=adaptive_density.WITHIN)
+    row = equal_bytes.search(OPTIONS, dataset, 0.001, 0, 0.05)
+    assert row["bytes_sent"] == pytest.approx(2 * 60 * equal_bytes.bytes_of(101_770, 102, 4), rel=equal_bytes.WITHIN)
     assert row["sent_entries"] == pytest.approx(2 * 60 * 102, rel=0.05)
-    again = adaptive_density.train(OPTIONS, dataset, 0.001, adaptive_density.Threshold(row["lambda"]), 0)
+    again = equal_bytes.train(OPTIONS, dataset, 0.001, equal_bytes.Threshold(row["lambda"]), 0)
     assert again == {name: row[name] for name in again}
 
 
@@ -60,11 +60,14 @@ def test_a_sweep_reads_mnist_and_sends_as_much_by_every_rule(tmp_path, capsys):
         head = struct.pack(">iiii", 2051, len(pixels), 28, 28)
         (raw / f"{name}-images-idx3-ubyte").write_bytes(head + pixels.numpy().tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, len(labels)) + labels.to(torch.uint8).numpy().tobytes())
-    arguments = ["--workers", "2", "--steps", "120", "--batch-size", "4", "--data", str(tmp_path), "--out", str(tmp_path / "log.jsonl")]
-    adaptive_density.main(arguments)
+    rules = list(dict.fromkeys(equal_bytes.RULES + equal_bytes.VALUES))
+    arguments = ["--rule", *rules, "--workers", "2", "--steps", "120", "--batch-size", "4", "--data", str(tmp_path), "--out", str(tmp_path / "log.jsonl")]
+    equal_bytes.main(arguments)
     rows = [dict(part.split("=") for part in line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert [row["rule"] for row in rows] == list(adaptive_density.RULES)
+    assert [row["rule"] for row in rows] == rules
     sent = [int(row["bytes_sent"]) for row in rows]
-    assert sent == pytest.approx([sent[0]] * 4, rel=0.1) and len({row["loss"] for row in rows}) == 4
+    assert sent == pytest.approx([sent[0]] * len(rules), rel=0.1) and len({row["loss"] for row in rows}) == len(rules)
+    entries = [int(row["sent_entries"]) for row in rows]
+    assert 1.03 * entries[0] < entries[-3] < 0.75 * entries[-2] < 0.75 * entries[-1] and max(sent[-3:]) <= sent[0]
     with pytest.raises(SystemExit, match="expected the four files of MNIST"):
-        adaptive_density.main(["--data", str(tmp_path / "elsewhere")])
+        equal_bytes.main(["--data", str(tmp_path / "elsewhere")])
