@@ -2,9 +2,9 @@
 // when payloads have come. Everything here is of the size of the payloads; the gradient is not touched.
 //
 //   to_wire     copy (header, exchange part; zeros) · narrow     a warp owns a block tile, as in settle
-//               and of two bits measure before                   a block owns a payload tile
+//               and of codes measure before                      a block owns a payload tile
 //   from_wire   copy · count · widen                             a block owns 8,192 bits of a row's high part
-//               and of two bits spread behind, once tile starts are written
+//               and of codes spread behind, once tile starts are written
 #include "../csrc/core/wire.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kWarps = kThreads / kWarpThreads;
-struct TwoBits {};  // in the place of the wire's type
+struct Codes {};  // of one bit or two, in the place of the wire's type
 constexpr uint32_t kEntriesOfBlock = 4096;  // widened by a block where there is no code
 
 // What is the same in both forms, word by word, and zeros where bits are to be set or nothing is.
@@ -70,17 +70,17 @@ void launch_copy(CopyDevice& device, int64_t rows, cudaStream_t stream) {
   REGTOPK_LAUNCH((copy_kernel<T>), static_cast<unsigned>(rows * device.blocks_of_row), kThreads, stream, device);
 }
 
-// Of two bits: what the values of a tile have in common, by one block, and the levels on the wire.
+// Of codes: what the values of a tile have in common, by one block, and the levels on the wire.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    measure_kernel(const PayloadLayout layout, Global<const uint8_t> payload, Global<TileMeasure> measures, Global<Level<T>> levels) {
+__global__ void __launch_bounds__(kThreads) measure_kernel(
+    const PayloadLayout layout, int bits, Global<const uint8_t> payload, Global<TileMeasure> measures, Global<Level<T>> levels) {
   REGTOPK_SHARED(TileMeasure, measure);
   REGTOPK_SHARED(unsigned long long, largest);
   REGTOPK_SHARED(uint32_t, infinite);
   const uint32_t tile = blockIdx.x;
   const PayloadReader<T> reader(payload, layout);
   const uint32_t begin = reader.first_entry(tile), end = reader.first_entry(tile + 1);
-  const auto magnitude_of = [&](uint32_t entry) { return std::abs(static_cast<double>(Traits<T>::load(reader.value(entry)))); };
+  const auto value_of = [&](uint32_t entry) { return static_cast<double>(Traits<T>::load(reader.value(entry))); };
   const auto add = [](uint64_t& sum, uint64_t value) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&sum), static_cast<unsigned long long>(value));
   };
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
-    const double magnitude = magnitude_of(entry);
+    const double magnitude = std::abs(value_of(entry));
     if (is_finite(magnitude)) atomicMax(&largest, std::bit_cast<unsigned long long>(magnitude));  // in the order of the numbers
     else atomicOr(&infinite, 1u);
   }
@@ -103,15 +103,16 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (measure.finite) {
     for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
-      const uint64_t m = measure.fixed(magnitude_of(entry));
+      const uint64_t m = measure.fixed(std::abs(value_of(entry)));
       add(measure.sum, m);
       atomicAdd(m > 0 ? &measure.count : &measure.zeros, 1u);
     }
     __syncthreads();
     for (uint32_t entry = begin + threadIdx.x; entry < end; entry += kThreads) {
-      const uint64_t m = measure.fixed(magnitude_of(entry));
+      const double value = value_of(entry);
+      const uint64_t m = measure.fixed(std::abs(value));
       if (m == 0) continue;
-      TileMeasure::Side& side = measure.is_high(m) ? measure.high : measure.low;
+      TileMeasure::Side& side = measure.sides[measure.side_of(bits, m, value < 0)];
       add(side.sum, m);
       atomicMin(reinterpret_cast<unsigned long long*>(&side.smallest), static_cast<unsigned long long>(m));
       atomicMax(reinterpret_cast<unsigned long long*>(&side.largest), static_cast<unsigned long long>(m));
@@ -121,14 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x != 0) return;
   measures.store(tile, measure);
-  levels.store(tile * 2, measure.template stored<Level<T>>(measure.low_level()));
-  levels.store(tile * 2 + 1, measure.template stored<Level<T>>(measure.high_level()));
-}
-
-template <typename T>
-__device__ T value_of_code(Global<const Level<T>> levels, uint32_t tile, uint32_t code) {
-  const float level = to_float(levels.load(tile * 2 + (code >> 1)));
-  return Traits<T>::store((code & 1) != 0 ? -level : level);
+  for (int side = 0; side < 2; ++side) levels.store(tile * 2 + side, measure.template stored<Level<T>>(measure.level(bits, side)));
 }
 
 template <typename T>
@@ -139,7 +133,7 @@ struct NarrowDevice {
   Global<T> values;  // of the payload
   Global<typename Traits<T>::Accumulate> residual;
   Global<uint8_t> bytes;
-  Global<const TileMeasure> measures;  // of two bits
+  Global<const TileMeasure> measures;  // of codes
 };
 
 // A bit or some of an entry may share a word with those of others: each is set by itself.
@@ -155,9 +149,11 @@ __device__ void code(const NarrowDevice<T>& device, uint32_t entry, uint32_t ind
   const TileMeasure measure = device.measures.load(tile);
   const auto loaded = Traits<T>::load(value);
   const uint64_t m = is_finite(loaded) && measure.finite ? measure.fixed(std::abs(static_cast<double>(loaded))) : 0;
-  const uint32_t code = two_bits(m > 0 && loaded < 0, measure.is_high(m));
-  set_bits_at(device.bytes.template at_byte<uint32_t>(device.wire.codes_at), uint64_t{entry} * 2, code);
-  const T sent = value_of_code<T>(device.bytes.template at_byte<const Level<T>>(device.wire.values_at), tile, code);
+  const int bits = device.wire.code_bits();
+  const uint32_t code = measure.code_of(bits, m, loaded < 0);
+  set_bits_at(device.bytes.template at_byte<uint32_t>(device.wire.codes_at), uint64_t{entry} * bits, code);
+  const Global<const Level<T>> levels = device.bytes.template at_byte<const Level<T>>(device.wire.values_at);
+  const T sent = value_of_code<T>(levels.load(tile * 2 + level_of_code(bits, code)), code);
   device.values.store(entry, sent);
   if (loaded == 0 || !is_finite(loaded)) return;
   auto kept = device.residual.load(index) + loaded;
@@ -187,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(const __grid_constant_
         set_bits_at(device.bytes.template at_byte<uint32_t>(wire.high_at), uint64_t{index >> wire.low_bits} + entry, 1);
       }
       const T value = device.values.load(entry);
-      if constexpr (std::is_same_v<W, TwoBits>) {
+      if constexpr (std::is_same_v<W, Codes>) {
         code(device, entry, index, value);
       } else {
         const Global<W> narrow = device.bytes.template at_byte<W>(wire.values_at);
@@ -305,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constan
     if (chunk == device.chunks - 1 && before + of_chunk != layout.k) valid = false;
     if (!valid) device.row_of_payloads(row).at_byte<uint32_t>(0).store(0, 0);
   }
-  if constexpr (!std::is_same_v<W, TwoBits>) {
+  if constexpr (!std::is_same_v<W, Codes>) {
     const Global<const W> narrow = device.row_of_wire(row).template at_byte<const W>(device.wire.values_at);
     const Global<T> values = device.row_of_payloads(row).template at_byte<T>(layout.values_at);
     for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < layout.k; entry += int64_t{device.chunks} * kThreads) {
@@ -316,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constan
   }
 }
 
-// Of two bits: the values that codes stand for. A tile begins where the payload, which may be one that nobody accepts, says.
+// The values that codes stand for. A tile begins where the payload, which may be one that nobody accepts, says.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ WidenDevice device) {
   const uint32_t row = blockIdx.x / device.chunks, chunk = blockIdx.x % device.chunks;
@@ -324,6 +320,7 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant_
   const Global<const Level<T>> levels = device.row_of_wire(row).template at_byte<const Level<T>>(device.wire.values_at);
   const Global<const uint32_t> codes = device.row_of_wire(row).template at_byte<const uint32_t>(device.wire.codes_at);
   const Global<T> values = device.row_of_payloads(row).template at_byte<T>(device.layout.values_at);
+  const int bits = device.wire.code_bits(), in_word = 32 / bits;
   for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < device.layout.k; entry += int64_t{device.chunks} * kThreads) {
     uint32_t tile = 0, end = static_cast<uint32_t>(device.layout.tiles);
     while (end - tile > 1) {
@@ -331,15 +328,16 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant_
       if (reader.first_entry(middle) <= entry) tile = middle;
       else end = middle;
     }
-    values.store(entry, value_of_code<T>(levels, tile, codes.load(entry / 16) >> (entry % 16 * 2) & 3));
+    const uint32_t code = codes.load(entry / in_word) >> (entry % in_word * bits) & ((1u << bits) - 1);
+    values.store(entry, value_of_code<T>(levels.load(tile * 2 + level_of_code(bits, code)), code));
   }
 }
 
-// As with_wire_types, and (T, TwoBits).
+// As with_wire_types, and (T, Codes).
 template <typename Function>
-cudaError_t with_forms(ValueType payload, ValueType wire, const Function& function) {
-  if (wire == ValueType::kTwoBits) return with_value_type(payload, [&]<typename T>(T) { return function(T{}, TwoBits{}); });
-  return with_wire_types(payload, wire, function);
+cudaError_t with_forms(ValueType payload, const WireLayout& wire, const Function& function) {
+  if (wire.has_levels()) return with_value_type(payload, [&]<typename T>(T) { return function(T{}, Codes{}); });
+  return with_wire_types(payload, wire.type, function);
 }
 
 uint32_t chunks_of(const PayloadLayout& layout, const WireLayout& wire) {
@@ -362,7 +360,7 @@ cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream) {
   const PayloadLayout& layout = arguments.layout;
   const WireLayout& wire = arguments.wire;
   if (layout.numel > kMaxEntries || is_misaligned(arguments.payload) || is_misaligned(arguments.bytes)) return cudaErrorInvalidValue;
-  return with_forms(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+  return with_forms(layout.type, wire, [&]<typename T, typename W>(T, W) {
     CopyDevice copy(wire.index_at, wire.has_code(), wire.values_at);
     if (wire.has_levels()) copy.zero_until = wire.bytes;
     copy.from = Global<const uint8_t>(arguments.payload);
@@ -375,10 +373,10 @@ cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream) {
     cudaError_t error;
     if (!launched(error)) return error;
     const Global measures(static_cast<TileMeasure*>(arguments.workspace));
-    if constexpr (std::is_same_v<W, TwoBits>) {
+    if constexpr (std::is_same_v<W, Codes>) {
       REGTOPK_LAUNCH(
-          (measure_kernel<T>), static_cast<unsigned>(layout.tiles), kThreads, stream, layout, Global<const uint8_t>(arguments.payload),
-          measures, Global(arguments.bytes).template at_byte<Level<T>>(wire.values_at));
+          (measure_kernel<T>), static_cast<unsigned>(layout.tiles), kThreads, stream, layout, wire.code_bits(),
+          Global<const uint8_t>(arguments.payload), measures, Global(arguments.bytes).template at_byte<Level<T>>(wire.values_at));
       if (!launched(error)) return error;
     }
     const NarrowDevice<T> device{
@@ -407,7 +405,7 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
   const PayloadLayout& layout = arguments.layout;
   const WireLayout& wire = arguments.wire;
   if (layout.numel > kMaxEntries || is_misaligned(arguments.payloads) || is_misaligned(arguments.bytes)) return cudaErrorInvalidValue;
-  return with_forms(layout.type, wire.type, [&]<typename T, typename W>(T, W) {
+  return with_forms(layout.type, wire, [&]<typename T, typename W>(T, W) {
     CopyDevice copy(wire.index_at, wire.has_code(), layout.values_at);
     copy.from = Global(arguments.bytes);
     copy.to = Global(arguments.payloads);
@@ -438,7 +436,7 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
       REGTOPK_LAUNCH((widen_kernel<T, W>), blocks, kThreads, stream, device);
       if (!launched(error)) return error;
     }
-    if constexpr (std::is_same_v<W, TwoBits>) {
+    if constexpr (std::is_same_v<W, Codes>) {
       REGTOPK_LAUNCH((spread_kernel<T>), blocks, kThreads, stream, device);
     }
     return launch_error();

@@ -48,7 +48,7 @@ def parse(arguments):
     add("--decay", "of what is held back, each step (%(default)g: it is kept)", type=float, default=1.0)
     add("--dense-steps", "first steps, without compression (%(default)s)", type=int, default=0, metavar="STEPS")
     add("--warmup-steps", "first steps, in which the density falls from 0.25 to --density (%(default)s)", type=int, default=0, metavar="STEPS")
-    add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "2bit"), default="fp32")
+    add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "sign", "2bit"), default="fp32")
     add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
     add("--support", "who chooses the entries: each worker its own, or one for all (%(default)s)", choices=("own", "leader"), default="own")
     add("--chunk", "consecutive entries that each send their own share (the whole bucket)", type=int, metavar="ENTRIES")

@@ -6,7 +6,7 @@ N workers in this process train 128 hidden units on MNIST, or ResNet-18 on CIFAR
     power-P    rt.AdaptiveDensity(density, power=P): k follows the norm of the last average to the power P
     threshold  every entry of at least lambda, the same in all steps and workers, travels: what minimises the sum over the steps of the
                squared errors for a number of entries in all; lambda is searched until the bytes are those of `fixed`, within 1 %
-    coded      fixed with Elias-Fano's code of the places, and as many more entries as fit into the bytes; behind a hyphen the values: coded-bf16, coded-2bit
+    coded      fixed with Elias-Fano's code of the places, and as many more entries as fit into the bytes; behind a hyphen the values: coded-bf16, coded-2bit, coded-sign
 
 Options that take several values make a sweep; with --out one that was killed goes on when the same command is given again.
 """
@@ -19,7 +19,7 @@ from experiments import cifar10, sweeps
 from runlog.command import check, make_parser
 
 RULES = ("fixed", "power-1", "power-2", "threshold")
-VALUES = ("fixed", "coded", "coded-bf16", "coded-2bit")
+VALUES = ("fixed", "coded", "coded-bf16", "coded-2bit", "coded-sign")
 MODELS = ("mnist_mlp", "resnet18")
 WITHIN, TRIES = 0.01, 12  # of the search for lambda
 
@@ -71,9 +71,10 @@ def coded_density(options, density, wire_dtype, seed):
     import torch
 
     import regtopk_torch as rt
+    from regtopk_torch.options import CODES
 
     numel, k, parameters = entries_of(options, density, seed)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "2bit": torch.bits2x4}
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, **CODES}
     low, high, allowed = 1, numel, bytes_of(numel, k, parameters)
     while low < high:
         middle = (low + high + 1) // 2

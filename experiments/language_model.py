@@ -5,8 +5,8 @@
     h1, h5, ...    every worker takes H steps of its own AdamW; Top-k of what they did to the weights is averaged
     diloco15       the same with all entries and Nesterov momentum outside, each 15 steps
 
-A row is one of these and, behind hyphens, how entries travel: bf16 or 2bit, either with Elias-Fano's code of the places; d95, a decay
-of 0.95 of what is held back; and leader, where one worker after the other chooses the entries of all. All but dense and diloco may send
+A row is one of these and, behind hyphens, how entries travel: bf16, 2bit or sign, each with Elias-Fano's code of the places; d95, a decay
+of 0.95 of what is held back; chunk, where each 4,096 entries send their own share; and leader, where one worker after the other chooses for all. All but dense and diloco may send
 equal bytes, those of --budget of the entries per step at 6 bytes each, and less where that is enough for all entries.
 
 Text is Python's own standard library, or --text. Alone it simulates the workers of every row, a sweep; under torchrun each process is a
@@ -44,10 +44,10 @@ class Row:
         kind, *forms = name.split("-")
         digits = kind.lstrip("abcdefghijklmnopqrstuvwxyz")
         self.name, self.kind, self.every = name, kind[: len(kind) - len(digits)], int(digits or 0)  # every 0: gradients
-        self.wire = next((form for form in forms if form in ("bf16", "2bit")), None)
+        self.wire = next((form for form in forms if form in ("bf16", "2bit", "sign")), None)
         self.decay = 0.95 if "d95" in forms else 1.0
-        self.support = "leader" if "leader" in forms else "own"
-        known = {"bf16", "2bit", "d95", "leader"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
+        self.support, self.chunk = "leader" if "leader" in forms else "own", 4096 if "chunk" in forms else None
+        known = {"bf16", "2bit", "sign", "d95", "leader", "chunk"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
         if not known or self.kind not in ("dense", "topk", "regtopk", "h", "diloco"):
             raise ValueError(f"expected a row such as {', '.join(ROWS)}, got {name}")
 
@@ -61,7 +61,7 @@ class Row:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if wire_bytes_of(self, numel, workers, middle) <= allowed else (low, middle - 1)
-        given = {"decay": self.decay, "wire_dtype": _wire_dtype(self.wire), "support": self.support}
+        given = {"decay": self.decay, "wire_dtype": _wire_dtype(self.wire), "support": self.support, "chunk": self.chunk}
         return low / numel, {**given, "index_code": "offsets" if self.wire is None else "elias-fano"}
 
 
@@ -76,8 +76,9 @@ def wire_bytes_of(row, numel, workers, k):
     import torch
 
     from regtopk_torch import _C
+    from regtopk_torch.options import CODES
 
-    wire_dtype = {None: torch.float32, "bf16": torch.bfloat16, "2bit": torch.bits2x4}[row.wire]
+    wire_dtype = {None: torch.float32, "bf16": torch.bfloat16, **CODES}[row.wire]
     message = _C.wire_bytes(numel, k, torch.float32, 0, wire_dtype, row.wire is not None)
     if row.support == "own":
         return message

@@ -30,7 +30,7 @@ def compression_of(options):
         density = rt.WarmupDensity(max(0.25, density), density, options.warmup_steps)
     elif options.adaptive_power is not None:
         density = rt.AdaptiveDensity(density, power=options.adaptive_power)
-    wire_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "2bit": "2bit"}[options.wire_dtype]
+    wire_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(options.wire_dtype, options.wire_dtype)
     same = {name: getattr(options, name) for name in ("decay", "dense_steps", "index_code", "support", "chunk", "dense", "levels", "mask_momentum", "clip_norm")}
     return density, {**same, "wire_dtype": wire_dtype, "momentum": options.momentum_correction}
 

@@ -14,6 +14,8 @@ METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
 INDEX_CODES = ("offsets", "elias-fano")
 SUPPORTS = ("own", "leader")
+# Values of less than a byte, by the dtype whose elements of so many bits the extension knows them by.
+CODES: dict[Any, torch.dtype] = {"sign": torch.bits1x8, "2bit": torch.bits2x4}
 CHUNKS = [2**bits for bits in range(6, 17)]
 # What every method takes, by name, and what it is unless it is given.
 COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never", "levels": None}
@@ -47,14 +49,14 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected 0 < decay <= 1, got decay={decay}; 1 forgets nothing")
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, numbers.Integral) or not 0 <= int(dense_steps) < 2**63:
         raise ValueError(f"{who}: expected dense_steps to be a number of steps, 0 or more, got {dense_steps!r}")
-    if not (wire_dtype is None or isinstance(wire_dtype, (str, torch.dtype)) and wire_dtype in (torch.float32, torch.bfloat16, torch.float16, "2bit")):
-        raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16 or '2bit', got {wire_dtype!r}")
+    if not (wire_dtype is None or isinstance(wire_dtype, (str, torch.dtype)) and wire_dtype in (torch.float32, torch.bfloat16, torch.float16, *CODES)):
+        raise ValueError(f"{who}: expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16, 'sign' or '2bit', got {wire_dtype!r}")
     if index_code not in INDEX_CODES:
         raise ValueError(f"{who}: expected index_code {' or '.join(map(repr, INDEX_CODES))}, got {index_code!r}")
     if support not in SUPPORTS:
         raise ValueError(f"{who}: expected support {' or '.join(map(repr, SUPPORTS))}, got {support!r}")
-    if support == "leader" and wire_dtype == "2bit":
-        raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype='2bit'; two bits have levels that a slice of the values lacks")
+    if support == "leader" and wire_dtype in CODES:
+        raise ValueError(f"{who}: expected values of 16 bits or more with support='leader', got wire_dtype={wire_dtype!r}, whose levels a slice of the values lacks")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, numbers.Integral) or int(chunk) not in CHUNKS):
         raise ValueError(f"{who}: expected chunk to be None or a power of two from {CHUNKS[0]} to {CHUNKS[-1]}, got {chunk!r}")
     if not 0 <= momentum < 1:
@@ -74,7 +76,7 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
             raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; hosts send entries of their own choice, at a density that all ranks know")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
-        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
+        decay=float(decay), dense_steps=int(dense_steps), wire_dtype=CODES.get(wire_dtype, wire_dtype), elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
         momentum=float(momentum), nesterov=nesterov, mask_momentum=mask_momentum, clip_norm=float(clip_norm or 0), adaptive=(float(density.mean), float(density.power), *map(float, density.limits())) if adaptive else None,
         dense_auto=dense == "auto", dense_rule=_asking(who, dense, names_of) if callable(dense) else None, host_ranks=host_ranks, local_rank=local_rank,
     )  # fmt: skip

@@ -122,30 +122,37 @@ def to_wire(values, dtype):
     return torch.where(values.isnan(), torch.tensor(math.nan, dtype=dtype), rounded)
 
 
-def two_bits(index, value):
-    """Values as two bits each carry them, shape [k], with the codes [k] and the levels [tiles, 2]; csrc/core/two_bits.h (+)."""
+CODE_BITS = {"sign": 1, "2bit": 2}
+
+
+def few_bits(bits, index, value):
+    """Values as a code of one bit or two carries them, shape [k], with `bits`, the codes [k] and the levels [tiles, 2]; csrc/core/levels.h (+)."""
     half = torch.float16 if value.dtype == torch.float16 else torch.bfloat16
     sent, codes, levels = torch.empty_like(value), torch.zeros(len(value), dtype=torch.int64), {}
     tiles = index // TILE_ENTRIES
     for tile in tiles.unique().tolist():
         where = (tiles == tile).nonzero().flatten()
-        values = [float(v) for v in value[where]]
-        if not all(map(math.isfinite, values)):
-            levels[tile], sides = [math.nan, math.nan], [(0, False)] * len(values)
-        else:
-            exponent = max(math.frexp(max(map(abs, values)))[1] - 1, -923)
-            units = [math.floor(math.ldexp(abs(v), 40 - exponent)) if v else 0 for v in values]
-            present = [m for m in units if m]
-            count, total = len(present), sum(present)
-            high = [m > 0 and m * count >= total for m in units]
-            by_side = [[m for m, is_high in zip(units, high, strict=True) if m and is_high == side] for side in (False, True)]
-            levels[tile] = [_stored(_level_of(side), exponent, half) for side in by_side]
-            if count < len(units):
-                levels[tile][0] = 0.0
-            sides = [(int(m > 0 and v < 0), is_high) for m, v, is_high in zip(units, values, high, strict=True)]
-        codes[where] = torch.tensor([negative + 2 * is_high for negative, is_high in sides])
-        sent[where] = torch.tensor([(-1.0 if negative else 1.0) * levels[tile][is_high] for negative, is_high in sides], dtype=torch.float64).to(value.dtype)
-    return sent, codes, levels
+        levels[tile], of_tile = _levels_and_codes(bits, [float(v) for v in value[where]], half)
+        codes[where] = torch.tensor(of_tile)
+        sent[where] = torch.tensor([(-1.0 if code & 1 else 1.0) * levels[tile][code if bits == 1 else code >> 1] for code in of_tile], dtype=torch.float64).to(value.dtype)
+    return sent, bits, codes, levels
+
+
+def _levels_and_codes(bits, values, half):
+    """The two levels that the values of a tile share, in the order of their sides, and the code of each value."""
+    if not all(map(math.isfinite, values)):
+        return [math.nan, math.nan], [0] * len(values)
+    exponent = max(math.frexp(max(map(abs, values)))[1] - 1, -923)
+    units = [math.floor(math.ldexp(abs(v), 40 - exponent)) if v else 0 for v in values]
+    present = [m for m in units if m]
+    sides = [int(v < 0) if bits == 1 else int(m * len(present) >= sum(present)) for m, v in zip(units, values, strict=True)]
+    by_side = [[m for m, own in zip(units, sides, strict=True) if m and own == side] for side in (0, 1)]
+    levels = [_stored(_level_of(side), exponent, half) for side in by_side]
+    of_zeros = int(bits == 1 and sum(by_side[0]) >= sum(by_side[1]))
+    if len(present) < len(units):
+        levels[of_zeros] = 0.0
+    codes = [side if bits == 1 else 2 * side + (v < 0) for side, v in zip(sides, values, strict=True)]
+    return levels, [code if m else of_zeros for code, m in zip(codes, units, strict=True)]
 
 
 def _level_of(side):
@@ -188,7 +195,7 @@ class Worker:
     distortion: str = "previous"
     decay: float = 1.0  # (+)
     chunk: int | None = None  # (+) consecutive entries that select by themselves
-    wire_dtype: torch.dtype | str | None = None  # (+) in which values travel, where it is narrower than the gradient's; or "2bit"
+    wire_dtype: torch.dtype | str | None = None  # (+) in which values travel, where it is narrower than the gradient's; or "sign" or "2bit"
     momentum: float = 0.0  # (+) with the next three: arXiv 1712.01887
     nesterov: bool = False
     mask_momentum: bool = False
@@ -260,13 +267,13 @@ class Worker:
         given = accumulated if support is None else torch.where(finite, accumulated, self.residual)
         value = to_wire(given[index], gradient.dtype)  # line 7
         wire_dtype = None if dense else self.wire_dtype
-        if wire_dtype == "2bit":
-            value = two_bits(index, value)[0]
+        if wire_dtype in CODE_BITS:
+            value = few_bits(CODE_BITS[wire_dtype], index, value)[0]
         elif wire_dtype is not None and wire_dtype.itemsize < gradient.dtype.itemsize:
             value = to_wire(to_wire(value, torch.float32), wire_dtype).to(gradient.dtype)
 
         kept = given.clone()
-        applied = value.isfinite() if wire_dtype == "2bit" else torch.ones(len(value), dtype=torch.bool)
+        applied = value.isfinite() if wire_dtype in CODE_BITS else torch.ones(len(value), dtype=torch.bool)
         kept[index[applied]] -= value[applied].to(wide)  # line 8
         # (+) an entry that is not finite keeps what it had
         self.residual = torch.where(finite, kept, self.residual if support is None else kept)
@@ -471,7 +478,7 @@ def dense_bytes(numel, dtype, workers, parameters):
 def encode(message, numel, *, step=0, plan=0, elias_fano=False, coded=None):
     """The payload's bytes, uint8: header, entries before each tile, offsets or bitmap, values; see csrc/core/payload.h.
 
-    With values that a narrower dtype holds, with `elias_fano`, or with the codes and levels of `two_bits`, in its wire form:
+    With values that a narrower dtype holds, with `elias_fano`, or with what `few_bits` returns beside them, in its wire form:
     csrc/core/wire.h.
     """
     k, dtype = len(message.index), message.value.dtype
@@ -489,13 +496,13 @@ def encode(message, numel, *, step=0, plan=0, elias_fano=False, coded=None):
     flags = 1 if message.non_finite else 0
     header = struct.pack(
         "<IHBBQQQqQQII",
-        0x6B707472, 1, 4 if coded else _WIRE_TYPES[dtype], 2 if elias_fano else int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
+        0x6B707472, 1, {1: 5, 2: 4}[coded[0]] if coded else _WIRE_TYPES[dtype], 2 if elias_fano else int(bitmap), step, numel, k, plan, message.repeated, message.displaced, flags, 0,
     )  # fmt: skip
     values = _bytes(message.value)
     if coded is not None:
         half = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        levels = torch.tensor([coded[1].get(tile, [0.0, 0.0]) for tile in range(-(-numel // TILE_ENTRIES))]).to(half)
-        values = torch.cat([_padded(_bytes(levels).flatten()), _padded(_packed((coded[0][:, None] >> torch.arange(2) & 1).flatten()))])
+        levels = torch.tensor([coded[2].get(tile, [0.0, 0.0]) for tile in range(-(-numel // TILE_ENTRIES))]).to(half)
+        values = torch.cat([_padded(_bytes(levels).flatten()), _padded(_packed((coded[1][:, None] >> torch.arange(coded[0]) & 1).flatten()))])
     return _padded(torch.cat([torch.tensor(list(header), dtype=torch.uint8), *codes, values]), 16)
 
 

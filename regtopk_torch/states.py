@@ -40,11 +40,13 @@ class TopKState(Averaging):
         decay (float): 0 < decay <= 1; what is held back is multiplied by it at the beginning of each step, a = decay * r + g,
             but for idle parameters. Below 1 it forgets: what was sent and kept is then less than what was given.
         dense_steps (int): the first steps go without compression, through a dense all-reduce.
-        wire_dtype (torch.dtype or "2bit", optional): values travel as torch.float32, torch.bfloat16 or torch.float16 where that
-            has fewer bytes than the gradients' dtype, rounded to the nearest, finite ones to finite ones. "2bit" sends the sign and
-            one of two levels: of each 65,536 consecutive gradient entries, the mean magnitude of those sent that are at least as
-            large as their mean, and that of the others, each at most 7/4 of the smallest that it stands for. What is not sent
-            stays in the residual, and sent + kept is what was given, exactly.
+        wire_dtype (torch.dtype, "sign" or "2bit", optional): values travel as torch.float32, torch.bfloat16 or torch.float16 where that
+            has fewer bytes than the gradients' dtype, rounded to the nearest, finite ones to finite ones. In fewer bits,
+            each 65,536 consecutive gradient entries share two levels. "sign": a bit for each entry, and the mean magnitudes of the
+            positive ones sent and of the negative. "2bit": the sign and a bit for each, and the mean magnitudes of those sent that
+            are at least as large as their mean, and of the others. A level is at most 7/4 of the smallest value that it stands
+            for, so that the sign leaves what is much larger behind; and where an entry of 0 is among them ("sign": for fewer than
+            k entries to send) one of the levels is 0. What is not sent stays in the residual, and sent + kept is what was given, exactly.
         index_code (str): how the places of the values travel. "offsets": 2 bytes each, at most a bit per gradient entry.
             "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at density 0.001, 8.6 at 0.01.
         support (str): who chooses the entries. "own": each rank its own, and sends them to every other: what it sends grows with the

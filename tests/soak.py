@@ -141,7 +141,7 @@ def draw_leg(draw, number, workers, first_step, before):
     later = range(first + 1, last + 1) if kind != "join" else ()
     density = draw.choice([0.002, 0.01, 0.05, 0.3])
     options = {
-        "wire_dtype": draw.choice([None, None, None, torch.bfloat16, torch.float16, "2bit"]),
+        "wire_dtype": draw.choice([None, None, None, torch.bfloat16, torch.float16, "sign", "2bit"]),
         "index_code": draw.choice(["offsets", "elias-fano"]), "decay": draw.choice([1.0, 1.0, 1.0, 0.9]),
     }  # fmt: skip
     alone = (draw.choice(later), draw.randrange(world_size), draw.choice(["reset", "pause"])) if later and draw.random() < 0.12 else None

@@ -528,17 +528,17 @@ def test_schedules_run_blocks_in_different_orders(kernels):
     assert len(seen) >= 3
 
 
-WIRE_FORMS = [(dtype, wire) for dtype in FLOATS for wire in [*FLOATS, torch.bits2x4] if wire == dtype or wire.itemsize < dtype.itemsize]
+CODES = {torch.bits1x8: "sign", torch.bits2x4: "2bit"}
+WIRE_FORMS = [(dtype, wire) for dtype in FLOATS for wire in [*FLOATS, *CODES] if wire == dtype or wire.itemsize < dtype.itemsize]
 
 
 def wire_case(kernels, numel, density, dtype, wire_dtype, elias_fano):
     """(payload before, its wire form and payload and residual after it, as the reference has them; k)."""
     gradient = next(gradients_of(numel, dtype))
-    two_bits = wire_dtype == torch.bits2x4
-    given, worker = reference.Worker(density), reference.Worker(density, wire_dtype="2bit" if two_bits else wire_dtype)
+    given, worker = reference.Worker(density), reference.Worker(density, wire_dtype=CODES.get(wire_dtype, wire_dtype))
     before, message = given.compress(gradient), worker.compress(gradient)
-    narrow = message if two_bits else reference.replace(message, value=message.value.to(wire_dtype))
-    coded = reference.two_bits(before.index, before.value)[1:] if two_bits else None
+    narrow = message if wire_dtype in CODES else reference.replace(message, value=message.value.to(wire_dtype))
+    coded = reference.few_bits(reference.CODE_BITS[CODES[wire_dtype]], before.index, before.value)[1:] if wire_dtype in CODES else None
     encoded = [reference.encode(m, numel, step=3, plan=77) for m in (before, message)]
     wire = reference.encode(narrow, numel, step=3, plan=77, elias_fano=elias_fano, coded=coded)
     k = len(message.index)

@@ -18,7 +18,7 @@ PARTS = {
     "density": [0.3, crossing],
     "decay": [0.9],
     "dense": [everything],
-    "wire_dtype": [torch.bfloat16, torch.float16, "2bit"],
+    "wire_dtype": [torch.bfloat16, torch.float16, "sign", "2bit"],
     "index_code": ["elias-fano"],
     "support": ["leader"],
     "chunk": [64, 1024],
@@ -26,7 +26,7 @@ PARTS = {
     "clip_norm": [2.0],
 }
 WORKER = ("decay", "wire_dtype", "chunk", "momentum", "nesterov", "mask_momentum", "clip_norm")
-EXCLUDED = [{"support": "leader", "wire_dtype": "2bit"}]
+EXCLUDED = [{"support": "leader", "wire_dtype": "sign"}, {"support": "leader", "wire_dtype": "2bit"}]
 
 
 @st.composite

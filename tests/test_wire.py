@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import regtopk_torch as rt
-from regtopk_torch import _C, reference
+from regtopk_torch import _C, options, reference
 
+CODES = {torch.bits1x8: "sign", torch.bits2x4: "2bit"}
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FORMS = [(dtype, wire) for dtype in FLOATS for wire in [*FLOATS, torch.bits2x4] if wire == dtype or wire.itemsize < dtype.itemsize]
+FORMS = [(dtype, wire) for dtype in FLOATS for wire in [*FLOATS, *CODES] if wire == dtype or wire.itemsize < dtype.itemsize]
 ops = torch.ops.regtopk
 
 
@@ -28,10 +29,10 @@ def heavy_tailed(numel, dtype, seed=0):
 
 
 def expected_wire(message, gradient, numel, wire_dtype, elias_fano):
-    if wire_dtype != torch.bits2x4:
+    if wire_dtype not in CODES:
         narrow, coded = reference.replace(message, value=message.value.to(wire_dtype)), None
     else:
-        _, *coded = reference.two_bits(message.index, gradient[message.index])
+        _, *coded = reference.few_bits(reference.CODE_BITS[CODES[wire_dtype]], message.index, gradient[message.index])
         narrow = message
     return reference.encode(narrow, numel, step=3, plan=77, elias_fano=elias_fano, coded=coded)
 
@@ -42,9 +43,9 @@ def test_the_wire_form_is_the_references_and_reads_back_as_the_payload(dtype, wi
     for numel in (1, 7, 100, 4097, 65536, 65537, 300_000):
         for density in (1e-5, 1e-3, 0.01, 0.1, 0.2, 0.9, 1.0):
             gradient, k = heavy_tailed(numel, dtype), reference.entries_to_send(density, numel)
-            if wire_dtype == torch.bits2x4 and k > 20_000:
+            if wire_dtype in CODES and k > 20_000:
                 continue  # one by one in the reference
-            worker = reference.Worker(density, wire_dtype="2bit" if wire_dtype == torch.bits2x4 else wire_dtype)
+            worker = reference.Worker(density, wire_dtype=CODES.get(wire_dtype, wire_dtype))
             message = worker.compress(gradient)
             payload, residual = compressed(gradient, k)
             wire = torch.full((_C.wire_bytes(numel, k, dtype, 0, wire_dtype, elias_fano),), 0xEE, dtype=torch.uint8)
@@ -57,7 +58,7 @@ def test_the_wire_form_is_the_references_and_reads_back_as_the_payload(dtype, wi
             assert torch.equal(again, torch.stack([payload, payload]))
 
 
-@pytest.mark.parametrize("dtype, wire_dtype", [form for form in FORMS if form[0] != form[1] and form[1] != torch.bits2x4])
+@pytest.mark.parametrize("dtype, wire_dtype", [form for form in FORMS if form[0] != form[1] and form[1] not in CODES])
 def test_sent_and_kept_is_what_was_given(dtype, wire_dtype):
     gradient = heavy_tailed(100_000, dtype)
     gradient[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e6 if wire_dtype == torch.float16 else torch.finfo(dtype).max], dtype=torch.float64)
@@ -72,9 +73,10 @@ def test_sent_and_kept_is_what_was_given(dtype, wire_dtype):
     assert torch.equal(total[3:], gradient[3:]) and torch.equal(residual[:3], torch.zeros(3, dtype=residual.dtype))
 
 
+@pytest.mark.parametrize("wire_dtype", CODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one giant", "with zeros", "tiny", "equal", "fp16's end"])
-def test_two_bits_lose_nothing(dtype, kind):
+def test_a_bit_and_two_lose_nothing(dtype, kind, wire_dtype):
     numel, k = 200_000, 30_000
     gradient = torch.randn(numel, generator=torch.Generator().manual_seed(5)).to(dtype)
     if kind == "heavy-tailed":
@@ -91,8 +93,8 @@ def test_two_bits_lose_nothing(dtype, kind):
     elif kind == "fp16's end":
         gradient = (gradient * 20_000).clamp(-65504, 65504)
     payload, residual = compressed(gradient, k)
-    wire = torch.empty(_C.wire_bytes(numel, k, dtype, 0, torch.bits2x4), dtype=torch.uint8)
-    ops.to_wire_(residual, payload, wire, dtype=dtype, wire_dtype=torch.bits2x4, k=k)
+    wire = torch.empty(_C.wire_bytes(numel, k, dtype, 0, wire_dtype), dtype=torch.uint8)
+    ops.to_wire_(residual, payload, wire, dtype=dtype, wire_dtype=wire_dtype, k=k)
     index, value = ops.decode(payload, numel=numel, k=k, dtype=dtype)
     total = residual.double()
     total[index] += value.double()  # in fp64 the sum of two fp32 of a kind is exact
@@ -101,15 +103,33 @@ def test_two_bits_lose_nothing(dtype, kind):
     if kind == "with zeros":
         assert not value[gradient[index] == 0].any() and value.any()
     elif (kind, dtype) != ("tiny", torch.float64):  # levels have fp32's range; what is sent is of the order of what was given
-        assert (0.05 if kind == "heavy-tailed" else 0.5) < value.double().abs().sum() / gradient[index].double().abs().sum() <= 1.0 + 1e-6
+        # Of the sign a level is no larger than 7/4 of the smallest, whatever the largest is.
+        least = {("heavy-tailed", torch.bits2x4): 0.05, ("heavy-tailed", torch.bits1x8): 0.02, ("one giant", torch.bits1x8): 1e-4}.get((kind, wire_dtype), 0.5)
+        assert least < value.double().abs().sum() / gradient[index].double().abs().sum() <= 1.0 + 1e-6
 
 
-def test_a_tile_that_is_not_finite_is_sent_as_nan_and_kept():
+def test_beside_a_zero_of_its_tile_the_sign_sends_the_side_that_has_more_and_no_side_waits_for_ever():
+    numel, given = 300, torch.zeros(300)
+    given[:100], given[100:160] = 1.0, -1.0
+    exchange = rt.LocalExchange(1, 1.0, wire_dtype="sign")
+    (first,) = exchange.step([[given]])
+    assert torch.equal(first, given.clamp(min=0)) and torch.equal(exchange.residuals(0)[0], given.clamp(max=0))
+    total = first
+    for _ in range(9):
+        total = total + exchange.step([[given]])[0]
+    assert torch.equal(total + exchange.residuals(0)[0], 10 * given) and exchange.residuals(0)[0].abs().max() <= 4
+    given[160:] = 1.0  # no zero: both at once
+    exchange = rt.LocalExchange(1, 1.0, wire_dtype="sign")
+    assert torch.equal(exchange.step([[given]])[0], given) and numel == len(given)
+
+
+@pytest.mark.parametrize("wire_dtype", CODES)
+def test_a_tile_that_is_not_finite_is_sent_as_nan_and_kept(wire_dtype):
     gradient = heavy_tailed(200_000, torch.float32)
     gradient[70_000] = torch.inf
     payload, residual = compressed(gradient, 5000)
-    wire = torch.empty(_C.wire_bytes(200_000, 5000, torch.float32, 0, torch.bits2x4), dtype=torch.uint8)
-    ops.to_wire_(residual, payload, wire, dtype=torch.float32, wire_dtype=torch.bits2x4, k=5000)
+    wire = torch.empty(_C.wire_bytes(200_000, 5000, torch.float32, 0, wire_dtype), dtype=torch.uint8)
+    ops.to_wire_(residual, payload, wire, dtype=torch.float32, wire_dtype=wire_dtype, k=5000)
     index, value = ops.decode(payload, numel=200_000, k=5000, dtype=torch.float32)
     of_tile = index // 65536 == 1
     assert value[of_tile].isnan().all() and value[~of_tile].isfinite().all()
@@ -158,7 +178,7 @@ def test_damaged_bytes_are_an_error_that_names_rank_and_field():
 def test_whatever_the_bytes_reading_them_is_an_error_or_gives_a_valid_payload(data):
     numel = data.draw(st.integers(1, 200_000), label="numel")
     k = data.draw(st.integers(1, min(numel, 3000)), label="k")
-    form = {"dtype": torch.float32, "wire_dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.bits2x4])), "elias_fano": data.draw(st.booleans())}
+    form = {"dtype": torch.float32, "wire_dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16, *CODES])), "elias_fano": data.draw(st.booleans())}
     payload, residual = compressed(heavy_tailed(numel, torch.float32), k)
     wire = torch.empty(_C.wire_bytes(numel, k, torch.float32, 0, form["wire_dtype"], form["elias_fano"]), dtype=torch.uint8)
     ops.to_wire_(residual, payload, wire, k=k, **form)
@@ -177,7 +197,7 @@ def test_whatever_the_bytes_reading_them_is_an_error_or_gives_a_valid_payload(da
 
 @pytest.mark.parametrize("method", ["topk", "regtopk"])
 @pytest.mark.parametrize("index_code", ["offsets", "elias-fano"])
-@pytest.mark.parametrize("wire_dtype", [torch.bfloat16, torch.float16, "2bit"])
+@pytest.mark.parametrize("wire_dtype", [torch.bfloat16, torch.float16, "sign", "2bit"])
 def test_steps_of_an_exchange_equal_the_reference(method, index_code, wire_dtype):
     sizes = [3000, 50, 7000]
     mu = 2.0 if method == "regtopk" else None
@@ -197,13 +217,13 @@ def test_steps_of_an_exchange_equal_the_reference(method, index_code, wire_dtype
         for rank, worker in enumerate(twin.workers):
             kept = torch.cat([residual for _, residual in sorted(exchange.residuals(rank).items())])
             assert torch.equal(kept, worker.settled())
-    bytes_of = _C.wire_bytes(sum(sizes), 201, torch.float32, 3, torch.bits2x4 if wire_dtype == "2bit" else wire_dtype, index_code == "elias-fano")
+    bytes_of = _C.wire_bytes(sum(sizes), 201, torch.float32, 3, options.CODES.get(wire_dtype, wire_dtype), index_code == "elias-fano")
     assert exchange.stats(0)["bytes_sent"] == 12 * 2 * bytes_of
 
 
 def test_options_that_are_none_are_errors_in_words():
     for given, message in [
-        ({"wire_dtype": torch.int8}, "expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16 or '2bit', got torch.int8"),
+        ({"wire_dtype": torch.int8}, "expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16, 'sign' or '2bit', got torch.int8"),
         ({"index_code": "huffman"}, "expected index_code 'offsets' or 'elias-fano', got 'huffman'"),
     ]:
         with pytest.raises(ValueError, match=message):

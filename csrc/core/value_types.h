@@ -19,8 +19,8 @@
 
 namespace regtopk {
 
-// Stored in the payload header: the numbers are part of the format. Two bits are a form on the wire alone: two_bits.h.
-enum class ValueType : uint8_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kTwoBits = 4 };
+// Stored in the payload header: the numbers are part of the format. One bit and two are forms on the wire alone: levels.h.
+enum class ValueType : uint8_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kTwoBits = 4, kSign = 5 };
 
 struct BFloat16 {
   uint16_t bits;

@@ -88,7 +88,7 @@ std::optional<PayloadError> decode(const PayloadLayout& layout, const WireLayout
 
 // What the values of a tile have in common; units[i] = m of value i, where all are finite.
 template <typename T>
-TileMeasure measured(const T* values, int64_t count, std::vector<uint64_t>& units) {
+TileMeasure measured(const T* values, int64_t count, int bits, std::vector<uint64_t>& units) {
   TileMeasure tile;
   const auto magnitude_of = [&](int64_t i) { return std::abs(static_cast<double>(Traits<T>::load(values[i]))); };
   double largest = 0;
@@ -106,18 +106,16 @@ TileMeasure measured(const T* values, int64_t count, std::vector<uint64_t>& unit
     tile.count += units[i] > 0;
   }
   tile.zeros = static_cast<uint32_t>(count) - tile.count;
-  TileMeasure::Side sides[2];  // no branch: which side a value is on cannot be foreseen
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t m = units[i];
     if (m == 0) continue;
-    TileMeasure::Side& side = sides[tile.is_high(m)];
+    // No branch: which side a value is on cannot be foreseen.
+    TileMeasure::Side& side = tile.sides[tile.side_of(bits, m, Traits<T>::load(values[i]) < 0)];
     side.sum += m;
     side.smallest = std::min(side.smallest, m);
     side.largest = std::max(side.largest, m);
     ++side.count;
   }
-  tile.low = sides[0];
-  tile.high = sides[1];
   return tile;
 }
 
@@ -125,9 +123,9 @@ TileMeasure measured(const T* values, int64_t count, std::vector<uint64_t>& unit
 template <typename T>
 struct CodeValues {
   T of[4];
-  CodeValues(Level<T> low, Level<T> high)
-      : of{Traits<T>::store(to_float(low)), Traits<T>::store(-to_float(low)), Traits<T>::store(to_float(high)),
-           Traits<T>::store(-to_float(high))} {}
+  CodeValues(int bits, const Level<T>* levels) {
+    for (uint32_t code = 0; code < 1u << bits; ++code) of[code] = value_of_code<T>(levels[level_of_code(bits, code)], code);
+  }
 };
 
 // Calls function(entry, offset, residual of the entry) for each entry of a tile; residuals, each a line of its own, are on their way
@@ -156,21 +154,20 @@ void narrow_tile(const PayloadView& view, int64_t tile, T* values, W* narrow, T*
   });
 }
 
-// The same in two bits.
+// The same in codes of one bit or two.
 template <typename T>
 void code_tile(
-    const PayloadView& view, int64_t tile, T* values, Level<T>* levels, BitSetter& codes, typename Traits<T>::Accumulate* residual,
-    std::vector<uint64_t>& units) {
+    int bits, const PayloadView& view, int64_t tile, T* values, Level<T>* levels, BitSetter& codes,
+    typename Traits<T>::Accumulate* residual, std::vector<uint64_t>& units) {
   const int64_t begin = view.first_entry(tile);
-  const TileMeasure measure = measured(values + begin, view.first_entry(tile + 1) - begin, units);
-  levels[tile * 2] = measure.template stored<Level<T>>(measure.low_level());
-  levels[tile * 2 + 1] = measure.template stored<Level<T>>(measure.high_level());
-  const CodeValues<T> code_values(levels[tile * 2], levels[tile * 2 + 1]);
+  const TileMeasure measure = measured(values + begin, view.first_entry(tile + 1) - begin, bits, units);
+  for (int side : {0, 1}) levels[tile * 2 + side] = measure.template stored<Level<T>>(measure.level(bits, side));
+  const CodeValues<T> code_values(bits, levels + tile * 2);
   for_each_residual(view, tile, residual, [&](int64_t entry, auto& kept) {
     const auto value = Traits<T>::load(values[entry]);
     const uint64_t m = measure.finite ? units[entry - begin] : 0;
-    const uint32_t code = two_bits(m > 0 && value < 0, measure.is_high(m));
-    codes.set(entry * 2, code, 2);
+    const uint32_t code = measure.code_of(bits, m, value < 0);
+    codes.set(entry * bits, code, bits);
     values[entry] = code_values.of[code];
     if (value == 0 || !is_finite(value)) return;
     kept = kept + value;
@@ -224,7 +221,7 @@ void to_wire(
         for (int64_t tile = begin; tile < end; ++tile) {
           write_code(tile, low, high);
           code_tile(
-              view, tile, values, reinterpret_cast<Level<T>*>(bytes + wire.values_at), codes,
+              wire.code_bits(), view, tile, values, reinterpret_cast<Level<T>*>(bytes + wire.values_at), codes,
               static_cast<typename Traits<T>::Accumulate*>(residual), units);
         }
       });
@@ -274,11 +271,12 @@ std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLay
     const PayloadView view(payload, layout);
     const Level<T>* const levels = reinterpret_cast<const Level<T>*>(bytes + wire.values_at);
     const uint8_t* const codes = bytes + wire.codes_at;
+    const int bits = wire.code_bits(), in_byte = 8 / bits;
     int64_t entry = 0;
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      const CodeValues<T> code_values(levels[tile * 2], levels[tile * 2 + 1]);
+      const CodeValues<T> code_values(bits, levels + tile * 2);
       const int64_t end = tile + 1 < layout.tiles ? std::min(view.first_entry(tile + 1), layout.k) : layout.k;
-      for (; entry < end; ++entry) values[entry] = code_values.of[codes[entry / 4] >> (entry % 4 * 2) & 3];
+      for (; entry < end; ++entry) values[entry] = code_values.of[codes[entry / in_byte] >> (entry % in_byte * bits) & ((1 << bits) - 1)];
     }
     return std::nullopt;
   });

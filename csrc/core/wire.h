@@ -8,19 +8,19 @@
 // (x >> low_bits) + i of the high part, whose other bits are 0. Parts begin at multiples of 8 bytes, bits from the lowest on.
 // The size depends on (J, k, value types) alone and equal payloads give equal bytes.
 //
-// Of values in two bits (two_bits.h) there are the low and the high level of each tile, 16 bits each, and two bits of each entry.
+// Of values in one bit or two (levels.h) there are the two levels of each tile, 16 bits each, and a code of each entry.
 #pragma once
 
 #include <limits>
 
+#include "levels.h"
 #include "payload.h"
 #include "score.h"
-#include "two_bits.h"
 
 namespace regtopk {
 
-// Calls function(T{}, W{}) with the types of the payload's values and the wire's, which are the same or W the narrower. Two bits
-// have no type.
+// Calls function(T{}, W{}) with the types of the payload's values and the wire's, which are the same or W the narrower. A bit and
+// two have no type.
 template <typename Function>
 decltype(auto) with_wire_types(ValueType payload, ValueType wire, Function&& function) {
   return with_value_type(payload, [&]<typename T>(T) {
@@ -55,12 +55,12 @@ struct WireLayout {
     if (elias_fano && wire.values_at < payload.values_at) wire.support = Support::kEliasFano;
     else wire.values_at = payload.values_at;
     wire.codes_at = round_up(wire.values_at + payload.tiles * 4, 8);
-    const int64_t codes_end = round_up(wire.codes_at + (payload.k + 3) / 4, 8);
+    const int64_t codes_end = round_up(wire.codes_at + (payload.k * wire.code_bits() + 7) / 8, 8);
     wire.bytes = round_up(wire.has_levels() ? codes_end : wire.values_at + payload.k * bytes_per_value, 16);
     return wire;
   }
   static WireLayout of(const PayloadLayout& payload, ValueType type, bool elias_fano) {
-    return of_checked(payload, type, type == ValueType::kTwoBits ? 0 : value_bytes(type), elias_fano);
+    return of_checked(payload, type, type == ValueType::kTwoBits || type == ValueType::kSign ? 0 : value_bytes(type), elias_fano);
   }
 
   ValueType type;
@@ -69,7 +69,8 @@ struct WireLayout {
   int64_t high_bits;
   int64_t index_at, high_at, values_at, codes_at, bytes;
 
-  REGTOPK_HOST_DEVICE bool has_levels() const { return type == ValueType::kTwoBits; }
+  REGTOPK_HOST_DEVICE int code_bits() const { return type == ValueType::kSign ? 1 : type == ValueType::kTwoBits ? 2 : 0; }  // of a value
+  REGTOPK_HOST_DEVICE bool has_levels() const { return code_bits() > 0; }
   REGTOPK_HOST_DEVICE bool has_code() const { return support == Support::kEliasFano; }
 
  private:

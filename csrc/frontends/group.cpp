@@ -23,6 +23,12 @@ std::string describe_density(const Worker& worker) {
       "adaptive, mean ", round_trip(mean), ", power ", round_trip(power), ", ", round_trip(minimum), " to ", round_trip(maximum));
 }
 
+// By the name that the user gave.
+std::string describe_wire(const std::optional<at::ScalarType>& dtype) {
+  if (!dtype) return "the gradients'";
+  return *dtype == at::ScalarType::Bits1x8 ? "sign" : *dtype == at::ScalarType::Bits2x4 ? "2bit" : c10::toString(*dtype);
+}
+
 // What ranks that have measured the same say.
 std::string describe_measured(const Worker& worker) {
   std::string text;
@@ -259,7 +265,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"density", describe_density(*worker_)},
       {"decay", round_trip(options.decay)},
       {"dense_steps", std::to_string(options.dense_steps)},
-      {"wire dtype", options.wire_dtype ? c10::toString(*options.wire_dtype) : "the gradients'"},
+      {"wire dtype", describe_wire(options.wire_dtype)},
       {"index code", options.elias_fano ? "elias-fano" : "offsets"},
       {"support", options.leader ? "leader" : "own"},
       {"dense", options.dense_rule   ? "a rule"

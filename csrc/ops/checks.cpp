@@ -111,6 +111,7 @@ void check_rows(const char* who, const char* name, const at::Tensor& rows, int64
 }
 
 ValueType wire_type_of(const char* who, at::ScalarType dtype) {
+  if (dtype == at::ScalarType::Bits1x8) return ValueType::kSign;
   return dtype == at::ScalarType::Bits2x4 ? ValueType::kTwoBits : value_type_of(who, dtype);
 }
 

@@ -40,7 +40,7 @@ void check_verdict(const char* who, const at::Tensor& verdict, int64_t round);
 void check_counters(const char* who, const at::Tensor& counters);
 // What all workers have sent, one a row.
 void check_rows(const char* who, const char* name, const at::Tensor& rows, int64_t bytes);
-// The same of what travels, which may have two bits, torch.bits2x4.
+// The same of what travels, which may have one bit, torch.bits1x8, or two, torch.bits2x4.
 ValueType wire_type_of(const char* who, at::ScalarType dtype);
 // Where a payload and its wire form have their parts. The wire's dtype is the gradients' or has fewer bytes.
 std::pair<PayloadLayout, WireLayout> check_wire(

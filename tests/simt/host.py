@@ -20,7 +20,7 @@ BUILD = ROOT / "build" / "simt"
 KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
-VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4}
+VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-lineinfo", "-Xcompiler", "-fPIC"]
 DISTORTIONS = {"previous": 0, "current": 1}
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}

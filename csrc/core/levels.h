@@ -1,12 +1,15 @@
-// Values in two bits: the sign, and which of two levels that the values of a payload tile share.
+// Values in one bit or two: a payload tile's values share two levels, of the sign what is positive and what is negative has one each, and in
+// two bits, a sign and a side, what is low and what is high.
 //
 //   m = |v| in units of 2^(e - 40), rounded down, where 2^e <= the tile's largest |v| < 2^(e + 1)
 //   high: m at least the mean of the tile's m > 0;  low: the others
 //   level of a side: the mean of its m, at most 7/4 of its smallest one, rounded down to 8 bits that are not below what an fp32
-//   of the side's largest value resolves;  the low one is 0 where the tile has an m of 0
+//   of the side's largest value resolves
+//   where the tile has an m of 0, a level is 0: in two bits the low one, of the sign that of the side with the smaller sum, or the negative's
 //
 // So a level is at most twice any |a| that it stands for and a multiple of its last bit: a - level is exact in the accumulate type, and
-// an entry of 0 is sent as 0. Sums are of integers: any order gives the same bytes.
+// an entry of 0 is sent as 0. The side that waits for the other one grows until its sum is the larger. Sums are of integers: any order gives the
+// same bytes.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +25,13 @@ struct TileMeasure {
   static constexpr int kFractionBits = 40;
 
   bool finite = true;
-  int exponent = 0;                                     // e
-  uint64_t sum = 0;                                     // of all m
-  uint32_t count = 0, zeros = 0;                        // of m > 0, and of m = 0
+  int exponent = 0;  // e
+  uint64_t sum = 0;  // of all m
+  uint32_t count = 0, zeros = 0;  // of m > 0, and of m = 0
   struct Side {
     uint64_t sum = 0, smallest = ~0ull, largest = 0;
     uint32_t count = 0;
-  } low, high;
+  } sides[2];  // low and high, or positive and negative
 
   // The exponent that belongs to the tile's largest magnitude. Below it fp64 has magnitudes for which 2^(40 - e) is no double.
   REGTOPK_HOST_DEVICE static int exponent_of(double largest) {
@@ -41,7 +44,14 @@ struct TileMeasure {
   REGTOPK_HOST_DEVICE uint64_t fixed(double magnitude) const {
     return static_cast<uint64_t>(magnitude * power_of_two(kFractionBits - exponent));
   }
-  REGTOPK_HOST_DEVICE bool is_high(uint64_t m) const { return m > 0 && m * count >= sum; }
+  // The side of an m above 0, in values of so many bits.
+  REGTOPK_HOST_DEVICE int side_of(int bits, uint64_t m, bool negative) const { return bits == 1 ? negative : m * count >= sum; }
+  REGTOPK_HOST_DEVICE uint32_t code_of(int bits, uint64_t m, bool negative) const {
+    if (m == 0)
+      return zeros > 0 ? static_cast<uint32_t>(side_of_zeros(bits)) : 0;  // of a tile that is not finite all m are 0, and none counted
+    const uint32_t side = static_cast<uint32_t>(side_of(bits, m, negative));
+    return bits == 1 ? side : side << 1 | (negative ? 1 : 0);
+  }
 
   // A level in the tile's units.
   REGTOPK_HOST_DEVICE static uint64_t level_of(const Side& side) {
@@ -52,8 +62,10 @@ struct TileMeasure {
     const int cut = std::max(bits_of(level) - 8, bits_of(side.largest) - 22);
     return cut <= 0 ? level : cut >= 64 ? 0 : level >> cut << cut;
   }
-  REGTOPK_HOST_DEVICE uint64_t low_level() const { return zeros > 0 ? 0 : level_of(low); }
-  REGTOPK_HOST_DEVICE uint64_t high_level() const { return level_of(high); }
+  REGTOPK_HOST_DEVICE int side_of_zeros(int bits) const { return bits == 1 && sides[0].sum >= sides[1].sum ? 1 : 0; }
+  REGTOPK_HOST_DEVICE uint64_t level(int bits, int side) const {
+    return zeros > 0 && side == side_of_zeros(bits) ? 0 : level_of(sides[side]);
+  }
   // The largest of L's values that is not above it; NaN where the tile holds what is not finite.
   template <typename L>
   REGTOPK_HOST_DEVICE L stored(uint64_t level) const {
@@ -79,7 +91,11 @@ struct TileMeasure {
 template <typename T>
 using Level = std::conditional_t<std::is_same_v<T, Half>, Half, BFloat16>;
 
-// Bit 0 is the sign, bit 1 the side.
-REGTOPK_HOST_DEVICE inline uint32_t two_bits(bool negative, bool high) { return (negative ? 1u : 0u) | (high ? 2u : 0u); }
+// What a code of so many bits stands for; its lowest bit is the sign.
+REGTOPK_HOST_DEVICE inline int level_of_code(int bits, uint32_t code) { return static_cast<int>(bits == 1 ? code : code >> 1); }
+template <typename T>
+REGTOPK_HOST_DEVICE T value_of_code(Level<T> level, uint32_t code) {
+  return Traits<T>::store((code & 1) != 0 ? -to_float(level) : to_float(level));
+}
 
 }  // namespace regtopk
