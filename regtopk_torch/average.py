@@ -44,7 +44,7 @@ class Averaging:
             tensors (list of torch.Tensor): dense, fp64, fp32, bf16 or fp16, of any shapes and strides, all on the CPU or on one GPU;
                 only read, and read when this returns. The same shapes and dtypes on every rank. None: this rank contributes nothing
                 this time, to a list that it has averaged before; what it has held back waits, and the average, over the ranks that do
-                contribute, is returned to it too.
+                contribute, is returned to it too. Not with levels.
             names (list of str, optional): one for each, distinct, the same on every rank; default, their places "0", "1", ... What is
                 held back belongs to a name. Lists of other names may take turns, as long as they share none.
             out (list of torch.Tensor, optional): tensors that take the averages, in the shapes and dtypes of `tensors` and on their
@@ -149,6 +149,8 @@ class Averaging:
 
     def _zeros(self, who, names):
         """(names, tensors) of a rank that contributes nothing."""
+        if self._given.get("levels") is not None:
+            raise ValueError(f"{who}: expected tensors of every rank with levels, whose hosts are added up as if they had given as many, got None")
         if self._last is None or (names is not None and tuple(names) not in self._lists):
             raise ValueError(f"{who}: expected tensors, or None where this rank has averaged tensors of these names before, got None")
         last, device = self._last

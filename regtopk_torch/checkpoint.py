@@ -34,11 +34,11 @@ class Progress(NamedTuple):
     density_state: list  # what an AdaptiveDensity has measured, else empty
 
 
-def whole_of(piece, place, ranks):
-    """A piece of all of its parameter, of which the rank at `place` of a host's `ranks` keeps a part: zero elsewhere."""
-    begin, numel = _C.part_of(piece.parameter.numel(), place, ranks)
-    residual = torch.zeros(piece.parameter.numel(), dtype=piece.residual.dtype, device="cpu")
-    residual[begin : begin + numel] = piece.residual
+def whole_of(piece, numel, place, ranks):
+    """A piece of all `numel` entries of its parameter, of which the rank at `place` of a host's `ranks` keeps a part: zero elsewhere."""
+    begin, of_part = _C.part_of(numel, place, ranks)
+    residual = torch.zeros(numel, dtype=piece.residual.dtype, device="cpu")
+    residual[begin : begin + of_part] = piece.residual
     return piece._replace(residual=residual, sent_index=None if piece.sent_index is None else piece.sent_index + begin)
 
 

@@ -74,8 +74,6 @@ class LocalSteps:
             raise TypeError(f"{who}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(state, TopKState):
             raise TypeError(f"{who}: expected a TopKState or RegTopKState, got {type(state).__name__}")
-        if state._host_ranks > 1:
-            raise ValueError(f"{who}: expected a state without levels, got levels={state._given['levels']!r}; they are for a model's hook")
         if state._grad_scaler is not None:
             raise ValueError(f"{who}: expected a state without grad_scaler, got one with it; what is averaged is not scaled")
         for name, value, least in (("every", every, 1), ("fragments", fragments, 1), ("delay", delay, 0)):

@@ -71,7 +71,7 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
     if not (callable(dense) or isinstance(dense, str) and dense in ("never", "auto")):
         raise ValueError(f"{who}: expected dense to be 'never', 'auto' or a function of a parameter's name and its number of entries, got {dense!r}")
     host_ranks, local_rank = _ranks_of_a_host(who, levels)
-    for name, excluded in (("support='leader'", support == "leader"), ("chunk=", chunk is not None), ("an AdaptiveDensity", adaptive), ("momentum=", momentum > 0), ("clip_norm=", clip_norm is not None), ("dense=", dense != "never")):
+    for name, excluded in (("support='leader'", support == "leader"), ("an AdaptiveDensity", adaptive), ("momentum=", momentum > 0), ("clip_norm=", clip_norm is not None), ("dense=", dense != "never")):
         if excluded and levels is not None:
             raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; hosts send entries of their own choice, at a density that all ranks know")
     return _C.Options(

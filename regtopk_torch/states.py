@@ -82,7 +82,8 @@ class TopKState(Averaging):
             LOCAL_WORLD_SIZE, and LOCAL_RANK must agree. The ranks of a host send their mean as one, each a part of every parameter: a
             reduce-scatter in rank order inside the host, the exchange among the ranks of one place on their hosts, and an all-gather inside the host. So a rank sends
             other hosts 1 / L of what a host of one rank would, and holds back a part of each parameter, 1 / L of the memory. The average is over all
-            ranks. CPU gradients of a model's hook, own supports; all N ranks save and load together, in a world of the same size.
+            ranks. CPU gradients or averages of tensors that every rank gives, own supports; where the mean of a host is not finite,
+            nothing of its ranks is held back there. All N ranks save and load together, in a world of the same size.
 
     The residual takes 4 bytes per parameter (8 for fp64), and as much again with momentum. The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.
@@ -191,9 +192,7 @@ class TopKState(Averaging):
         """
         who = f"{type(self).__name__}.state_dict"
         named_keys = self._named_keys(module)
-        pieces = self._pieces()
-        if self._host_ranks > 1:
-            pieces = {key: checkpoint.whole_of(piece, *self._place()) for key, piece in pieces.items()}
+        pieces = self._whole_pieces(named_keys)
         left = _not_among(pieces, {key for _, _, key in named_keys})
         if left:
             raise ValueError(f"{who}: expected the module whose gradients were exchanged, got one without parameters of shapes {left}")
@@ -253,6 +252,14 @@ class TopKState(Averaging):
     def _pieces(self):
         return {key: checkpoint.Piece(*piece) for key, piece in self._exchange.export_pieces().items()}
 
+    def _whole_pieces(self, named_keys):
+        """The pieces, with levels of all entries of what `named_keys` names."""
+        pieces = self._pieces()
+        if self._host_ranks == 1:
+            return pieces
+        numels = {key: tensor.numel() for _, tensor, key in named_keys}
+        return {key: checkpoint.whole_of(piece, numels[key], *self._place()) if key in numels else piece for key, piece in pieces.items()}
+
     def _import(self, named_keys, pieces, progress, history_dropped):
         self._exchange.import_pieces(self._adopt(named_keys, pieces), *progress)
         self._exchange.did(_C.Deed.LOAD)
@@ -277,9 +284,7 @@ class TopKState(Averaging):
         """
         if self._forms:
             raise ValueError("flush: expected a state of a model's gradients, got one that averages tensors; average zeros at density 1 instead")
-        pieces = self._pieces()
-        if self._host_ranks > 1:
-            pieces = {key: checkpoint.whole_of(piece, *self._place()) for key, piece in pieces.items()}
+        pieces = self._whole_pieces(_named_keys(module))
         named = {
             name: (parameter, key)
             for name, parameter, key in _named_keys(module)
@@ -355,9 +360,11 @@ class TopKState(Averaging):
             step (int): the number of the next step, the same on every rank.
 
         Raises:
-            ValueError: the state serves a model's gradients.
+            ValueError: the state serves a model's gradients, or has levels.
         """
         self._exchange.use("average")
+        if self._host_ranks > 1:
+            raise ValueError(f"regroup: expected a state without levels, got levels={self._given['levels']!r}, which holds back the part of this rank's place on its host; construct another state")
         pieces = {key: checkpoint.Piece(None, piece.residual, velocity=piece.velocity) for key, piece in self._pieces().items()}
         forms = self._forms
         self._exchange.close()

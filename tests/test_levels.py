@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from given import Given, held, integers, missing, register, seed_of, unit_sgd
+from hosts import Twin
 from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,33 +104,6 @@ def train(rank, levels, method, entry, cap, scaled, options, folder=None):
 
 def parts_of(options):
     return {"density": DENSITY, **{name: value for name, value in options.items() if name != "dtype"}}
-
-
-class Twin:
-    """The exchange of hosts with `ranks` ranks each, in one process."""
-
-    def __init__(self, hosts, ranks, **options):
-        self.ranks = ranks
-        self.places = [rt.LocalExchange(hosts, **options) for _ in range(ranks)]
-
-    def part(self, tensor, place):
-        begin, numel = _C.part_of(tensor.numel(), place, self.ranks)
-        return tensor.view(-1)[begin : begin + numel]
-
-    def step(self, gradients, layout, scale=1.0):
-        averages = [torch.zeros_like(gradient) for gradient in gradients[0]]
-        for place, exchange in enumerate(self.places):
-            means = []
-            for host in range(exchange.num_workers):
-                rows = [[self.part(g, place) for g in gradients[host * self.ranks + rank]] for rank in range(self.ranks)]
-                sums = [functools.reduce(torch.add, map(torch.Tensor.float, parts)) for parts in zip(*rows, strict=True)]
-                means.append([(total / self.ranks).to(gradients[0][0].dtype) for total in sums])
-            for average, part in zip(averages, exchange.step(means, layout, scale=scale), strict=True):
-                self.part(average, place).copy_(part)
-        if not all(average.isfinite().all() for average in averages):
-            for exchange in self.places:
-                exchange.skipped()
-        return averages
 
 
 def train_locally(hosts, ranks, method, layouts, scaled, options):
@@ -385,8 +359,6 @@ def what_else(rank):
         error_of(others.load_state_dict, [saved] * 2, ddp.module)[1],
         error_of(others.load_state_dict, {**saved, "parameters": {k: {**v, "residual": torch.ones(v["shape"])} for k, v in saved["parameters"].items()}}, ddp.module)[1],
         error_of(state.__getstate__)[1],
-        error_of(others.average, [torch.ones(3)])[1],
-        error_of(rt.LocalSteps, ddp.module, torch.optim.SGD(ddp.parameters(), lr=0.1), others)[1],
     ]
     state.flush(ddp)
     return paused, [parameter.grad for parameter in ddp.parameters()], residuals, errors, state.residual_norm()
@@ -413,8 +385,6 @@ def test_a_pause_is_dense_and_what_is_held_back_is_handed_out_or_refused_in_sent
                 "expected the state dicts of 4 ranks with levels of 2 ranks to a host, got those of 2",
                 f"expected what entries {rank % 2 * 15} to {rank % 2 * 15 + 15} of a parameter of shape [5, 6] hold back, got others",
                 "expected a state without levels to copy, got one that holds back its rank's part",
-                "expected a state without levels= for averages of tensors, got one with 2 ranks to a host",
-                "expected a state without levels, got levels=2",
             ],
             strict=True,
         ):
@@ -428,7 +398,6 @@ def test_a_pause_is_dense_and_what_is_held_back_is_handed_out_or_refused_in_sent
         ({"levels": "node"}, "expected levels to be None, 'host' or the number of ranks to a host, got 'node'"),
         ({"levels": "host"}, "expected LOCAL_WORLD_SIZE and LOCAL_RANK in the environment with levels='host', as torchrun sets them, got"),
         ({"levels": 2, "support": "leader"}, "expected levels=None with support='leader', got levels=2"),
-        ({"levels": 2, "chunk": 64}, "expected levels=None with chunk=, got levels=2"),
         ({"levels": 2, "momentum": 0.9}, "expected levels=None with momentum=, got levels=2"),
         ({"levels": 2, "clip_norm": 1.0}, "expected levels=None with clip_norm=, got levels=2"),
         ({"levels": 2, "dense": "auto"}, "expected levels=None with dense=, got levels=2"),

@@ -79,10 +79,6 @@ void GroupExchange::use(const std::string& caller) {
   TORCH_CHECK_VALUE(
       !used_ || caller == caller_, worker_->who, ": expected a state that ", caller, " alone uses, got one that ", caller_,
       " has used; construct another state");
-  TORCH_CHECK_VALUE(
-      worker_->options.host_ranks == 1 || caller != "average", worker_->who,
-      ": expected a state without levels= for averages of tensors, got one with ", worker_->options.host_ranks,
-      " ranks to a host; levels= are for a model's hook, construct a state without");
   if (std::exchange(used_, true)) return;
   caller_ = caller;
   worker_->who = transport_ ? c10::str("rank ", transport_->rank(), ": ", caller) : caller;
