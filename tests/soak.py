@@ -60,6 +60,7 @@ KINDS = {
     "idle for a while, bucket view": {"find_unused_parameters": True, "gradient_as_bucket_view": True},
 }
 PLACES = ("branch", "model.layers.4")  # layers that may be replaced by fresh ones
+SMALL = 40  # entries of a parameter
 ALONE_SECONDS = 15  # until every rank knows what one of them has called alone
 
 
@@ -89,7 +90,7 @@ class Leg:
     fresh: dict = dataclasses.field(default_factory=dict)  # step: the place whose layer is replaced before it
     alone: tuple | None = None  # (step, rank, the call that this rank makes alone before it)
     reads: bool = False  # residuals are read between steps, which settles at once what the next step would
-    options: dict = dataclasses.field(default_factory=dict)  # of the state: wire_dtype, index_code, decay
+    options: dict = dataclasses.field(default_factory=dict)  # of the state: its parts
 
     def density_at(self, step):
         return self.density(step) if callable(self.density) else self.density
@@ -126,6 +127,11 @@ def make_side():
 ALWAYS_USED = [len(list(module.parameters())) for module in (make_model(), make_side())]  # the first parameters of each member
 
 
+def is_small(name, numel):
+    """A rule for `dense=`."""
+    return numel < SMALL
+
+
 def draw_leg(draw, number, workers, first_step, before):
     """Return the next leg; `before` is the one whose checkpoint it goes on from, None at the start of a chain."""
     kind = draw.choice(list(KINDS))
@@ -139,11 +145,15 @@ def draw_leg(draw, number, workers, first_step, before):
         member = draw.randrange(1 + side)
         overflows[draw.randint(first, last)] = (draw.randrange(world_size), member, draw.randrange(ALWAYS_USED[member]))
     later = range(first + 1, last + 1) if kind != "join" else ()
-    density = draw.choice([0.002, 0.01, 0.05, 0.3])
+    density = draw.choice([0.002, 0.01, 0.05, 0.3, 0.8])
     options = {
         "wire_dtype": draw.choice([None, None, None, torch.bfloat16, torch.float16, "sign", "2bit"]),
         "index_code": draw.choice(["offsets", "elias-fano"]), "decay": draw.choice([1.0, 1.0, 1.0, 0.9]),
+        "chunk": draw.choice([None, None, None, 256]), "dense": draw.choice(["never", "never", "auto", is_small]),
+        "momentum": draw.choice([0.0, 0.0, 0.0, 0.9]),
     }  # fmt: skip
+    options["mask_momentum"] = options["momentum"] > 0 and draw.random() < 0.5
+    options["support"] = draw.choice(["own", "own", "leader"]) if options["wire_dtype"] not in ("sign", "2bit") else "own"
     alone = (draw.choice(later), draw.randrange(world_size), draw.choice(["reset", "pause"])) if later and draw.random() < 0.12 else None
     return Leg(
         number=number, world_size=world_size, first_step=first, steps=steps,
@@ -449,7 +459,7 @@ class Soak:
         self._workers, self._draw, self._folder = workers, random.Random(seed), Path(folder)
         self.counts = dict.fromkeys(
             ["legs", "steps", "rebuilds", "overflows", "overflows, shared scaler", "overflows applied in part", "idle steps",
-             "narrow values", "coded indices", "decaying steps", "scheduled steps", "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
+             "narrow values", "coded indices", "decaying steps", "scheduled steps", "led steps", "steps of chunks", "steps with momentum", "dense buckets", "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
              "bytes checked", "violations"], 0
         )  # fmt: skip
         self._number, self._before, self._kept = 0, None, None
@@ -509,6 +519,10 @@ class Soak:
         self.counts["narrow values"] += stats["sent_entries"] if leg.options.get("wire_dtype") else 0
         self.counts["coded indices"] += stats["sent_entries"] if leg.options.get("index_code") == "elias-fano" else 0
         self.counts["decaying steps"] += stats["steps"] if leg.options.get("decay", 1.0) < 1 else 0
+        self.counts["led steps"] += stats["steps"] if leg.options.get("support") == "leader" else 0
+        self.counts["steps of chunks"] += stats["steps"] if leg.options.get("chunk") else 0
+        self.counts["steps with momentum"] += stats["steps"] if leg.options.get("momentum") else 0
+        self.counts["dense buckets"] += stats["dense_buckets"]
         self.counts["scheduled steps"] += stats["steps"] if callable(leg.density) else 0
         self.counts["layers replaced"] += sum(step >= result["resumed_at"] for step in leg.fresh)
 
@@ -585,7 +599,9 @@ class Soak:
                 if leg.growth in (None, 2.0):
                     assert all(same_bits(idle[index], before[index]) for index in idle), f"an idle residual changed in step {step}"
                 # What rounding took from a value that was sent stays.
-                if leg.bucket_cap_mb == ONE_BUCKET_MB and step not in due and not leg.options.get("wire_dtype"):
+                others = ("wire_dtype", "chunk", "momentum")  # by which an entry that was sent may be another, or not 0 then
+                plain = not any(map(leg.options.get, others)) and leg.options.get("support", "own") == "own" and leg.options.get("dense", "never") == "never"
+                if leg.bucket_cap_mb == ONE_BUCKET_MB and step not in due and plain:
                     k = max(1, math.floor(leg.density_at(step) * (live + sum(residual.numel() for residual in idle.values())) + 0.5))
                     assert sent >= min(k, live), f"{sent} entries sent of what is in use, of {k}, in step {step}"
 
@@ -609,8 +625,8 @@ class Soak:
 
     def _check_mass(self, leg, results):
         """What was given is applied, kept, or was dropped with its parameter."""
-        if leg.options.get("decay", 1.0) < 1:
-            return  # or it was forgotten, which the simulation counts on
+        if leg.options.get("decay", 1.0) < 1 or leg.options.get("momentum"):
+            return  # or it was forgotten, or is in velocities, which the simulation counts on
         for member in range(1 + leg.side):
             reports = [result["members"][member] for result in results]
             pages = [

@@ -68,6 +68,10 @@ EVENTS = {
     "calls on one rank": dataclasses.replace(LEG, alone=(4, 1, "reset")),
     "narrow values": dataclasses.replace(LEG, options={"wire_dtype": torch.bfloat16}),
     "coded indices": dataclasses.replace(LEG, options={"wire_dtype": "2bit", "index_code": "elias-fano"}),
+    "led steps": dataclasses.replace(LEG, options={"support": "leader"}, overflows={3: (1, 0, 0)}),
+    "steps of chunks": dataclasses.replace(LEG, options={"chunk": 256, "wire_dtype": "sign"}),
+    "steps with momentum": dataclasses.replace(LEG, options={"momentum": 0.9, "mask_momentum": True}, overflows={3: (1, 0, 0)}),
+    "dense buckets": dataclasses.replace(LEG, options={"dense": soak.is_small}, overflows={3: (1, 0, 0)}),
     "decaying steps": dataclasses.replace(LEG, options={"decay": 0.9}),
     "scheduled steps": dataclasses.replace(LEG, density=rt.WarmupDensity(0.5, 0.01, 8)),
 }
