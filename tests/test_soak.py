@@ -30,7 +30,8 @@ def one_leg(tmp_path):
     seen = []
     check = chain._check_replicas
     chain._check_replicas = lambda leg, results: (seen.append((leg, results)), check(leg, results))
-    while not seen or seen[-1][0].entry == "attach" or seen[-1][0].alone:
+    # With a decay or momentum the books alone say what is lost.
+    while not seen or seen[-1][0].entry == "attach" or seen[-1][0].alone or seen[-1][0].options["decay"] < 1 or seen[-1][0].options["momentum"]:
         chain.run_leg()
     assert chain.counts["violations"] == 0
     return chain, *seen[-1]
