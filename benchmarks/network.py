@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import regtopk_torch as rt
-from benchmarks.hosts import bits_per_second
+from benchmarks.hosts import METHODS, bits_per_second
 from runlog.command import check, make_parser
 from runlog.record import Recorder
 
@@ -65,6 +65,7 @@ def make_hooks(density):
         "chain": (Chain(density), chain_hook),
         "topk": (rt.TopKState(density), rt.sparse_hook),
         "regtopk": (rt.RegTopKState(density), rt.sparse_hook),
+        "coded": (rt.TopKState(density, index_code="elias-fano"), rt.sparse_hook),
     }
 
 
@@ -79,6 +80,7 @@ def make_network(name):
 def main(arguments=None):
     parser = make_parser("benchmarks.network", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a new log, named after the rate of every host's link: 100mbit, 1gbit")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=[*METHODS, "coded"], help=f"coded: topk with index_code='elias-fano' ({' '.join(METHODS)})")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (%(default)s)")
     parser.add_argument("--density", type=float, default=0.001, help="of the sparse methods (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=20, metavar="IMAGES", help="per host and step (%(default)s)")
@@ -92,7 +94,8 @@ def main(arguments=None):
     torch.manual_seed(dist.get_rank())
     images, labels = torch.randn(options.batch_size, 3, 32, 32), torch.randint(10, (options.batch_size,))
     networks, seconds = {}, {}
-    for method, hook in make_hooks(options.density).items():
+    hooks = make_hooks(options.density)
+    for method, hook in ((method, hooks[method]) for method in options.method):
         networks[method], seconds[method] = DistributedDataParallel(make_network(options.model), bucket_cap_mb=1024), []
         if hook is not None:
             networks[method].register_comm_hook(*hook)
