@@ -83,8 +83,8 @@ def coded_density(options, density, wire_dtype, seed):
     return low / numel
 
 
-def train(options, dataset, density, exchange, seed, wire_dtype=None):
-    """Return the row of one training by `exchange`, or with None a LocalExchange of that density, a number or a rule.
+def train(options, dataset, density, exchange, seed, wire_dtype=None, steps=None):
+    """Return the row of one training, or with `steps` only what its first ones send, by `exchange`, or with None a LocalExchange of that density, a number or a rule.
 
     `wire_dtype`: of the values, beside a code of the places; None sends them as they are, beside offsets.
     """
@@ -94,27 +94,37 @@ def train(options, dataset, density, exchange, seed, wire_dtype=None):
 
     job = cifar10.parse(["--method", "topk", "--device", "cpu"])
     job.workers, job.batch_size, job.learning_rate, job.seed, job.density = options.workers, options.batch_size, options.learning_rate, seed, density
+    job.index_code = "offsets"
     if wire_dtype is not None:
         job.wire_dtype, job.index_code = wire_dtype, "elias-fano"
     workers = LocalWorkers(job, make_model(options.model, seed), make_batches(dataset, job))
     workers.exchange = exchange or workers.exchange
-    for step in range(options.steps):
+    for step in range(steps or options.steps):
         losses = workers.step(step)
         if not all(map(math.isfinite, losses)):
             raise ValueError(f"equal_bytes: expected finite training losses, got {losses} in step {step}")
+    sent = {name: int(workers.exchange.stats()[name]) for name in ("sent_entries", "bytes_sent")}
+    if steps is not None:
+        return sent
     correct, loss = test(workers.model, dataset)
     count = len(dataset.test_labels)
-    sent = {name: int(workers.exchange.stats()[name]) for name in ("sent_entries", "bytes_sent")}
     return {"accuracy": correct / count, "loss": round(loss / count, 6), **sent}
 
 
 def search(options, dataset, density, seed, start):
-    """Return the row of the threshold that sends the budget, `start` the first one tried."""
-    budget = options.workers * (options.workers - 1) * options.steps * bytes_of(*entries_of(options, density, seed))
+    """Return the row of the threshold that sends the budget, `start` the first one tried, or None: one is searched in the first steps."""
+    if start is None:
+        start = search_in(options, dataset, density, seed, 1.0, max(1, options.steps // 10))[0]
+    threshold, row = search_in(options, dataset, density, seed, start, None)
+    return {**row, "lambda": threshold}
+
+
+def search_in(options, dataset, density, seed, threshold, steps):
+    """Return (threshold, row) of the search in the first `steps`, or None for all."""
+    budget = options.workers * (options.workers - 1) * (steps or options.steps) * bytes_of(*entries_of(options, density, seed))
     tried = {}  # log of the threshold: log of the bytes that it sends against the budget
-    threshold = start
     for _ in range(TRIES):
-        row = train(options, dataset, density, Threshold(threshold), seed)
+        row = train(options, dataset, density, Threshold(threshold), seed, steps=steps)
         over = math.log(row["bytes_sent"] / budget)
         if abs(over) <= WITHIN:
             break
@@ -126,7 +136,7 @@ def search(options, dataset, density, seed, start):
             threshold = math.exp(low + (high - low) * tried[low] / (tried[low] - tried[high]) if low < high else (low + high) / 2)
         else:
             threshold *= math.exp(over)
-    return {**row, "lambda": threshold}
+    return threshold, row
 
 
 def parse(arguments):
@@ -169,7 +179,7 @@ def main(arguments=None):
     def compute(run):
         density, rule, seed = run["density"], run["rule"], run["seed"]
         if rule == "threshold":
-            row = search(options, dataset, density, seed, found.get(density, 0.01))
+            row = search(options, dataset, density, seed, found.get(density))
             found[density] = row["lambda"]
             return row
         wire_dtype = None
