@@ -1,4 +1,4 @@
-// Compress: settle, sample, accumulate and finish, one after the other on the stream.
+// Compress: settle, sample, accumulate and finish, or settle and chunks, one after the other on the stream.
 #include <algorithm>
 #include <cmath>
 
@@ -47,7 +47,7 @@ int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback,
 
 cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream) {
   const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
-  if (arguments.layout.numel > kMaxEntries || arguments.layout.spans > kMaxSpans || misaligned(arguments.gradient) ||
+  if (arguments.layout.numel > kMaxEntries || arguments.chunks.entries > kLargestChunkOfDevice || arguments.layout.spans > kMaxSpans || misaligned(arguments.gradient) ||
       misaligned(arguments.residual) || misaligned(arguments.payload) || misaligned(arguments.sent) || misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
@@ -69,6 +69,7 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
     device.distortion = arguments.distortion;
     device.mu = arguments.mu;
     device.decay = static_cast<Accumulate>(arguments.decay);
+    device.chunks = arguments.chunks;
     // Drawing an item costs about what a block tile does: of a large bucket every draw brings several.
     const uint32_t warps = kFinishWarps * kFinishBlocks * static_cast<uint32_t>(multiprocessors());
     device.tiles_of_warp = std::clamp<uint32_t>(device.blocks / (kItemsOfBlock * warps), 1, 16);
@@ -92,6 +93,10 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
       device.sent = settle.sent;
       device.spans = settle.spans;
       device.totals = settle.counters;
+    }
+    if (arguments.chunks) {
+      launch_chunks(device, has_feedback, stream);
+      return launch_error();
     }
     launch_sample(device, has_feedback, stream);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;

@@ -63,7 +63,7 @@ class Finish {
         if (ticket - end >= selection.items) return;
         phases.wait_for(kItemsCounted, selection.items);
         for (items = 0; ticket - end < selection.items; ticket = phases.draw(), ++items) work(selection, ticket - end);
-        if (phases.finish_items(items, selection.items) && threadIdx.x == 0) write_header();
+        if (phases.finish_items(items, selection.items) && threadIdx.x == 0) write_header(device_);
         return;
       }
       if (items > 0 && selection.task == Task::kNarrow) add_bins();
@@ -358,17 +358,6 @@ class Finish {
     }
     selection.first_ticket = next_ticket;
     if (threadIdx.x == 0) device_.selection.store(2 + phase, selection);
-  }
-
-  // By one thread, once everything is packed.
-  __device__ void write_header() {
-    const bool sent_is_ours = !device_.sent.bytes || device_.sent.ours().entries > 0;
-    const uint32_t repeated = device_.counters.load(kRepeated), displaced = device_.counters.load(kDisplaced);
-    DevicePayloadWriter<T>(device_.payload, device_.layout)
-        .store_header(device_.step, device_.plan, repeated, displaced, device_.counters.load(kNonFinite) != 0, sent_is_ours);
-    if (!device_.totals) return;
-    device_.totals.add(kTotalRepeated, repeated);
-    device_.totals.add(kTotalDisplaced, displaced);
   }
 
   const Device& device_;

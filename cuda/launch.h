@@ -2,6 +2,7 @@
 // their work on the stream, so that they can be captured in a graph; errors that the device finds are left on the device.
 //
 //   launch_compress   settle · sample · accumulate · finish   as regtopk::compress_ on the CPU
+//                     settle · chunks                         with chunks
 //   launch_aggregate  check · aggregate                       as regtopk::aggregate_
 //   launch_settle     settle                                  as regtopk::settle_, and without spans as regtopk::put_back_
 //   launch_judge      judge                                   as regtopk::judge_
@@ -15,6 +16,7 @@
 
 #include <cstdint>
 
+#include "../csrc/core/chunks.h"
 #include "../csrc/core/payload.h"
 #include "../csrc/core/payload_status.h"
 #include "../csrc/core/score.h"
@@ -53,6 +55,8 @@ struct SpansLaunch {
   int64_t* counters = nullptr;       // in and out: [3]
 };
 inline constexpr int64_t kMaxSpans = 65536;
+// Of the counters that the operators share.
+inline constexpr size_t kTotalRepeated = 0, kTotalDisplaced = 1, kHistoryDropped = 2;
 
 struct CompressLaunch {
   PayloadLayout layout;
@@ -72,7 +76,8 @@ struct CompressLaunch {
   Distortion distortion = Distortion::kPrevious;
   double mu = 1.0;
   double decay = 1.0;
-  Sampling sampling;
+  Chunks chunks = {};                // of at most kLargestChunkOfDevice entries
+  Sampling sampling;                 // not used with chunks
   void* workspace = nullptr;         // compress_workspace_bytes; of these the first kZeroedBytes are zero before and after
 };
 inline constexpr int64_t kZeroedBytes = 8256 + kMaxSpans / 8;

@@ -144,9 +144,11 @@ void compress_cuda(
     const std::optional<at::Tensor>& feedback, const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& idle,
     const std::optional<at::Tensor>& verdict, const std::optional<at::Tensor>& applied, const std::optional<at::Tensor>& counters,
     int64_t k, double mu, double decay, c10::string_view distortion, int64_t step, int64_t plan, double scale, int64_t deed,
-    int64_t sent_round, bool, at::OptionalIntArrayRef, bool choose, int64_t chunk, int64_t) {
+    int64_t sent_round, bool, at::OptionalIntArrayRef, bool choose, int64_t chunk, int64_t chunk_k) {
   constexpr const char* who = "compress_";
-  TORCH_CHECK_NOT_IMPLEMENTED(chunk == 0, who, ": expected CPU tensors with a chunk, got CUDA tensors");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      chunk <= kLargestChunkOfDevice, who, ": expected chunks of at most ", kLargestChunkOfDevice, " entries with CUDA tensors, got ",
+      chunk);
   TORCH_CHECK_NOT_IMPLEMENTED(choose, who, ": expected CPU tensors where a leader chooses, got CUDA tensors");
   const int64_t numel = gradient.numel();
   CompressLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, numel)), .spans = {}, .sampling = {}};
@@ -188,7 +190,8 @@ void compress_cuda(
   check_aligned(who, "payload", arguments.payload);
   arguments.step = static_cast<uint64_t>(step);
   arguments.plan = static_cast<uint64_t>(plan);
-  arguments.sampling = sampling_of(numel, k);
+  arguments.chunks = checked_chunks(who, arguments.layout, chunk, chunk_k);
+  if (!arguments.chunks) arguments.sampling = sampling_of(numel, k);
 
   const c10::cuda::CUDAGuard guard(device);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());

@@ -9,9 +9,6 @@
 
 namespace regtopk {
 
-// Of the counters that the operators share; see csrc/ops/library.cpp.
-inline constexpr size_t kTotalRepeated = 0, kTotalDisplaced = 1, kHistoryDropped = 2;
-
 template <typename T>
 struct SettleDevice {
   using Accumulate = typename Traits<T>::Accumulate;

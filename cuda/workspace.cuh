@@ -7,6 +7,7 @@
 #include "global_memory.cuh"
 #include "launch.h"
 #include "payload_reader.cuh"
+#include "write_payload.cuh"
 
 namespace regtopk {
 
@@ -80,6 +81,7 @@ struct CompressDevice {
   Distortion distortion;
   double mu;
   Accumulate decay;
+  Chunks chunks;
   Sampling sampling;
   DeviceSpans spans;
   Global<unsigned long long> totals;  // the counters that the operators share, or null
@@ -170,10 +172,24 @@ __device__ inline bool is_last_block(Global<uint32_t> counters, Counter done, ui
   return flag;
 }
 
+// The header of what the kernels have packed; by one thread.
+template <typename T>
+__device__ void write_header(const CompressDevice<T>& device) {
+  const bool sent_is_ours = !device.sent.bytes || device.sent.ours().entries > 0;
+  const uint32_t repeated = device.counters.load(kRepeated), displaced = device.counters.load(kDisplaced);
+  DevicePayloadWriter<T>(device.payload, device.layout)
+      .store_header(device.step, device.plan, repeated, displaced, device.counters.load(kNonFinite) != 0, sent_is_ours);
+  if (!device.totals) return;
+  device.totals.add(kTotalRepeated, repeated);
+  device.totals.add(kTotalDisplaced, displaced);
+}
+
 template <typename T>
 void launch_sample(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
 template <typename T>
 void launch_accumulate(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
+template <typename T>
+void launch_chunks(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
 template <typename T>
 void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
 

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
-from tests.simt.with_spans import ROUNDS, Pair  # noqa: E402
+from tests.simt.with_spans import chosen_of, ROUNDS, Pair  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
 ON_A_GPU = DEVICE == "cuda"
@@ -45,10 +45,10 @@ def same_bits(left, right):
 class Twin:
     """One worker, once by the kernels and once by the reference; every step asserts that they agree."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=None, distortion="previous", decay=1.0):
+    def __init__(self, kernels, numel, dtype, *, density, mu=None, distortion="previous", decay=1.0, chunk=None):
         self.kernels, self.numel, self.dtype, self.mu, self.distortion = kernels, numel, dtype, mu, distortion
-        self.k = reference.entries_to_send(density, numel)
-        self.decay, self.worker = decay, reference.Worker(density, mu, distortion, decay)
+        self.k, self.chunks = chosen_of(numel, density, chunk)
+        self.decay, self.worker = decay, reference.Worker(density, mu, distortion, decay, chunk)
         self.residual = aligned(numel, reference.accumulate_dtype(dtype)).zero_()
         self.payload = self.feedback = None
         self.steps = 0
@@ -60,7 +60,7 @@ class Twin:
         before = gradient.clone()
         self.kernels.compress(
             gradient, self.residual, payload, k=self.k, sent=self.payload, feedback=self.feedback, distortion=self.distortion,
-            mu=self.mu or 1.0, decay=self.decay, step=self.steps, plan=77, sampling=sampling,
+            mu=self.mu or 1.0, decay=self.decay, step=self.steps, plan=77, sampling=sampling, **self.chunks,
         )  # fmt: skip
         assert torch.equal(payload, expected), f"payload differs from byte {int((payload != expected).nonzero()[0])} on"
         assert same_bits(self.residual, self.worker.residual)
@@ -526,6 +526,54 @@ def test_schedules_run_blocks_in_different_orders(kernels):
         with kernels.schedule(**schedule):
             seen.add(kernels.fault("last_block_wins"))
     assert len(seen) >= 3
+
+
+# Chunks: by a warp up to 512 entries, by a block beyond.
+
+
+@pytest.mark.parametrize(
+    "chunk, numel, density, mu, distortion, dtype",
+    in_turn([(64, 1003, 0.05), (512, 5003, 0.02), (512, 66_000, 0.1), (1024, 3, 0.1), (4096, 70_001, 64 / 4096)], MODES, of_one(FLOATS), all_of_them=ON_A_GPU),
+)
+def test_chunks_equal_the_reference(kernels, chunk, numel, density, mu, distortion, dtype):
+    twins = [Twin(kernels, numel, dtype, density=density, mu=mu, distortion=distortion, decay=0.9, chunk=chunk) for _ in range(2)]
+    gradients = [gradients_of(numel, dtype, seed=rank) for rank in range(2)]
+    for step in range(3):
+        messages = [twin.compress(next(gradient)) for twin, gradient in zip(twins, gradients, strict=True)]
+        exchange(kernels, twins, messages, step=step)
+    assert numel < 1000 or messages[0].repeated > 0
+
+
+@pytest.mark.parametrize("chunk", [128, 2048])
+@pytest.mark.parametrize("name", HARD)
+def test_chunks_of_hard_inputs_equal_the_reference(kernels, name, chunk):
+    gradient = hard_inputs(5003)[name]
+    for density in (0.001, 0.3, 1.0):
+        twin = Twin(kernels, 5003, torch.float32, density=density, mu=1.0, chunk=chunk)
+        for step in range(2):
+            exchange(kernels, [twin], [twin.compress(gradient)], step=step)
+            rho = torch.linspace(0, 3, twin.k)
+            rho[::5] = torch.inf
+            twin.worker.feedback, twin.feedback = rho, copied(rho)
+
+
+@pytest.mark.parametrize("chunk, density, dtype", [(64, 0.05, torch.float32), (4096, 0.02, torch.float64), (1024, 0.3, torch.bfloat16)])
+def test_chunks_with_idle_spans_and_void_rounds_equal_those_of_the_cpu(kernels, chunk, density, dtype):
+    for schedule in SCHEDULES[1:2]:
+        with kernels.schedule(**schedule):
+            pair = Pair(kernels, 20_003, dtype, density=density, chunk=chunk)
+            pair.random_steps(8, kernels, brackets=())
+    assert pair.seen["idle"] > 10 and pair.seen["void"] > 0 and pair.seen["valid"] > 1
+
+
+def test_chunks_move_the_bytes_that_gradient_and_residual_have(kernels):
+    numel = 200_000
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    twin = Twin(kernels, numel, torch.float32, density=64 / 4096, chunk=4096)
+    if kernels.device == "emulated":
+        with kernels.traffic() as traffic:
+            twin.compress(gradient)
+        assert sum(map(sum, traffic.values())) / numel < 12 + 7 / 64  # and of each entry sent its place and value
 
 
 CODES = {torch.bits1x8: "sign", torch.bits2x4: "2bit"}

@@ -56,7 +56,7 @@ def test_the_processes_take_the_path_of_the_device():
 SHORT = (
     "plain, three ranks", "no_sync, unused", "join, unused, gradients zeroed in place", "used now and then, four ranks", "used now and then, skipped",
     "static graph, unused", "used with a gradient of zero, looked for", "frozen", "two dtypes", "one parameter", "300 parameters", "narrow",
-    "narrow, used now and then",
+    "narrow, used now and then", "chunks, used now and then",
 )  # fmt: skip
 
 

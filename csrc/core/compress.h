@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "chunks.h"
 #include "parallel.h"
 #include "payload.h"
 #include "score.h"
@@ -21,17 +22,6 @@ struct Bracket {
   uint32_t high = 0x7fffffffu;  // entries with a larger key are taken to be sent
   double expected = 0.0;        // fraction of the entries that are looked at; sizes buffers
 };
-
-// A bucket cut into chunks of so many consecutive entries, each of which sends its own k; 0 entries: the bucket as a whole. The size
-// is a power of two, at least 64, and divides a tile. What the whole chunks leave of the bucket's k is sent by the last, shorter one.
-struct Chunks {
-  int64_t entries = 0, k = 0;
-
-  explicit operator bool() const { return entries > 0; }
-  int64_t count(int64_t numel) const { return (numel + entries - 1) / entries; }
-  int64_t k_of(int64_t chunk, const PayloadLayout& layout) const { return (chunk + 1) * entries > layout.numel ? layout.k - chunk * k : k; }
-};
-inline constexpr int64_t kSmallestChunk = 64;
 
 struct CompressArguments {
   PayloadLayout layout;              // J, k and the value type of the bucket

@@ -35,6 +35,7 @@ struct CompressCall {
   int64_t feedback_entries, distortion;
   double mu, decay;
   SamplingNumbers sampling;
+  int64_t chunk, chunk_k;
   void *workspace, *stream;
 };
 

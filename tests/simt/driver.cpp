@@ -137,6 +137,7 @@ const char* call_compress(const CompressCall* call) {
          .distortion = static_cast<Distortion>(call->distortion),
          .mu = call->mu,
          .decay = call->decay,
+         .chunks = {call->chunk, call->chunk_k},
          .sampling = {s.sectors, s.rank_high, s.rank_low, s.list_capacity},
          .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));

@@ -17,7 +17,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -156,7 +156,7 @@ class _Compress(ctypes.Structure):
         ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
         ("spans", _Spans), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
         ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
-        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("workspace", ctypes.c_void_p),
+        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("chunk", ctypes.c_int64), ("chunk_k", ctypes.c_int64), ("workspace", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -300,7 +300,7 @@ class Kernels:
 
     def compress(
         self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None,
-        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0,
+        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0, chunk=0, chunk_k=0,
     ):  # fmt: skip
         """As regtopk::compress_; `residual`, `payload` and `counters` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
@@ -315,7 +315,7 @@ class Kernels:
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
                 _spans(spans, idle, verdict, applied, counters, sent_round), scale, deed,
                 _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
-                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), _pointer(used), self._stream(),
+                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), chunk, chunk_k, _pointer(used), self._stream(),
             )  # fmt: skip
             self._raise(self._library.call_compress(ctypes.byref(call)))
         if workspace is None and used[: self._library.call_zeroed_bytes()].any():

@@ -16,6 +16,14 @@ def spans_of(numel, *, seed=0):
     return copied(torch.tensor([0, *sorted(cut for cut in cuts if cut < numel), numel]))
 
 
+def chosen_of(numel, density, chunk):
+    """(k, the operators' options) of a bucket whose chunks, None: it as a whole, send that share of their entries."""
+    if chunk is None:
+        return reference.entries_to_send(density, numel), {}
+    of_chunk, rest = reference.entries_to_send(density, chunk), numel % chunk
+    return numel // chunk * of_chunk + (reference.entries_to_send(density, rest) if rest else 0), {"chunk": chunk, "chunk_k": of_chunk}
+
+
 class Operators:
     """The CPU operators, called as the kernels are."""
 
@@ -33,8 +41,8 @@ class Operators:
 class Side:
     """What two workers keep for one bucket with spans, and `run`, which works on it."""
 
-    def __init__(self, run, spans, dtype, k, residual, bytes):
-        self.run, self.spans, self.dtype, self.k, self.bytes = run, spans, dtype, k, bytes
+    def __init__(self, run, spans, dtype, k, residual, bytes, chunks):
+        self.run, self.spans, self.dtype, self.k, self.bytes, self.chunks = run, spans, dtype, k, bytes, chunks
         self.residual = [copied(residual) for _ in range(2)]
         self.idle, self.verdict = aligned(spans.numel() - 1, torch.uint8).zero_(), aligned(ROUNDS, torch.int64).fill_(-1)
         self.counters = [aligned(3, torch.int64).zero_() for _ in range(2)]
@@ -48,7 +56,7 @@ class Side:
             self.run.compress(
                 gradient, self.residual[n], payloads[n], sent=None if self.sent is None else self.sent[n],
                 feedback=None if mu is None or self.sent is None else self.rows[n], sampling=sampling, mu=mu or 1.0, decay=decay, applied=applied,
-                counters=self.counters[n], scale=scale, deed=513, sent_round=round - 1, **both,
+                counters=self.counters[n], scale=scale, deed=513, sent_round=round - 1, **self.chunks, **both,
             )  # fmt: skip
         self.bucket = aligned(numel, self.dtype).view(torch.uint8).fill_(0xEE).view(self.dtype)
         rows = aligned(2 * self.k, self.residual[0].dtype).view(2, self.k)
@@ -72,13 +80,14 @@ class Side:
 class Pair:
     """The CPU operators and the kernels on the same random steps, with spans that are zero for some time, void rounds and all that follows."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", decay=0.9, seed=0, infinite=False):
+    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", decay=0.9, seed=0, infinite=False, chunk=None):
         """`infinite`: an entry of the residual is, which makes each round void in which it is sent."""
         from regtopk_torch import _C
 
         self.numel, self.dtype, self.round, self.options = numel, dtype, 0, {"mu": mu, "distortion": distortion, "decay": decay}
         self.generator = torch.Generator().manual_seed(seed)
-        self.spans, self.k = spans_of(numel, seed=seed), reference.entries_to_send(density, numel)
+        self.spans = spans_of(numel, seed=seed)
+        self.k, chunks = chosen_of(numel, density, chunk)
         residual = torch.zeros(numel, dtype=reference.accumulate_dtype(dtype))
         residual[::3] = -0.0
         residual[1::7] = 0.25
@@ -86,7 +95,7 @@ class Pair:
             residual[numel // 2] = torch.inf
         bytes = _C.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
         assert bytes == kernels.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
-        self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes) for run in (Operators(), kernels))
+        self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes, chunks) for run in (Operators(), kernels))
         self.seen = {"idle": 0, "void": 0, "valid": 0}
 
     def chance(self, probability):
