@@ -148,7 +148,10 @@ def _levels_and_codes(bits, values, half):
     sides = [int(v < 0) if bits == 1 else int(m * len(present) >= sum(present)) for m, v in zip(units, values, strict=True)]
     by_side = [[m for m, own in zip(units, sides, strict=True) if m and own == side] for side in (0, 1)]
     levels = [_stored(_level_of(side), exponent, half) for side in by_side]
-    of_zeros = int(bits == 1 and sum(by_side[0]) >= sum(by_side[1]))
+    of_zeros = 0
+    if bits == 1 and by_side[0]:
+        mixed = sum(by_side[0]) * 0x9E3779B97F4A7C15 + sum(by_side[1]) * 0xC2B2AE3D27D4EB4F
+        of_zeros = mixed >> 63 & 1 if by_side[1] else 1
     if len(present) < len(units):
         levels[of_zeros] = 0.0
     codes = [side if bits == 1 else 2 * side + (v < 0) for side, v in zip(sides, values, strict=True)]

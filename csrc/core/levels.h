@@ -5,11 +5,11 @@
 //   high: m at least the mean of the tile's m > 0;  low: the others
 //   level of a side: the mean of its m, at most 7/4 of its smallest one, rounded down to 8 bits that are not below what an fp32
 //   of the side's largest value resolves
-//   where the tile has an m of 0, a level is 0: in two bits the low one, of the sign that of the side with the smaller sum, or the negative's
+//   where the tile has an m of 0, a level is 0: in two bits the low one, of the sign an empty side's, or that of either by a bit of their sums
 //
 // So a level is at most twice any |a| that it stands for and a multiple of its last bit: a - level is exact in the accumulate type, and
-// an entry of 0 is sent as 0. The side that waits for the other one grows until its sum is the larger. Sums are of integers: any order gives the
-// same bytes.
+// an entry of 0 is sent as 0. A side that waits grows, and the bit is another: neither waits for long, whatever the sizes. Sums are of integers:
+// any order gives the same bytes.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,11 @@ struct TileMeasure {
     const int cut = std::max(bits_of(level) - 8, bits_of(side.largest) - 22);
     return cut <= 0 ? level : cut >= 64 ? 0 : level >> cut << cut;
   }
-  REGTOPK_HOST_DEVICE int side_of_zeros(int bits) const { return bits == 1 && sides[0].sum >= sides[1].sum ? 1 : 0; }
+  REGTOPK_HOST_DEVICE int side_of_zeros(int bits) const {
+    if (bits == 2 || sides[0].count == 0) return 0;
+    if (sides[1].count == 0) return 1;
+    return static_cast<int>((sides[0].sum * 0x9e3779b97f4a7c15ull + sides[1].sum * 0xc2b2ae3d27d4eb4full) >> 63);
+  }
   REGTOPK_HOST_DEVICE uint64_t level(int bits, int side) const {
     return zeros > 0 && side == side_of_zeros(bits) ? 0 : level_of(sides[side]);
   }
