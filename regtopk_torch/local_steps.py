@@ -212,7 +212,7 @@ class LocalSteps:
         checksum = 0
         for weights in self._common:
             bits = weights.detach().flatten().view(BITS[weights.element_size()]).long()
-            checksum = (31 * checksum + int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())) % 2**63
+            checksum = (31 * checksum + int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())) % 2**63
         outer = "sgd" if self.outer is None else " ".join(repr(self.outer).split())
         counts = [(name, str(getattr(self, name))) for name in ("every", "fragments", "delay", "steps")]
         return [*counts, ("outer", outer), ("buffers", self._buffers), ("common weights (checksum)", f"{checksum:x}")]

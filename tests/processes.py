@@ -83,7 +83,9 @@ def error_of(function, *arguments):
     try:
         function(*arguments)
     except Exception as error:
-        return type(error), str(error), time.monotonic() - start
+        text = str(error)
+        assert not (text.startswith("rank ") and "(most recent call first)" in text), f"expected a message, got a trace of calls too: {text}"
+        return type(error), text, time.monotonic() - start
     return None, "", time.monotonic() - start
 
 

@@ -471,6 +471,17 @@ def test_a_rank_that_leaves_an_average_out_is_named_after_the_timeout():
 ABSENT = [(), (1,), (1, 2), (), (0, 1, 2), (2,), ()]  # by step
 
 
+def correct_oneself(rank):
+    """The errors of a first average in which rank 1 has another shape, and of the next, in which it has the others'."""
+    state = rt.TopKState(0.2, process_group=dist.new_group(timeout=TIMEOUT))
+    return [error_of(state.average, [torch.ones(size)]) for size in (100 + rank, 100)]
+
+
+def test_other_ranks_are_told_of_an_error_in_words_alone():
+    for rank, errors in enumerate(run_workers(correct_oneself, 2)):  # error_of refuses a trace
+        assert all(message.startswith(f"rank {rank}: average: expected") for _, message, _ in errors), errors
+
+
 def integers(rank, step):
     """So small that no sum is rounded: what was sent is what was given less what is kept."""
     generator = torch.Generator().manual_seed(100 * rank + step)

@@ -136,6 +136,13 @@ def test_local_steps_equal_the_loop_over_the_simulation_bit_for_bit(workers, eve
         assert all(equal[run]) == due and all(equal) == (due and fragments == 1)
 
 
+def test_a_parameter_without_entries_is_no_obstacle(lone):
+    model = nn.Linear(3, 2)
+    model.empty = nn.Parameter(torch.zeros(0, 4))
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=0.1), rt.TopKState(1.0))
+    assert local.step() and local.common["empty"].shape == (0, 4)
+
+
 @pytest.mark.parametrize("parts", range(1, 10))
 def test_fragments_are_whole_parameters_and_about_equal(parts):
     for sizes in ([1, 20, 4, 2304, 24, 576, 24, 576, 24], [5] * 9, [0, 0, 0, 1, 0, 0, 0, 0, 9]):

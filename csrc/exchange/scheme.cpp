@@ -58,6 +58,11 @@ double bytes_of_chosen(const Worker& worker, const Plan& plan, int64_t k, const 
   return static_cast<double>((worker.workers - 1) * plan.message_bytes_of(k, wire));
 }
 
+std::string plain_text(const std::exception& error) {
+  const auto* const of_torch = dynamic_cast<const c10::Error*>(&error);
+  return of_torch != nullptr ? of_torch->what_without_backtrace() : error.what();
+}
+
 void say_who(const Worker& worker, const std::function<void()>& operation) {
   try {
     operation();

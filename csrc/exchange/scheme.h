@@ -56,6 +56,9 @@ void write_message(const Plan& plan, const Sent& sent);
 // What a rank sends of a bucket of which k entries are chosen, as the options say, and travel in `wire`.
 double bytes_of_chosen(const Worker& worker, const Plan& plan, int64_t k, const Wire& wire);
 
+// An error as other ranks are told of it: without where in the program it was raised.
+std::string plain_text(const std::exception& error);
+
 // What an operator finds wrong with received bytes, it says; a user knows the rank and the hook.
 void say_who(const Worker& worker, const std::function<void()>& operation);
 

@@ -38,7 +38,7 @@ Bucket bucket_of(GroupExchange& exchange, const c10d::GradBucket& ddp_bucket, co
     // What the step's other buckets have sent returns, unless an optimizer steps all the same.
     bucket.scale = worker.steps.scale();  // what failed may be the scale
     if (!worker.begins_step(bucket)) worker.steps.clock().make_void(worker.steps.round());
-    exchange.transport().announce_failure(error.what());
+    exchange.transport().announce_failure(plain_text(error));
     throw;
   }
   return bucket;

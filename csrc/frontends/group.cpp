@@ -93,7 +93,7 @@ GroupExchange::FuturePtr GroupExchange::exchange(
   try {
     dense = worker_->ruled_dense(bucket.layout, owners);
   } catch (const std::exception& error) {
-    transport_->announce_failure(error.what());
+    transport_->announce_failure(plain_text(error));
     if (!begins) worker_->steps.clock().make_void(worker_->steps.round());
     throw;
   }
@@ -218,7 +218,7 @@ std::shared_ptr<Plan> GroupExchange::enter(
     try {
       plan = worker_->enter(bucket, owners, owner_.applied);
     } catch (const std::exception& error) {
-      transport_->announce_failure(error.what());
+      transport_->announce_failure(plain_text(error));
       throw;
     }
     agree_before(bucket, plan.get(), begins, describe);

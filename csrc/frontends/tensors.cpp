@@ -123,7 +123,7 @@ std::shared_ptr<Average> TensorsExchange::average(
     for (const Group& group : groups) worker.check(group.bucket);
     check_out(worker.who, out);
   } catch (const std::exception& error) {
-    exchange_->transport().announce_failure(error.what());
+    exchange_->transport().announce_failure(plain_text(error));
     throw;
   }
   const auto describe = [&] {
