@@ -29,7 +29,7 @@ from runlog.record import count_cores  # noqa: E402
 PAPER = {"workers": 8, "learning_rate": 0.01, "steps": 1500, "test_images": 10_000, "evaluate_every": 100}
 # Parts of the exchange that the paper's does not have, as they are unless an option says otherwise.
 USUAL = {
-    "decay": 1.0, "dense_steps": 0, "warmup_steps": 0, "wire_dtype": "fp32", "index_code": "offsets", "support": "own", "chunk": None,
+    "decay": 1.0, "dense_steps": 0, "warmup_steps": 0, "wire_dtype": "fp32", "index_code": "elias-fano", "support": "own", "chunk": None,
     "adaptive_power": None, "dense": "never", "levels": None, "momentum_correction": 0.0, "mask_momentum": False, "clip_norm": None,
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def parse(arguments):
     add("--dense-steps", "first steps, without compression (%(default)s)", type=int, default=0, metavar="STEPS")
     add("--warmup-steps", "first steps, in which the density falls from 0.25 to --density (%(default)s)", type=int, default=0, metavar="STEPS")
     add("--wire-dtype", "in which the values travel (%(default)s, the gradients' own)", choices=("fp32", "bf16", "fp16", "sign", "2bit"), default="fp32")
-    add("--index-code", "of the places of the values (%(default)s)", choices=("offsets", "elias-fano"), default="offsets")
+    add("--index-code", "of the places of the values (%(default)s)", choices=("elias-fano", "offsets"), default="elias-fano")
     add("--support", "who chooses the entries: each worker its own, or one for all (%(default)s)", choices=("own", "leader"), default="own")
     add("--chunk", "consecutive entries that each send their own share (the whole bucket)", type=int, metavar="ENTRIES")
     add("--adaptive-power", "density follows the norm of the average to this power, around --density (fixed)", type=float, metavar="POWER")

@@ -12,13 +12,13 @@ from regtopk_torch.schedules import AdaptiveDensity
 
 METHODS = ("topk", "regtopk")
 DISTORTIONS = ("previous", "current")
-INDEX_CODES = ("offsets", "elias-fano")
+INDEX_CODES = ("elias-fano", "offsets")
 SUPPORTS = ("own", "leader")
 # Values of less than a byte, by the dtype whose elements of so many bits the extension knows them by.
 CODES: dict[Any, torch.dtype] = {"sign": torch.bits1x8, "2bit": torch.bits2x4}
 CHUNKS = [2**bits for bits in range(6, 17)]
 # What every method takes, by name, and what it is unless it is given.
-COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "offsets", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never", "levels": None}
+COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "elias-fano", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never", "levels": None}
 
 
 def check_options(who, names_of, *, method, density, mu, distortion, **common):
@@ -72,7 +72,7 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
         raise ValueError(f"{who}: expected dense to be 'never', 'auto' or a function of a parameter's name and its number of entries, got {dense!r}")
     host_ranks, local_rank = _ranks_of_a_host(who, levels)
     for name, excluded in (("support='leader'", support == "leader"), ("an AdaptiveDensity", adaptive), ("momentum=", momentum > 0), ("clip_norm=", clip_norm is not None), ("dense=", dense != "never")):
-        if excluded and levels is not None:
+        if excluded and host_ranks > 1:
             raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; hosts send entries of their own choice, at a density that all ranks know")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,

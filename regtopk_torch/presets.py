@@ -26,4 +26,4 @@ def sparse_loco(k=64, chunk=4096, decay=0.95, **options):
         decay (float): of what is held back.
         options: further ones of TopKState, or others than these.
     """
-    return TopKState(k / chunk, **{"decay": decay, "wire_dtype": "2bit", "index_code": "elias-fano", "chunk": chunk, **options})
+    return TopKState(k / chunk, **{"decay": decay, "wire_dtype": "2bit", "chunk": chunk, **options})

@@ -45,10 +45,11 @@ class TopKState(Averaging):
             each 65,536 consecutive gradient entries share two levels. "sign": a bit for each entry, and the mean magnitudes of the
             positive ones sent and of the negative. "2bit": the sign and a bit for each, and the mean magnitudes of those sent that
             are at least as large as their mean, and of the others. A level is at most 7/4 of the smallest value that it stands
-            for, so that the sign leaves what is much larger behind; and where an entry of 0 is among them ("sign": for fewer than
-            k entries to send) one of the levels is 0. What is not sent stays in the residual, and sent + kept is what was given, exactly.
-        index_code (str): how the places of the values travel. "offsets": 2 bytes each, at most a bit per gradient entry.
-            "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at density 0.001, 8.6 at 0.01.
+            for, and where an entry of 0 is among them one of the levels is 0. So the sign is for values of about the same size: in heavy
+            tails, or at densities above 0.3, it sends a small part of what there is, and "2bit" nearly all; beside zeros, in chunks or
+            buckets with fewer than k entries to send, its two sides take turns. What is not sent stays in the residual, and sent + kept is what was given, exactly.
+        index_code (str): how the places of the values travel. "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at
+            density 0.001, 8.6 at 0.01. "offsets": 2 bytes each, at most a bit per gradient entry, without the work of the code.
         support (str): who chooses the entries. "own": each rank its own, and sends them to every other: what it sends grows with the
             number of ranks. "leader": in step t rank t mod N chooses by its own score for all, and every rank sends its values there, so
             that each average is over all ranks; a rank sends at most the places and twice the k values, whatever N is, in three
@@ -56,7 +57,7 @@ class TopKState(Averaging):
             average in the gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
         chunk (int, optional): a power of two from 64 to 65,536: each so many consecutive entries of a bucket send their own
             floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
-            As published settings count: 64 of every 4,096. CPU gradients.
+            As published settings count: 64 of every 4,096. Of CUDA gradients at most 4,096.
         momentum (float): 0 <= momentum < 1, momentum correction as in Deep Gradient Compression (arXiv 1712.01887): instead of its gradient g a
             rank gives its velocity, u = momentum * u + g, rounded to g's dtype, and the optimizer has none. At density 1 that is SGD with momentum
             (weight decay, which the optimizer adds, is not in u). u is one further number per parameter, of the residual's dtype: it goes where

@@ -176,6 +176,6 @@ def test_what_the_operator_is_given_wrong_is_an_error_in_words():
 
 def test_the_preset_of_sparse_loco_is_what_was_published():
     state = rt.presets.sparse_loco()
-    assert repr(state) == "TopKState(density=0.015625, decay=0.95, wire_dtype='2bit', index_code='elias-fano', chunk=4096)"
-    assert repr(rt.presets.sparse_loco(k=128, decay=0.9)) == "TopKState(density=0.03125, decay=0.9, wire_dtype='2bit', index_code='elias-fano', chunk=4096)"
+    assert repr(state) == "TopKState(density=0.015625, decay=0.95, wire_dtype='2bit', chunk=4096)"
+    assert repr(rt.presets.sparse_loco(k=128, decay=0.9)) == "TopKState(density=0.03125, decay=0.9, wire_dtype='2bit', chunk=4096)"
     assert "2508.15706" in rt.presets.sparse_loco.__doc__ and "Deviations" in rt.presets.sparse_loco.__doc__

@@ -410,6 +410,8 @@ def test_what_does_not_go_with_levels_is_said_in_a_sentence(options, words, monk
     with pytest.raises(ValueError) as caught:
         rt.TopKState(**options)
     assert str(caught.value).startswith(f"TopKState: {words}")
+    if options["levels"] == 2:
+        rt.TopKState(**{**options, "levels": 1})  # no two levels
 
 
 def test_a_simulation_has_no_hosts():

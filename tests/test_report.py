@@ -74,15 +74,15 @@ def test_the_readme_s_sentences_are_what_the_committed_logs_show():
     for group, (regtopk, topk) in compared:
         assert not claims.compare(claims.values("accuracy", regtopk), claims.values("accuracy", topk)).shown, group
     assert "at equal bytes, a hundredth and a half of dense training's, this came closest to it, and Top-k of the gradients was far behind " \
-        "([three seeds]" in readme and "TopKState(0.19, decay=0.95, wire_dtype=\"2bit\", index_code=\"elias-fano\")" in readme
-    rows = claims.at_best_rate(logs.select(committed().language, steps=800))
+        "([three seeds]" in readme and "TopKState(0.19, decay=0.95, wire_dtype=\"2bit\")" in readme
+    rows = claims.at_best_rate(claims.language_sweeps(committed())["800"])
     assert list(rows)[:2] == ["dense", "h5-2bit-d95"] and {len(rows[row]) for row in ("dense", "h5-2bit-d95", "topk")} == {3}
     shares = [rows[row][0].value("of_dense") for row in rows if row not in ("dense", "diloco15")]
     assert 0.0149 < min(shares) and max(shares) < 0.0152 and len(shares) >= 4
     losses = {row: fmean(claims.values("loss", runs)) for row, runs in rows.items()}
     assert losses["topk"] - losses["dense"] > 4 * (losses["h5-2bit-d95"] - losses["dense"])
     assert "After 3,000 steps its validation loss was within 0.05 of dense training's." in readme
-    longer = claims.at_best_rate(logs.select(committed().language, steps=3000))
+    longer = claims.at_best_rate(claims.language_sweeps(committed())["3000"])
     assert list(longer) == ["dense", "h5-2bit-d95"] and all(len(runs) == 3 for runs in longer.values())
     dense, best = (fmean(claims.values("loss", runs)) for runs in longer.values())
     assert best - dense < 0.05 and longer["h5-2bit-d95"][0].value("of_dense") < 1 / 60

@@ -12,8 +12,12 @@ Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient, bool absent) {
 void make_room(const Worker& worker, Plan& plan, int64_t rows) {
   const auto bytes = plan.residual.options().dtype(at::kByte);
   reserve(plan.received, {worker.workers, plan.message_bytes()}, bytes);
-  if (plan.has_wire_form()) reserve(plan.payloads, {worker.workers, plan.payload_bytes()}, bytes);
-  else plan.payloads = plan.received;
+  if (plan.has_wire_form()) {
+    if (plan.payloads.defined() && plan.payloads.is_alias_of(plan.received)) plan.payloads.reset();  // of a step without
+    reserve(plan.payloads, {worker.workers, plan.payload_bytes()}, bytes);
+  } else {
+    plan.payloads = plan.received;
+  }
   if (worker.options.regularised) reserve(plan.feedback_buffer, {rows, plan.k()}, plan.residual.options());
 }
 

@@ -25,12 +25,14 @@ void Plan::set_message(int64_t k, const Wire& wire) {
   wire_ = wire;
   const int64_t spans = static_cast<int64_t>(layout.spans.size());
   payload_bytes_ = regtopk::payload_bytes(numel, k, layout.dtype, spans);
-  wire_bytes_ = regtopk::wire_bytes(numel, k, layout.dtype, spans, wire);
+  message_bytes_ = message_bytes_of(k, wire);
+  // Where a code of the places would not be shorter there is none, and values as they are make it the payload.
+  const auto values_at = [&](const Wire& form) { return message_parts(numel, k, layout.dtype, spans, form).values_at; };
+  has_wire_form_ = wire.dtype != layout.dtype || values_at(wire) != values_at({wire.dtype, false});
 }
 
 int64_t Plan::message_bytes_of(int64_t k, const Wire& wire) const {
-  const int64_t spans = static_cast<int64_t>(layout.spans.size());
-  return has_form(wire) ? regtopk::wire_bytes(numel, k, layout.dtype, spans, wire) : regtopk::payload_bytes(numel, k, layout.dtype, spans);
+  return regtopk::wire_bytes(numel, k, layout.dtype, static_cast<int64_t>(layout.spans.size()), wire);
 }
 
 at::Tensor Plan::next_payload() {

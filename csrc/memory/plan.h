@@ -52,9 +52,9 @@ struct Plan {
   const Wire& wire() const { return wire_; }
   int64_t payload_bytes() const { return payload_bytes_; }
   int64_t message_bytes_of(int64_t k, const Wire& wire) const;
-  int64_t message_bytes() const { return has_wire_form() ? wire_bytes_ : payload_bytes_; }
+  int64_t message_bytes() const { return message_bytes_; }
   // Or a payload travels as it is.
-  bool has_wire_form() const { return has_form(wire_); }
+  bool has_wire_form() const { return has_wire_form_; }
 
   // The one of two own payloads that is not `sent`, which is still read while this one is written.
   at::Tensor next_payload();
@@ -87,9 +87,8 @@ struct Plan {
   std::vector<Piece> split() const;
 
  private:
-  bool has_form(const Wire& wire) const { return wire.elias_fano || wire.dtype != layout.dtype; }
-
-  int64_t k_ = 0, payload_bytes_ = 0, wire_bytes_ = 0;
+  int64_t k_ = 0, payload_bytes_ = 0, message_bytes_ = 0;
+  bool has_wire_form_ = false;
   Wire wire_{};
   at::Tensor payloads_[2];
   std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule

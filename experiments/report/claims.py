@@ -8,10 +8,13 @@ from statistics import fmean
 
 from experiments.report.logs import BY_DENSITY, SCRIPT_MU, at_common_seeds, pair, select
 from experiments.report.paired_test import compare, describe_several, number, spread
+from runlog.document import replace as replace_between
 
 STATED = 3  # cells of a row that the document itself states: claim, command, expected
 PAPER_GAIN = 8.0  # points
 MU = 4.0  # the authors' for the linear regression
+BUDGETS = "<!-- budgets: begin -->"  # the mark of a table
+USUAL_BUDGET = 0.005  # of the language model
 TOPK = {"method": "topk"}
 PREVIOUS = {"method": "regtopk", "mu": MU, "distortion": "previous"}
 CURRENT = {"method": "regtopk", "mu": MU, "distortion": "current"}
@@ -210,9 +213,38 @@ def variants_of_each(runs, option):
     return [(value, select(runs, **{option: value})) for value in dict.fromkeys(run.options[option] for run in runs)]
 
 
-def find_language(evidence, steps):
+def language_sweeps(evidence):
+    """Return {name: the runs of the language model of one length and one budget of bytes, and of what sends all}."""
+    found = {}
+    for run in evidence.language:
+        budget = run.options.get("budget", USUAL_BUDGET)
+        found.setdefault((run.options["steps"], budget), []).append(run)
+    dense = {steps: select(runs, row="dense") for (steps, budget), runs in found.items() if budget == USUAL_BUDGET}
+    return {
+        f"{steps}" if budget == USUAL_BUDGET else f"{steps}-{budget:g}": runs if budget == USUAL_BUDGET else dense[steps] + runs
+        for (steps, budget), runs in found.items()
+    }
+
+
+def format_budgets(evidence):
+    """Return a table of what came closest to dense training at each budget of bytes, and what came second."""
+    lines = ["| steps | of dense training's bytes | closest to it | second | s per step on a link of 100 Mbit/s (1 Gbit/s) | dense: s per step |", "|" + "---|" * 6]
+
+    def link(run):
+        return f"{run.value('bytes_per_step') * 8e-8:.2g} ({run.value('bytes_per_step') * 8e-9:.2g})"
+
+    for rows in map(at_best_rate, language_sweeps(evidence).values()):
+        (dense, *_), least = rows.pop("dense"), min(own[0].value("of_dense") for own in rows.values())
+        rows = {row: own for row, own in rows.items() if own[0].value("of_dense") < 1.1 * least}  # the others send more
+        best, second = [f"{row}, {spread(values('loss', own), 3)}" for row, own in rows.items()][:2] + [""] * (len(rows) < 2)
+        cells = f"{dense.options['steps']:,}", f"{least:.3g}", best, second, link(next(iter(rows.values()))[0]), link(dense)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def find_language(evidence, sweep):
     """Find the validation loss of each way to send, at the learning rate that was best for it, and its bytes against dense ones'."""
-    runs = select(evidence.language, steps=steps)
+    runs = language_sweeps(evidence)[sweep]
     rows = at_best_rate(runs)
     dense = rows.pop("dense")
     tests = {row: compare(*(values("loss", some) for some in at_common_seeds([own, dense]))) for row, own in rows.items()}
@@ -257,8 +289,7 @@ def claims_of(evidence):
     bytes_of = {f"equal-{stem}-{density:g}": partial(find_equal_bytes, sweep=(stem, density)) for stem, density in by_sweep(evidence)}
     figures = {name: ("end_of_training", find) for name, find in found.items()} | {name: ("equal_bytes", find) for name, find in bytes_of.items()}
     return CLAIMS | figures | {
-        f"language-{steps}": (f"language_model_{steps}", partial(find_language, steps=steps))
-        for steps in dict.fromkeys(run.options["steps"] for run in evidence.language)
+        f"language-{sweep}": (f"language_model_{sweep}", partial(find_language, sweep=sweep)) for sweep in language_sweeps(evidence)
     }
 
 
@@ -280,5 +311,7 @@ def fill(document, evidence):
         test = "" if finding.test == "none" else f" ({finding.test}; n = {finding.n})"
         return f"{line[1]} {finding.found}{verdict}{test}."
 
+    if BUDGETS in document:
+        document = replace_between(document, format_budgets(evidence), BUDGETS)
     document = re.sub(r'^\| <a id="([^"]+)">.*$', fill_row, document, flags=re.MULTILINE)
     return re.sub(r"^(\* \[[^]]+\]\(\S+#([^)]+)\):).*$", fill_line, document, flags=re.MULTILINE)

@@ -3,7 +3,7 @@
 from functools import partial
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, by_sweep, variants_of
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, by_sweep, language_sweeps, variants_of
 from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
@@ -232,8 +232,8 @@ def make_figures(evidence):
             sweeps.setdefault(stem, []).extend(runs)
         panels = [(f"{stem}; colours: density", "points more than fixed (test accuracy)", runs, partial(draw_gains, "rule", "density")) for stem, runs in sweeps.items()]
         yield "equal_bytes", draw_panels("Ways to spend equal bytes, every seed", panels)
-    for steps in dict.fromkeys(run.options["steps"] for run in evidence.language):
-        yield f"language_model_{steps}", draw_language(select(evidence.language, steps=steps))
+    for sweep, runs in language_sweeps(evidence).items():
+        yield f"language_model_{sweep}", draw_language(runs)
     for group, runs in evidence.cifar10.items():
         yield f"cifar10_{group}", draw_runs(runs)
         if group == "density-0.001":  # the figure in README.md
