@@ -123,7 +123,9 @@ def test_beside_a_zero_of_its_tile_the_sign_sends_one_side_at_a_time_and_none_wa
         total += average
         last = [step if average[side].any() else before for side, before in zip(sides, last, strict=True)]
         assert step - min(last) < 25
-    assert torch.equal(total + exchange.residuals(0)[0], 400.0 * given.double()) and not total[200:399].any()
+    lost = total + exchange.residuals(0)[0] - 400.0 * given.double()
+    assert not lost[:399].any() and abs(lost[399]) <= 1e-6 * 400 * giant  # r + g of 16,384 and more is rounded
+    assert not total[200:399].any()
     assert exchange.residuals(0)[0][:200].abs().max() < 40
     exchange = rt.LocalExchange(1, 1.0, wire_dtype="sign")
     assert torch.equal(exchange.step([[given[:200]]])[0], given[:200])  # no zero: both at once
