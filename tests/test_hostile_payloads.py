@@ -89,7 +89,7 @@ def take_part(rank, density, entry):
     """Return, for honest ranks, {what the error must say: (error, bucket untouched, residual untouched)} and what a step after
     all that gave; for the hostile one, nothing."""
     model = make_model()
-    state = make_state("regtopk", density)
+    state = make_state("regtopk", density, index_code="offsets")  # what a payload has; coded ones: test_wire.py
     open_groups = groups.open_groups
     groups.open_groups = lambda state, caller: opened.setdefault(state, open_groups(state, caller))
 

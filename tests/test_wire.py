@@ -232,7 +232,7 @@ def test_steps_of_an_exchange_equal_the_reference(method, index_code, wire_dtype
 def test_options_that_are_none_are_errors_in_words():
     for given, message in [
         ({"wire_dtype": torch.int8}, "expected wire_dtype to be None, torch.float32, torch.bfloat16, torch.float16, 'sign' or '2bit', got torch.int8"),
-        ({"index_code": "huffman"}, "expected index_code 'offsets' or 'elias-fano', got 'huffman'"),
+        ({"index_code": "huffman"}, "expected index_code 'elias-fano' or 'offsets', got 'huffman'"),
     ]:
         with pytest.raises(ValueError, match=message):
             rt.TopKState(**given)
