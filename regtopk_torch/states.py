@@ -45,8 +45,8 @@ class TopKState(Averaging):
             each 65,536 consecutive gradient entries share two levels. "sign": a bit for each entry, and the mean magnitudes of the
             positive ones sent and of the negative. "2bit": the sign and a bit for each, and the mean magnitudes of those sent that
             are at least as large as their mean, and of the others. A level is at most 7/4 of the smallest value that it stands
-            for, and where an entry of 0 is among them one of the levels is 0. So the sign is for values of about the same size: in heavy
-            tails, or at densities above 0.3, it sends a small part of what there is, and "2bit" nearly all; beside zeros, in chunks or
+            for, and where an entry of 0 is among them one of the levels is 0. So the sign is for values of about the same size: of heavy
+            tails, and at densities above a half, it sends less of what there is than "2bit", and near 1 next to nothing; beside zeros, in chunks or
             buckets with fewer than k entries to send, its two sides take turns. What is not sent stays in the residual, and sent + kept is what was given, exactly.
         index_code (str): how the places of the values travel. "elias-fano": about 2 + log2(J / k) bits each where that is less: 12 at
             density 0.001, 8.6 at 0.01. "offsets": 2 bytes each, at most a bit per gradient entry, without the work of the code.

@@ -33,3 +33,13 @@ class Twin:
             for exchange in self.places:
                 exchange.skipped()
         return averages
+
+    def check_residuals(self, rank, residuals):
+        """Assert that a rank holds back what its part of each tensor does here, and zeros elsewhere."""
+        host, place = divmod(rank, self.ranks)
+        of_part = self.places[place].residuals(host)
+        for index, residual in enumerate(residuals):
+            whole = torch.zeros_like(residual)
+            if index in of_part:
+                self.part(whole, place).copy_(of_part[index])
+            assert torch.equal(residual, whole), (rank, index)

@@ -131,6 +131,25 @@ def test_beside_a_zero_of_its_tile_the_sign_sends_one_side_at_a_time_and_none_wa
     assert torch.equal(exchange.step([[given[:200]]])[0], given[:200])  # no zero: both at once
 
 
+def applied_share(wire_dtype, density, tail):
+    """Of what 60 steps gave, in the direction of what was given; `tail` the exponent's deviation of a lognormal factor."""
+    generator = torch.Generator().manual_seed(0)
+    steady = torch.randn(20_000, generator=generator) * torch.exp(tail * torch.randn(20_000, generator=generator))
+    exchange, applied, given = rt.LocalExchange(1, density, wire_dtype=wire_dtype), torch.zeros(20_000), torch.zeros(20_000)
+    for _ in range(60):
+        gradient = steady + torch.randn(20_000, generator=generator)
+        given += gradient
+        applied += exchange.step([[gradient]])[0]
+    return float((applied * given.sign()).sum() / given.abs().sum())
+
+
+def test_the_sign_sends_what_two_bits_do_at_low_densities_and_falls_behind_where_the_limits_say_so():
+    assert all(applied_share(wire_dtype, 0.1, 0) > 0.9 for wire_dtype in ("sign", "2bit"))
+    assert applied_share("sign", 0.7, 0) < 0.9 < applied_share("2bit", 0.7, 0)
+    assert applied_share("sign", 1.0, 0) < 0.1 and applied_share("2bit", 1.0, 0) > 0.9
+    assert applied_share("sign", 0.1, 2) < applied_share("2bit", 0.1, 2) - 0.2
+
+
 @pytest.mark.parametrize("wire_dtype", CODES)
 def test_a_tile_that_is_not_finite_is_sent_as_nan_and_kept(wire_dtype):
     gradient = heavy_tailed(200_000, torch.float32)
