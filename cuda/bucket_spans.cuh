@@ -38,6 +38,24 @@ struct DeviceSpans {
     return first;
   }
 
+  // Calls function(span, from, to, inside) with all lanes of a warp together, until all spans of the entries [begin, end) have been
+  // some lane's: its span's entries among them are [from, to); of a lane that is not `inside` there are none. `first` is find(begin).
+  template <typename Function>
+  __device__ void for_each(uint32_t first, uint32_t begin, uint32_t end_entry, const Function& function) const {
+    const WarpGroup warp;
+    bool more = true;
+    for (uint32_t span = first + warp.rank(); more; span += kWarpThreads) {
+      uint32_t from = end_entry, to = end_entry;
+      if (span < count) {
+        const uint32_t span_begin = end(span), span_end = end(span + 1);
+        from = span_begin > begin ? span_begin : begin;
+        to = span_end < end_entry ? span_end : end_entry;
+      }
+      more = __shfl_sync(kAllLanes, to < end_entry, kWarpThreads - 1);
+      function(span, from, to, from < to);
+    }
+  }
+
   // The entries of flagged spans among those of word number `word` of a block tile; all lanes of a warp call it together.
   // `first_span` is find() of the block tile's first entry.
   __device__ uint32_t

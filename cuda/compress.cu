@@ -80,12 +80,11 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
       settle.sent = device.sent;
       settle.set_spans(arguments.spans);
       settle.residual = device.residual;
-      settle.gradient = device.gradient;
+      settle.marks = {device.gradient, device.not_zero, static_cast<uint64_t>(arguments.layout.numel)};
       settle.payload = device.payload;
       settle.scale = arguments.scale;
       settle.deed = arguments.deed;
       settle.done = device.counters;
-      settle.not_zero = device.not_zero;
       settle.idle_now = device.idle_spans;
       settle.any_idle = device.any_idle;
       settle.first_span = device.first_span;

@@ -35,6 +35,11 @@ struct WarpGroup {
     for (unsigned distance = kWarpThreads / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
     return value;
   }
+  // Calls function(lane), by the whole warp, for each lane whose condition holds.
+  template <typename Function>
+  __device__ void each_lane(bool condition, const Function& function) const {
+    for (uint32_t rest = __ballot_sync(kAllLanes, condition); rest != 0; rest &= rest - 1) function(static_cast<unsigned>(__ffs(rest) - 1));
+  }
 };
 
 template <unsigned kThreads>

@@ -4,7 +4,9 @@
 //   launch_compress   settle · sample · accumulate · finish   as regtopk::compress_ on the CPU
 //                     settle · chunks                         with chunks
 //   launch_aggregate  check · aggregate                       as regtopk::aggregate_
-//   launch_settle     settle                                  as regtopk::settle_, and without spans as regtopk::put_back_
+//   launch_settle     settle                                  as regtopk::settle_, without spans as regtopk::put_back_, and of a
+//                                                             velocity as regtopk::mask_
+//   launch_correct    find_zeros · norm · correct             as regtopk::correct_
 //   launch_judge      judge                                   as regtopk::judge_
 //   launch_to_wire    copy · narrow                           as regtopk::to_wire_
 //   launch_from_wire  copy · count · widen                    as regtopk::from_wire_
@@ -139,8 +141,26 @@ struct SettleLaunch {
   int64_t numel = 0;
   void* residual = nullptr;    // in and out: [J] of the accumulate type
   SpansLaunch spans;           // none: everything returns
+  bool masks = false;          // the residual is a velocity: nothing returns, and what does not return is set to 0
 };
 cudaError_t launch_settle(const SettleLaunch& arguments, cudaStream_t stream);
+
+struct CorrectLaunch {
+  ValueType type = ValueType::kFloat32;
+  int64_t numel = 0;
+  const void* gradient = nullptr;      // in: [J] of the value type
+  void* given = nullptr;               // out: the same; may be the gradient
+  void* velocity = nullptr;            // in and out: [J] of the accumulate type, or null
+  const int64_t* span_ends = nullptr;  // in: [spans + 1]
+  int64_t spans = 0;
+  double momentum = 0;
+  bool nesterov = false;
+  double largest_norm = 0;             // 0: any
+  void* workspace = nullptr;           // correct_workspace_bytes; of these the first kCorrectZeroedBytes are zero before and after
+};
+inline constexpr int64_t kCorrectZeroedBytes = 64 + kMaxSpans / 8;
+int64_t correct_workspace_bytes(int64_t numel);
+cudaError_t launch_correct(const CorrectLaunch& arguments, cudaStream_t stream);
 
 struct JudgeLaunch {
   const void* values = nullptr;  // in: [numel] of the value type

@@ -43,15 +43,13 @@ int64_t* entry_of(const char* who, const at::Tensor& verdict, int64_t round, con
   return round < 0 ? nullptr : verdict.mutable_data_ptr<int64_t>() + round % kVerdictRounds;
 }
 
-SpansLaunch check_shared(
+SpansLaunch check_flags_of_spans(
     const char* who, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict, const std::optional<at::Tensor>& applied,
-    const at::Tensor& counters, int64_t sent_round, const at::Device& device) {
+    int64_t sent_round, const at::Device& device) {
   const int64_t count = spans.numel() - 1;
   check_flags(who, "idle", idle, count);
-  check_counters(who, counters);
   check_on_device(who, "spans", spans, device);
   check_on_device(who, "idle", idle, device);
-  check_on_device(who, "counters", counters, device);
   if (applied) {
     check_flags(who, "applied", *applied, count);
     check_on_device(who, "applied", *applied, device);
@@ -62,8 +60,17 @@ SpansLaunch check_shared(
       .idle = idle.const_data_ptr<uint8_t>(),
       .verdict = entry_of(who, verdict, sent_round, device),
       .sent_round = sent_round,
-      .applied = applied ? applied->const_data_ptr<uint8_t>() : nullptr,
-      .counters = counters.mutable_data_ptr<int64_t>()};
+      .applied = applied ? applied->const_data_ptr<uint8_t>() : nullptr};
+}
+
+SpansLaunch check_shared(
+    const char* who, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict, const std::optional<at::Tensor>& applied,
+    const at::Tensor& counters, int64_t sent_round, const at::Device& device) {
+  SpansLaunch result = check_flags_of_spans(who, spans, idle, verdict, applied, sent_round, device);
+  check_counters(who, counters);
+  check_on_device(who, "counters", counters, device);
+  result.counters = counters.mutable_data_ptr<int64_t>();
+  return result;
 }
 
 void check_payload_tensor(const char* who, const char* name, const at::Tensor& payload, const at::Device& device) {
@@ -123,6 +130,10 @@ class Workspaces {
 
 // Never freed: the CUDA runtime may be gone at exit.
 Workspaces& compress_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
+}
+Workspaces& correct_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
 }
@@ -264,9 +275,10 @@ void judge_cuda(const at::Tensor& tensor, const at::Tensor& verdict, int64_t rou
   check_launched(who, launch_judge(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
 }
 
-// `sent` is written with spans alone.
+// `sent` is written with spans alone, and not by what masks.
 void settle(
-    const char* who, const char* name, const at::Tensor& residual, const at::Tensor& sent, at::ScalarType dtype, const SpansLaunch& spans) {
+    const char* who, const char* name, const at::Tensor& residual, const at::Tensor& sent, at::ScalarType dtype, const SpansLaunch& spans,
+    bool masks = false) {
   const at::Device device = residual.device();
   check_countable(who, residual.numel());
   check_vector(who, "residual", residual, accumulate_dtype(dtype), residual.numel());
@@ -277,7 +289,8 @@ void settle(
       .type = value_type_of(who, dtype),
       .numel = residual.numel(),
       .residual = residual.mutable_data_ptr(),
-      .spans = spans};
+      .spans = spans,
+      .masks = masks};
   const c10::cuda::CUDAGuard guard(device);
   check_launched(who, launch_settle(arguments, c10::cuda::getCurrentCUDAStream(device.index())));
 }
@@ -288,6 +301,53 @@ void settle_cuda(
   constexpr const char* who = "settle_";
   count_spans(who, spans, residual.numel());
   settle(who, "sent", residual, sent, dtype, check_shared(who, spans, idle, verdict, applied, counters, sent_round, residual.device()));
+}
+
+void mask_cuda(
+    const at::Tensor& velocity, const at::Tensor& sent, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict,
+    const std::optional<at::Tensor>& applied, at::ScalarType dtype, int64_t sent_round) {
+  constexpr const char* who = "mask_";
+  count_spans(who, spans, velocity.numel());
+  settle(
+      who, "sent", velocity, sent, dtype, check_flags_of_spans(who, spans, idle, verdict, applied, sent_round, velocity.device()),
+      /*masks=*/true);
+}
+
+void correct_cuda(
+    const at::Tensor& gradient, const at::Tensor& given, const std::optional<at::Tensor>& velocity, const at::Tensor& spans,
+    double momentum, bool nesterov, double largest_norm) {
+  constexpr const char* who = "correct_";
+  const at::Device device = gradient.device();
+  const at::ScalarType dtype = gradient.scalar_type();
+  CorrectLaunch arguments{
+      .type = value_type_of(who, dtype),
+      .numel = gradient.numel(),
+      .spans = count_spans(who, spans, gradient.numel()),
+      .momentum = momentum,
+      .nesterov = nesterov,
+      .largest_norm = largest_norm};
+  check_countable(who, arguments.numel);
+  check_vector(who, "gradient", gradient, dtype, arguments.numel);
+  check_vector(who, "given", given, dtype, arguments.numel);
+  check_on_device(who, "given", given, device);
+  check_on_device(who, "spans", spans, device);
+  if (velocity) {
+    check_vector(who, "velocity", *velocity, accumulate_dtype(dtype), arguments.numel);
+    check_on_device(who, "velocity", *velocity, device);
+    arguments.velocity = velocity->mutable_data_ptr();
+    check_aligned(who, "velocity", arguments.velocity);
+  }
+  arguments.gradient = gradient.const_data_ptr();
+  arguments.given = given.mutable_data_ptr();
+  arguments.span_ends = spans.const_data_ptr<int64_t>();
+  check_aligned(who, "gradient", arguments.gradient);
+  check_aligned(who, "given", arguments.given);
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  correct_workspaces().with(who, stream, correct_workspace_bytes(arguments.numel), kCorrectZeroedBytes, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_correct(arguments, stream);
+  });
 }
 
 void put_back_cuda(const at::Tensor& residual, const at::Tensor& payload, at::ScalarType dtype) {
@@ -365,6 +425,8 @@ bool has_cuda_kernels() { return true; }
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
   library.impl("compress_", &compress_cuda);
   library.impl("aggregate_", &aggregate_cuda);
+  library.impl("correct_", &correct_cuda);
+  library.impl("mask_", &mask_cuda);
   library.impl("judge_", &judge_cuda);
   library.impl("settle_", &settle_cuda);
   library.impl("put_back_", &put_back_cuda);

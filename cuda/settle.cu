@@ -14,7 +14,6 @@ constexpr unsigned kWarps = kThreads / kWarpThreads;
 // A warp owns one block tile, and of each span that part.
 // Where nothing returns nothing of the residual is touched. Where something does: 16 bytes of offsets (or the bitmap) per
 // entry of the tile; per entry that returns the value and 4 bytes of the residual read and written.
-// A gradient is read up to a first entry that is not zero: of most spans one entry for each block tile that they lie in.
 // Every entry has an element of its own, so no order matters; counts and bits are integer sums.
 template <typename T>
 class Settle {
@@ -36,32 +35,14 @@ class Settle {
     }
     const uint32_t first = device_.spans.find(begin);
     if (device_.first_span && warp_.rank() == 0) device_.first_span.store(block_, first);
-    bool more = true;
-    for (uint32_t span = first + warp_.rank(); more; span += kWarpThreads) {
-      uint32_t from = end, to = end;
-      if (span < device_.spans.count) {
-        from = std::max(device_.spans.end(span), begin);
-        to = std::min(device_.spans.end(span + 1), end);
-      }
-      more = __shfl_sync(kAllLanes, to < end, kWarpThreads - 1);
-      const bool inside = from < to;
+    device_.spans.for_each(first, begin, end, [&](uint32_t span, uint32_t from, uint32_t to, bool inside) {
       if (sent_size_.entries > 0) {
-        each_lane(inside && returns(span), [&](unsigned lane) {
+        warp_.each_lane(inside && returns(span) != device_.masks, [&](unsigned lane) {
           put_back(__shfl_sync(kAllLanes, from, lane), __shfl_sync(kAllLanes, to, lane));
         });
       }
-      if (device_.gradient) {
-        bool unknown = inside && !is_known(span);
-        if (unknown && !(Traits<T>::load(device_.gradient.load(from)) == 0)) {
-          mark(span);
-          unknown = false;
-        }
-        each_lane(unknown, [&](unsigned lane) {
-          const bool found = holds_more_than_zero(__shfl_sync(kAllLanes, from, lane), __shfl_sync(kAllLanes, to, lane));
-          if (found && warp_.rank() == lane) mark(span);
-        });
-      }
-    }
+      if (device_.marks) device_.marks.look(warp_, span, from, to, inside);
+    });
     if (!device_.counters) return;
     const uint32_t returned = warp_.sum(returned_);
     if (warp_.rank() != 0) return;
@@ -70,16 +51,11 @@ class Settle {
   }
 
  private:
-  // Calls function(lane), by the whole warp, for each lane whose condition holds.
-  template <typename Function>
-  __device__ void each_lane(bool condition, const Function& function) const {
-    for (uint32_t rest = __ballot_sync(kAllLanes, condition); rest != 0; rest &= rest - 1) function(static_cast<unsigned>(__ffs(rest) - 1));
-  }
   __device__ bool returns(uint32_t span) const {
     return device_.idle.load(span) != 0 || (is_void_ && (!device_.applied || device_.applied.load(span) == 0));
   }
 
-  // What was sent of the entries [begin, end) of this block tile.
+  // What was sent of the entries [begin, end) of this block tile; of a velocity, it leaves.
   __device__ void put_back(uint32_t begin, uint32_t end) {
     const Reader reader = device_.sent.reader(sent_size_);
     if (!is_loaded_) first_entry_ = reader.load_block(warp_, block_, set_, smallest_);
@@ -92,44 +68,10 @@ class Settle {
         const auto value = Traits<T>::load(reader.value(entry));
         if (device_.sent_again) device_.sent_again.template at_byte<T>(reader.layout().values_at).store(entry, T{});
         if (!is_finite(value) || value == 0) continue;
-        device_.residual.store(first + offset, device_.residual.load(first + offset) + value);
+        device_.residual.store(first + offset, device_.masks ? 0 : device_.residual.load(first + offset) + value);
         ++returned_;
       }
     }
-  }
-
-  // Another warp may have seen it meanwhile, which spares this one the work.
-  __device__ bool is_known(uint32_t span) const { return ((device_.not_zero.load_fresh(span / 32) >> (span % 32)) & 1) != 0; }
-  __device__ void mark(uint32_t span) const { device_.not_zero.set_bits(span / 32, 1u << (span % 32)); }
-
-  // Of the gradient's entries [begin, end).
-  __device__ bool holds_more_than_zero(uint32_t begin, uint32_t end) const {
-    constexpr int kLoads = sizeof(T) == 8 ? 2 : 4;
-    const uint64_t numel = static_cast<uint64_t>(device_.sent.numel);
-    for (uint64_t first = begin / kVectorEntries * kVectorEntries; first < end; first += kLoads * kWarpThreads * kVectorEntries) {
-      Vector<T> vectors[kLoads];
-#pragma unroll
-      for (int v = 0; v < kLoads; ++v) {
-        const uint64_t at = first + (v * kWarpThreads + warp_.rank()) * kVectorEntries;
-        if (at + kVectorEntries <= numel && at < end) {
-          vectors[v] = device_.gradient.load_vector(at);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kVectorEntries; ++i) vectors[v].entry[i] = at + i < end ? device_.gradient.load(at + i) : T{};
-        }
-      }
-      bool found = false;
-#pragma unroll
-      for (int v = 0; v < kLoads; ++v) {
-        const uint64_t at = first + (v * kWarpThreads + warp_.rank()) * kVectorEntries;
-#pragma unroll
-        for (int i = 0; i < kVectorEntries; ++i) {
-          found |= at + i >= begin && at + i < end && !(Traits<T>::load(vectors[v].entry[i]) == 0);
-        }
-      }
-      if (__ballot_sync(kAllLanes, found) != 0) return true;
-    }
-    return false;
   }
 
   const Device& device_;
@@ -153,8 +95,7 @@ __device__ void write_exchange_part(const SettleDevice<T>& device) {
   for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
     uint32_t zero = 0, idle = 0;
     if (word < device.spans.words()) {
-      zero = ~device.not_zero.load_fresh(word) & bits_between(0, 0, count - word * 32);
-      device.not_zero.store(word, 0);
+      zero = device.marks.take_zero_spans(word, count);
       for (uint32_t bits = zero; bits != 0; bits &= bits - 1) {
         const uint32_t bit = __ffs(bits) - 1, span = word * 32 + bit;
         if (device.idle.load(span) != 0 && device.spans.end(span) < device.spans.end(span + 1)) idle |= 1u << bit;
@@ -180,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) settle_kernel(const __grid_consta
   const uint32_t block = blockIdx.x * kWarps + w;
   if (uint64_t{block} * PayloadReader<T>::kEntries < static_cast<uint64_t>(device.sent.numel))
     Settle<T>(device, sets[w], smallest[w], block).run();
-  if (device.gradient && is_last_block(device.done, kSettleDone, last)) write_exchange_part(device);
+  if (device.marks && is_last_block(device.done, kSettleDone, last)) write_exchange_part(device);
 }
 
 }  // namespace
@@ -204,7 +145,8 @@ cudaError_t launch_settle(const SettleLaunch& arguments, cudaStream_t stream) {
     device.sent.numel = arguments.numel;
     device.sent.size = arguments.sent_bytes;
     device.residual = Global(static_cast<typename Traits<T>::Accumulate*>(arguments.residual));
-    if (arguments.spans.ends != nullptr) device.sent_again = Global(arguments.sent);
+    if (arguments.spans.ends != nullptr && !arguments.masks) device.sent_again = Global(arguments.sent);
+    device.masks = arguments.masks;
     device.set_spans(arguments.spans);
     launch_settle(device, stream);
     return launch_error();

@@ -6,6 +6,7 @@
 #include "bucket_spans.cuh"
 #include "launch.h"
 #include "payload_reader.cuh"
+#include "span_marks.cuh"
 
 namespace regtopk {
 
@@ -22,12 +23,13 @@ struct SettleDevice {
   Global<const uint8_t> idle, applied;
   Global<unsigned long long> counters;
 
-  Global<const T> gradient;  // null: nothing is found out and nothing of the following is used
+  bool masks = false;  // the residual is a velocity, and what does not return is set to 0 there
+
+  SpanMarks<T> marks;  // none: nothing is found out and nothing of the following is used
   Global<uint8_t> payload;
   double scale = 1.0;
   uint64_t deed = 0;
   Global<uint32_t> done;      // the counters of the compress
-  Global<uint32_t> not_zero;  // a bit per span, zero before and after
   Global<uint32_t> idle_now;  // a bit per span
   Global<uint32_t> any_idle;
   Global<uint32_t> first_span;  // of each block tile

@@ -15,6 +15,16 @@ def _(gradient, payloads, feedback, spans=None, idle=None, verdict=None, status=
     return None
 
 
+@torch.library.register_fake("regtopk::correct_")
+def _(gradient, given, velocity, spans, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::mask_")
+def _(velocity, sent, spans, idle, verdict, applied, *, dtype, sent_round):
+    return None
+
+
 @torch.library.register_fake("regtopk::judge_")
 def _(tensor, verdict, *, round):
     return None

@@ -62,13 +62,13 @@ class TopKState(Averaging):
             rank gives its velocity, u = momentum * u + g, rounded to g's dtype, and the optimizer has none. At density 1 that is SGD with momentum
             (weight decay, which the optimizer adds, is not in u). u is one further number per parameter, of the residual's dtype: it goes where
             the residual goes, into state dicts too, and waits while this rank's gradient of its parameter is zero in all entries. Where
-            what is given would be too large for g's dtype it counts as not finite. CPU gradients.
+            what is given would be too large for g's dtype it counts as not finite.
         nesterov (bool): g + momentum * u is given.
         mask_momentum (bool): factor masking: where an entry was sent and applied, u begins at 0 again. At density 1 that is SGD without
             momentum, at 1 + momentum times its learning rate with nesterov. Deep Gradient Compression masks.
         clip_norm (float, optional): a rank scales a bucket's g, before anything else, down to the 2-norm clip_norm / sqrt(N) where it is
             larger: of unscaled gradient, and of its finite entries. The paper clips the model's gradient as one, as
-            `bucket_cap_mb` above the model's size does here. CPU gradients.
+            `bucket_cap_mb` above the model's size does here.
 
         dense (str or callable): where all entries travel instead of chosen ones, in the gradients' dtype, whatever `wire_dtype` is, and what was
             held back with them. "never"; a warning says once where that would send less. "auto": of each bucket that would send no less

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
-from tests.simt.with_spans import chosen_of, ROUNDS, Pair  # noqa: E402
+from tests.simt.with_spans import Operators, Pair, chosen_of, ROUNDS, spans_of  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
 ON_A_GPU = DEVICE == "cuda"
@@ -575,6 +575,67 @@ def test_chunks_move_the_bytes_that_gradient_and_residual_have(kernels):
         with kernels.traffic() as traffic:
             twin.compress(gradient)
         assert sum(map(sum, traffic.values())) / numel < 12 + 7 / 64  # and of each entry sent its place and value
+
+
+CORRECTIONS = {
+    "momentum": ({"momentum": 0.9}, False),
+    "nesterov, masked": ({"momentum": 0.7, "nesterov": True}, True),
+    "masked, clipped": ({"momentum": 0.9, "largest_norm": 20.0}, True),
+    "clipped": ({"largest_norm": 20.0}, False),
+}
+
+
+@pytest.mark.parametrize("name, dtype", list(zip(CORRECTIONS, FLOATS, strict=True)))
+def test_momentum_and_clipping_through_idle_and_void_steps_equal_those_of_the_cpu(kernels, name, dtype):
+    with kernels.schedule("shuffled", seed=1, resident_blocks=3):
+        pair = Pair(kernels, 9_003, dtype, density=0.02, correction=CORRECTIONS[name], seed=1)
+        pair.random_steps(10, kernels, brackets=())
+    assert all(pair.seen.values()), f"expected idle spans, void rounds and valid ones, got {pair.seen}"
+
+
+@pytest.mark.parametrize("name, dtype", in_turn(of_one(CORRECTIONS), of_one(FLOATS), all_of_them=ON_A_GPU))
+def test_what_is_given_of_several_tiles_equals_that_of_the_cpu(kernels, name, dtype):
+    numel, spans = 140_001, spans_of(140_001)
+    sides = [(run, copied(torch.zeros(numel, dtype=reference.accumulate_dtype(dtype)))) for run in (kernels, Operators())]
+    for step, gradient in zip(range(2), gradients_of(numel, dtype)):
+        for span in range(step, len(spans) - 1, 3):
+            gradient[spans[span] : spans[span + 1]].mul_(0.0)  # of both signs
+        given = []
+        for run, velocity in sides:
+            given.append(aligned(numel, dtype).fill_(3.0))
+            run.correct(copied(gradient), given[-1], velocity if "momentum" in CORRECTIONS[name][0] else None, spans, **CORRECTIONS[name][0])
+        assert same_bits(*given) and same_bits(sides[0][1], sides[1][1])
+        assert not same_bits(given[0], gradient) or name == "momentum"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_velocity_keeps_what_it_had_where_what_is_wanted_can_not_be_given(kernels, dtype):
+    numel, largest = 1_003, torch.finfo(dtype).max
+    for nesterov in (False, True):
+        there, velocity = [], []
+        for run in (kernels, Operators()):
+            kept, given = copied(torch.full((numel,), 1.0, dtype=reference.accumulate_dtype(dtype))), []
+            for value in (largest, largest, torch.inf, torch.nan, -1.0):
+                gradient = copied(torch.full((numel,), 2.0, dtype=dtype))
+                gradient[5::9] = value
+                run.correct(gradient, gradient, kept, copied(torch.tensor([0, numel])), momentum=0.9, nesterov=nesterov)
+                given.append(gradient.masked_fill(gradient.isnan(), torch.nan))
+            there.append(torch.cat(given))
+            velocity.append(kept)
+        assert same_bits(*there) and same_bits(*velocity)
+        assert velocity[0].isfinite().all() and not there[0].isfinite().all()
+
+
+def test_momentum_moves_the_bytes_that_gradient_and_velocity_have(kernels):
+    if ON_A_GPU:
+        pytest.skip("a GPU does not count")
+    numel = 1_000_003
+    gradient, given = copied(next(gradients_of(numel, torch.float32))), aligned(numel, torch.float32)
+    velocity, spans = aligned(numel, torch.float32).fill_(1.0), spans_of(numel)
+    for momentum, largest_norm, bytes in ((0.9, 0.0, 16), (0.0, 1.0, 12), (0.9, 1.0, 20)):
+        with kernels.traffic() as traffic:
+            kernels.correct(gradient, given, velocity if momentum else None, spans, momentum=momentum, largest_norm=largest_norm)
+        assert sum(map(sum, traffic.values())) / numel < bytes + 0.1
 
 
 CODES = {torch.bits1x8: "sign", torch.bits2x4: "2bit"}

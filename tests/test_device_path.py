@@ -44,19 +44,19 @@ def emulated():
 def dispatched(rank):
     import regtopk_torch  # noqa: F401
 
-    names = ("compress_", "aggregate_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_")
+    names = ("compress_", "aggregate_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_")
     return ["simt/operators.cpp" in line for name in names for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CPU:")]
 
 
 def test_the_processes_take_the_path_of_the_device():
-    assert processes.run_workers(dispatched, 2) == [[True] * 7] * 2
+    assert processes.run_workers(dispatched, 2) == [[True] * 9] * 2
 
 
 # Where what the operators get or find out differs from mode to mode; the others differ in what DDP does around them.
 SHORT = (
     "plain, three ranks", "no_sync, unused", "join, unused, gradients zeroed in place", "used now and then, four ranks", "used now and then, skipped",
     "static graph, unused", "used with a gradient of zero, looked for", "frozen", "two dtypes", "one parameter", "300 parameters", "narrow",
-    "narrow, used now and then", "chunks, used now and then",
+    "narrow, used now and then", "chunks, used now and then", "momentum, used now and then, three ranks",
 )  # fmt: skip
 
 

@@ -49,9 +49,8 @@ void Worker::check(const Bucket& bucket) const {
       bucket.scale >= 1 / kLargest && bucket.scale <= kLargest, who, ": expected a gradient scale between 2^-64 and 2^64, got ",
       bucket.scale, "; if the GradScaler came here by skipping step after step, look for NaN in the model's parameters");
   TORCH_CHECK_VALUE(
-      (bucket.keeps && bucket.layout.device.is_cpu()) || !options.corrects(), who,
-      ": expected dense gradients on the CPU with momentum= or clip_norm=, got ", bucket.keeps ? "some" : "sparse ones", " on ",
-      bucket.layout.device, "; give the momentum to the optimizer");
+      bucket.keeps || !options.corrects(), who,
+      ": expected dense gradients with momentum= or clip_norm=, got sparse ones; give the momentum to the optimizer");
   if (!bucket.keeps) return;
   value_type_of(who.c_str(), bucket.layout.dtype);
   TORCH_CHECK_VALUE(

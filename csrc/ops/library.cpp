@@ -8,6 +8,9 @@
 //   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
 //   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
 //
+// Before compress_, correct_ writes to `given`, which may be the gradient, what is given instead of it: clipped to a norm, and with a
+// velocity. mask_ sets a velocity to zero where what was sent has been applied.
+//
 // Between the two a payload may take a narrower form, core/wire.h: to_wire_ writes it, puts what the narrower values leave out
 // into the residual and leaves in the payload what the wire carries; from_wire_ makes payloads of the rows received. A row that
 // is none becomes one that aggregate_ rejects; on the CPU from_wire_ raises.
@@ -33,6 +36,12 @@ TORCH_LIBRARY(regtopk, library) {
       "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
       "Tensor(d!)? verdict=None, Tensor(e!)? status=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, "
       "int round=-1) -> ()");
+  library.def(
+      "correct_(Tensor gradient, Tensor(a!) given, Tensor(b!)? velocity, Tensor spans, *, float momentum=0.0, bool nesterov=False, "
+      "float largest_norm=0.0) -> ()");
+  library.def(
+      "mask_(Tensor(a!) velocity, Tensor sent, Tensor spans, Tensor idle, Tensor verdict, Tensor? applied, *, ScalarType dtype, "
+      "int sent_round) -> ()");
   library.def("judge_(Tensor tensor, Tensor(a!) verdict, *, int round) -> ()");
   library.def(
       "settle_(Tensor(a!) residual, Tensor(b!) sent, Tensor spans, Tensor idle, Tensor verdict, Tensor? applied, Tensor(c!) counters, *, "

@@ -1,5 +1,6 @@
-// Momentum correction and local clipping on the CPU: correct_ and mask_ of operators.h.
+// Momentum correction and local clipping on the CPU: regtopk::correct_ and regtopk::mask_.
 #include <c10/util/SmallVector.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -66,11 +67,9 @@ struct Corrector {
   }
 };
 
-}  // namespace
-
-void correct_(
+void correct_cpu(
     const at::Tensor& gradient, const at::Tensor& given, const std::optional<at::Tensor>& velocity, const at::Tensor& spans_tensor,
-    const Correction& correction) {
+    double momentum, bool nesterov, double largest_norm) {
   constexpr const char* who = "correct_";
   const ValueType type = value_type_of(who, gradient.scalar_type());
   const int64_t numel = gradient.numel(), span_count = check_spans(who, spans_tensor, numel);
@@ -82,14 +81,14 @@ void correct_(
     const T* const from = static_cast<const T*>(gradient.const_data_ptr());
     T* const to = static_cast<T*>(given.mutable_data_ptr());
     double factor = 1;
-    if (correction.largest_norm > 0) factor = std::min(1.0, correction.largest_norm / std::sqrt(squared_norm_of(from, numel)));
+    if (largest_norm > 0) factor = std::min(1.0, largest_norm / std::sqrt(squared_norm_of(from, numel)));
     const Corrector<T> corrector{
         from,
         to,
         velocity ? static_cast<Accumulate*>(velocity->mutable_data_ptr()) : nullptr,
         static_cast<Accumulate>(factor),
-        static_cast<Accumulate>(correction.momentum),
-        correction.nesterov};
+        static_cast<Accumulate>(momentum),
+        nesterov};
     const Spans spans = spans_of(spans_tensor);
     c10::SmallVector<uint8_t, 256> zero(span_count);
     find_zero_spans(from, type, spans, zero.data());
@@ -106,19 +105,19 @@ void correct_(
   });
 }
 
-void mask_(
-    const at::Tensor& velocity, const at::Tensor& sent, const Shared& shared, const std::optional<at::Tensor>& applied,
-    at::ScalarType dtype, int64_t sent_round) {
+void mask_cpu(
+    const at::Tensor& velocity, const at::Tensor& sent, const at::Tensor& spans_tensor, const at::Tensor& idle_tensor,
+    const at::Tensor& verdict, const std::optional<at::Tensor>& applied, at::ScalarType dtype, int64_t sent_round) {
   constexpr const char* who = "mask_";
-  const int64_t span_count = check_spans(who, shared.spans, velocity.numel());
+  const int64_t span_count = check_spans(who, spans_tensor, velocity.numel());
   check_vector(who, "velocity", velocity, accumulate_dtype(dtype), velocity.numel());
-  check_flags(who, "idle", shared.idle, span_count);
+  check_flags(who, "idle", idle_tensor, span_count);
   if (applied) check_flags(who, "applied", *applied, span_count);
   const ValueType type = value_type_of(who, dtype);
-  const PayloadView view(sent.const_data_ptr<uint8_t>(), check_own_payload(who, "sent", sent, velocity.numel(), type, /*trusted=*/true));
-  const Spans spans = spans_of(shared.spans);
-  const bool is_void = regtopk::is_void(shared.verdict, sent_round);
-  const uint8_t* const idle = shared.idle.const_data_ptr<uint8_t>();
+  const PayloadView view(sent.const_data_ptr<uint8_t>(), check_own_payload(who, "sent", sent, velocity.numel(), type));
+  const Spans spans = spans_of(spans_tensor);
+  const bool is_void = regtopk::is_void(verdict, sent_round);
+  const uint8_t* const idle = idle_tensor.const_data_ptr<uint8_t>();
   const uint8_t* const has_applied = applied ? applied->const_data_ptr<uint8_t>() : nullptr;
   if (is_void && !applied) return;
   with_value_type(type, [&]<typename T>(T) {
@@ -137,6 +136,13 @@ void mask_(
       }
     });
   });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
+  library.impl("correct_", &correct_cpu);
+  library.impl("mask_", &mask_cpu);
 }
 
 }  // namespace regtopk

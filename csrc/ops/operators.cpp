@@ -46,6 +46,23 @@ void aggregate_(
       stamp.plan, stamp.round);
 }
 
+void correct_(
+    const at::Tensor& gradient, const at::Tensor& given, const Optional& velocity, const at::Tensor& spans, const Correction& correction) {
+  static const auto operation =
+      find_operator<void(const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&, double, bool, double)>(
+          "regtopk::correct_");
+  operation.call(gradient, given, velocity, spans, correction.momentum, correction.nesterov, correction.largest_norm);
+}
+
+void mask_(
+    const at::Tensor& velocity, const at::Tensor& sent, const Shared& shared, const Optional& applied, at::ScalarType dtype,
+    int64_t sent_round) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, at::ScalarType,
+      int64_t)>("regtopk::mask_");
+  operation.call(velocity, sent, shared.spans, shared.idle, shared.verdict, applied, dtype, sent_round);
+}
+
 void judge_(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
   static const auto operation = find_operator<void(const at::Tensor&, const at::Tensor&, int64_t)>("regtopk::judge_");
   operation.call(tensor, verdict, round);

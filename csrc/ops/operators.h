@@ -54,7 +54,7 @@ void aggregate_(
 // The squared 2-norm of a gradient on the CPU that is 0 outside the entries of these payloads, which were checked: the same bits for any
 // number of threads, in time that follows k.
 double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans);
-// Before compress_, of tensors on the CPU: writes to `given`, which may be the gradient, what is given instead of it. `velocity`, [J] of the
+// Before compress_: writes to `given`, which may be the gradient, what is given instead of it. `velocity`, [J] of the
 // accumulate dtype, keeps what it had where that is not finite in the gradient's dtype, which then is infinite or NaN, and in parameters
 // whose gradient is zero in all entries, of which nothing is given.
 void correct_(

@@ -62,7 +62,20 @@ struct SettleCall {
   int64_t sent_bytes;
   void* residual;
   SpansCall spans;
+  int64_t masks;
   void* stream;
+};
+
+struct CorrectCall {
+  int64_t type, numel;
+  const void* gradient;
+  void *given, *velocity;
+  const int64_t* span_ends;
+  int64_t spans;
+  double momentum;
+  int64_t nesterov;
+  double largest_norm;
+  void *workspace, *stream;
 };
 
 struct JudgeCall {
@@ -90,6 +103,9 @@ int64_t call_compress_workspace(const CompressCall* call);
 const char* call_compress(const CompressCall* call);
 const char* call_aggregate(const AggregateCall* call);
 const char* call_settle(const SettleCall* call);
+int64_t call_correct_zeroed_bytes();
+int64_t call_correct_workspace(const CorrectCall* call);
+const char* call_correct(const CorrectCall* call);
 const char* call_judge(const JudgeCall* call);
 int64_t call_wire_bytes(const WireCall* call);
 int64_t call_to_wire_workspace(const WireCall* call);

@@ -179,7 +179,7 @@ const char* call_aggregate(const AggregateCall* call) {
 
 const char* call_settle(const SettleCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
-  allow(call->sent, call->sent_bytes, call->spans.ends != nullptr);
+  allow(call->sent, call->sent_bytes, call->spans.ends != nullptr && call->masks == 0);
   allow(call->residual, call->numel * accumulate_bytes(type), true);
   allow(call->spans);
   return run([&] {
@@ -189,7 +189,36 @@ const char* call_settle(const SettleCall* call) {
          .type = type,
          .numel = call->numel,
          .residual = call->residual,
-         .spans = launch_of(call->spans)},
+         .spans = launch_of(call->spans),
+         .masks = call->masks != 0},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+int64_t call_correct_zeroed_bytes() { return kCorrectZeroedBytes; }
+
+int64_t call_correct_workspace(const CorrectCall* call) { return correct_workspace_bytes(call->numel); }
+
+const char* call_correct(const CorrectCall* call) {
+  const ValueType type = static_cast<ValueType>(call->type);
+  allow(call->given, call->numel * value_bytes(type), true);  // before the gradient, whose memory it may be
+  allow(call->gradient, call->numel * value_bytes(type), false);
+  allow(call->velocity, call->numel * accumulate_bytes(type), true);
+  allow(call->span_ends, (call->spans + 1) * 8, false);
+  allow(call->workspace, call_correct_workspace(call), true);
+  return run([&] {
+    return launch_correct(
+        {.type = type,
+         .numel = call->numel,
+         .gradient = call->gradient,
+         .given = call->given,
+         .velocity = call->velocity,
+         .span_ends = call->span_ends,
+         .spans = call->spans,
+         .momentum = call->momentum,
+         .nesterov = call->nesterov != 0,
+         .largest_norm = call->largest_norm,
+         .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));
   });
 }

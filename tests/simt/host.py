@@ -17,7 +17,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "momentum"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -131,7 +131,15 @@ class _Spans(ctypes.Structure):
 class _Settle(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64),
-        ("residual", ctypes.c_void_p), ("spans", _Spans), ("stream", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p), ("spans", _Spans), ("masks", ctypes.c_int64), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Correct(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("given", ctypes.c_void_p), ("velocity", ctypes.c_void_p),
+        ("span_ends", ctypes.c_void_p), ("spans", ctypes.c_int64), ("momentum", ctypes.c_double), ("nesterov", ctypes.c_int64),
+        ("largest_norm", ctypes.c_double), ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -229,9 +237,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -351,14 +359,33 @@ class Kernels:
         """As regtopk::put_back_; `residual` is written."""
         self.settle(residual, payload, None, None, None, None, None, dtype=dtype, sent_round=-1)
 
-    def settle(self, residual, sent, spans, idle, verdict, applied, counters, *, dtype, sent_round):
+    def settle(self, residual, sent, spans, idle, verdict, applied, counters, *, dtype, sent_round, masks=False):
         """As regtopk::settle_; `residual`, `sent` and `counters` are written."""
         with self._operands(residual, sent, spans, idle, verdict, applied, counters) as (residual, sent, spans, idle, verdict, applied, counters):
             call = _Settle(
                 VALUE_TYPES[dtype], residual.numel(), _pointer(sent), sent.numel(), _pointer(residual),
-                _spans(spans, idle, verdict, applied, counters, sent_round), self._stream(),
+                _spans(spans, idle, verdict, applied, counters, sent_round), masks, self._stream(),
             )  # fmt: skip
             self._raise(self._library.call_settle(ctypes.byref(call)))
+
+    def mask(self, velocity, sent, spans, idle, verdict, applied, *, dtype, sent_round):
+        """As regtopk::mask_; `velocity` is written."""
+        self.settle(velocity, sent, spans, idle, verdict, applied, None, dtype=dtype, sent_round=sent_round, masks=True)
+
+    def correct(self, gradient, given, velocity, spans, *, momentum=0.0, nesterov=False, largest_norm=0.0):
+        """As regtopk::correct_; `given` and `velocity` are written. The two gradients may be one."""
+        in_place = given is gradient
+        with self._operands(gradient, None if in_place else given, velocity, spans) as (gradient, given, velocity, spans):
+            call = _Correct(
+                VALUE_TYPES[gradient.dtype], gradient.numel(), _pointer(gradient), _pointer(gradient if in_place else given), _pointer(velocity),
+                _pointer(spans), _count(spans), momentum, nesterov, largest_norm, None, self._stream(),
+            )  # fmt: skip
+            zeroed = self._library.call_correct_zeroed_bytes()
+            workspace = self._workspace(self._library.call_correct_workspace(ctypes.byref(call)), zeroed)
+            call.workspace = _pointer(workspace)
+            self._raise(self._library.call_correct(ctypes.byref(call)))
+        if workspace[:zeroed].any():
+            raise EmulationError("correct left its workspace without the zeros it begins with")
 
     def judge(self, tensor, verdict, *, round):
         """As regtopk::judge_; `verdict` is written."""

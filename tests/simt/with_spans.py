@@ -37,12 +37,20 @@ class Operators:
     def settle(self, *arguments, **options):
         torch.ops.regtopk.settle_(*arguments, **options)
 
+    def correct(self, *arguments, **options):
+        torch.ops.regtopk.correct_(*arguments, **options)
+
+    def mask(self, *arguments, **options):
+        torch.ops.regtopk.mask_(*arguments, **options)
+
 
 class Side:
     """What two workers keep for one bucket with spans, and `run`, which works on it."""
 
-    def __init__(self, run, spans, dtype, k, residual, bytes, chunks):
-        self.run, self.spans, self.dtype, self.k, self.bytes, self.chunks = run, spans, dtype, k, bytes, chunks
+    def __init__(self, run, spans, dtype, k, residual, bytes, chunks, correction):
+        """`correction`: None, or the options of correct_ and whether the velocity is masked."""
+        self.run, self.spans, self.dtype, self.k, self.bytes, self.chunks, self.correction = run, spans, dtype, k, bytes, chunks, correction
+        self.given, self.velocity = [], [copied(torch.zeros_like(residual)) if correction and correction[0].get("momentum") else None for _ in range(2)]
         self.residual = [copied(residual) for _ in range(2)]
         self.idle, self.verdict = aligned(spans.numel() - 1, torch.uint8).zero_(), aligned(ROUNDS, torch.int64).fill_(-1)
         self.counters = [aligned(3, torch.int64).zero_() for _ in range(2)]
@@ -52,7 +60,8 @@ class Side:
         """mu None: Top-k."""
         numel, payloads = gradients[0].numel(), aligned(2 * self.bytes, torch.uint8).fill_(0xEE).view(2, self.bytes)
         both = {"spans": self.spans, "idle": self.idle, "verdict": self.verdict, "k": self.k, "distortion": distortion, "step": round, "plan": 77}
-        for n, gradient in enumerate(gradients):
+        self.given = [self.correct(n, gradient, round=round, applied=applied) for n, gradient in enumerate(gradients)]
+        for n, gradient in enumerate(self.given):
             self.run.compress(
                 gradient, self.residual[n], payloads[n], sent=None if self.sent is None else self.sent[n],
                 feedback=None if mu is None or self.sent is None else self.rows[n], sampling=sampling, mu=mu or 1.0, decay=decay, applied=applied,
@@ -62,6 +71,17 @@ class Side:
         rows = aligned(2 * self.k, self.residual[0].dtype).view(2, self.k)
         assert self.run.aggregate(self.bucket, payloads, feedback=rows, round=round, **both) == PAYLOADS_VALID
         self.sent, self.rows = payloads, rows
+
+    def correct(self, n, gradient, *, round, applied):
+        """What is given of a worker's gradient: for one of the two in the memory of the gradient."""
+        if self.correction is None:
+            return gradient
+        options, masks = self.correction
+        if masks and self.sent is not None:
+            self.run.mask(self.velocity[n], self.sent[n], self.spans, self.idle, self.verdict, applied, dtype=self.dtype, sent_round=round - 1)
+        given = gradient if n == 0 else aligned(gradient.numel(), self.dtype).fill_(3.0)
+        self.run.correct(gradient, given, self.velocity[n], self.spans, **options)
+        return given
 
     def settle(self, *, round, applied):
         for n in range(2):
@@ -74,13 +94,16 @@ class Side:
         named = {"idle": self.idle, "verdict": self.verdict, "payloads": self.sent, "bucket": self.bucket, "feedback": self.rows}
         for n in range(2):
             named |= {f"residual {n}": self.residual[n], f"counters {n}": self.counters[n]}
+            named[f"given {n}"] = self.given[n].masked_fill(self.given[n].isnan(), torch.nan)  # a GPU's NaN has other bits
+            if self.velocity[n] is not None:
+                named[f"velocity {n}"] = self.velocity[n]
         return {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in named.items()}
 
 
 class Pair:
     """The CPU operators and the kernels on the same random steps, with spans that are zero for some time, void rounds and all that follows."""
 
-    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", decay=0.9, seed=0, infinite=False, chunk=None):
+    def __init__(self, kernels, numel, dtype, *, density, mu=0.8, distortion="previous", decay=0.9, seed=0, infinite=False, chunk=None, correction=None):
         """`infinite`: an entry of the residual is, which makes each round void in which it is sent."""
         from regtopk_torch import _C
 
@@ -95,7 +118,7 @@ class Pair:
             residual[numel // 2] = torch.inf
         bytes = _C.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
         assert bytes == kernels.payload_bytes(numel, self.k, dtype, self.spans.numel() - 1)
-        self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes, chunks) for run in (Operators(), kernels))
+        self.cpu, self.there = (Side(run, self.spans, dtype, self.k, residual, bytes, chunks, correction) for run in (Operators(), kernels))
         self.seen = {"idle": 0, "void": 0, "valid": 0}
 
     def chance(self, probability):
