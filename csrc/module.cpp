@@ -270,7 +270,10 @@ PYBIND11_MODULE(_C, module) {
                             c10d::Reducer& reducer) { reducer.register_comm_hook(std::make_unique<ExchangeHook>(exchange)); })
       .def_property_readonly("is_open", &GroupExchange::is_open)
       .def("set_dense", &GroupExchange::set_dense)
-      .def("skipped", &GroupExchange::skipped, release_gil())
+      .def(
+          "skipped", [](GroupExchange& self) { self.skipped(); }, release_gil())
+      .def(
+          "abort", [](GroupExchange& self) { self.skipped(Deed::kAborted); }, release_gil())
       .def("did", &GroupExchange::did)
       .def("use", &GroupExchange::use)
       .def(

@@ -110,7 +110,7 @@ class Averaging:
             RuntimeError: no average since the last `commit` or `abort`.
         """
         self._decide("abort")
-        self._exchange.skipped()
+        self._exchange.abort()
 
     def _decide(self, what):
         if self._decided:

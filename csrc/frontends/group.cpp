@@ -284,7 +284,7 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"gradient dtype", c10::toString(layout.dtype)}};
   fingerprint.insert(fingerprint.end(), description.begin(), description.end());
   fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
-  fingerprint.emplace_back("calls of reset, load_state_dict, pause, resume and skipped", describe_deed(worker_->deed()));
+  fingerprint.emplace_back(c10::str("calls of ", kDeeds), describe_deed(worker_->deed()));
   fingerprint.emplace_back("measurements of the adaptive density, which reset() ends", describe_measured(*worker_));
   fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
   agree(*transport_, caller_, fingerprint);
@@ -316,10 +316,10 @@ void GroupExchange::set_dense(bool dense) {
   worker_->did(dense ? Deed::kPause : Deed::kResume);
 }
 
-void GroupExchange::skipped() {
+void GroupExchange::skipped(Deed deed) {
   idle_worker();
   worker_->steps.clock().make_void(worker_->steps.round());
-  worker_->did(Deed::kSkipped);
+  worker_->did(deed);
 }
 
 void GroupExchange::close() {

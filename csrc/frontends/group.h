@@ -44,7 +44,7 @@ class GroupExchange {
   // Dense all-reduce instead of payloads, and back; residuals stay. Takes effect at the next bucket, on all ranks or none.
   void set_dense(bool dense);
   // Says that the last step was not applied: what was sent in it returns.
-  void skipped();
+  void skipped(Deed deed = Deed::kSkipped);
   void did(Deed deed) { worker_->did(deed); }
 
   // The open transport, once nothing is pending on it.

@@ -171,8 +171,11 @@ PayloadLayout check_own_payload(const char* who, const char* name, const at::Ten
 }
 
 void raise_payload_error(const char* who, const PayloadError& error, int64_t rank) {
+  // Zeros are what a rank sends that can't go on with a step, so that nobody waits for it.
+  const char* const why = error.field == "magic" && error.got == "0" ? ", as a rank sends that has an error of its own" : "";
   C10_THROW_ERROR(
-      ValueError, c10::str(who, ": expected ", error.field, " ", error.expected, " in the payload of rank ", rank, ", got ", error.got));
+      ValueError,
+      c10::str(who, ": expected ", error.field, " ", error.expected, " in the payload of rank ", rank, ", got ", error.got, why));
 }
 
 void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool have_exchange_parts, int64_t step, int64_t plan) {
@@ -184,9 +187,8 @@ void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool
   for (size_t rank = 1; have_exchange_parts && rank < heads.size(); ++rank) {
     const ExchangePart first = part_of(0), other = part_of(rank);
     TORCH_CHECK_VALUE(
-        first.deed == other.deed, who,
-        ": expected every rank to have made the same calls of reset, load_state_dict, pause, resume and skipped, got ",
-        describe_deed(first.deed), " on rank 0 and ", describe_deed(other.deed), " on rank ", rank, "; make the call on every rank");
+        first.deed == other.deed, who, ": expected every rank to have made the same calls of ", kDeeds, ", got ", describe_deed(first.deed),
+        " on rank 0 and ", describe_deed(other.deed), " on rank ", rank, "; make the call on every rank");
     TORCH_CHECK_VALUE(
         first.scale == other.scale, who, ": expected the same gradient scale on every rank, got ", first.scale, " on rank 0 and ",
         other.scale, " on rank ", rank, "; give every rank's state a GradScaler with the same arguments, or none");

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "../core/deed.h"
 #include "../core/payload.h"
 #include "../core/payload_status.h"
 #include "checks.h"
@@ -169,14 +170,16 @@ std::string describe_status(int64_t status) {
   switch (field_of(word)) {
     case PayloadField::kDeed:
       return c10::str(
-          "expected every rank to have made the same calls of reset, load_state_dict, pause, resume and skipped, got others on rank ", rank,
+          "expected every rank to have made the same calls of ", kDeeds, ", got others on rank ", rank,
           " than on rank 0; make the call on every rank");
     case PayloadField::kScale:
       return c10::str(
           "expected the same gradient scale on every rank, got another on rank ", rank,
           " than on rank 0; give every rank's state a GradScaler with the same arguments, or none");
     case PayloadField::kHeader:
-      return c10::str("expected a header of this bucket in the payload of rank ", rank, ", got another");
+      return c10::str(
+          "expected a header of this bucket in the payload of rank ", rank,
+          ", got another, or none, as a rank sends that has an error of its own");
     case PayloadField::kStep:
       return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
     case PayloadField::kPlan:
