@@ -17,8 +17,8 @@ bool regtopk::has_cuda_kernels() { return false; }
 
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
   for (const char* name :
-       {"compress_", "aggregate_", "judge_", "settle_", "put_back_", "encode", "decode", "take_", "average_slice_", "spread_",
-        "feedback_"}) {
+       {"compress_", "aggregate_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_",
+        "feedback_", "encode", "decode"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernels>());
   }
 }

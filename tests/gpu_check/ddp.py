@@ -55,7 +55,10 @@ def finite(tensors):
 
 # What else than the plain exchange is run: options of the state and of the simulation; and how the state comes to the gradients.
 WIRE = {"wire_dtype": "2bit", "index_code": "elias-fano", "decay": 0.95}
-FORMS = {"": ({}, "hook"), "2 bits": (WIRE, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach")}
+FORMS = {
+    "": ({}, "hook"), "2 bits": (WIRE, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach"), "led": ({"support": "leader"}, "hook"),
+    "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
+}  # fmt: skip
 
 
 def train(rank, backend, device, method, view, form):

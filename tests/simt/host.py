@@ -17,7 +17,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "check", "whole", "lead", "averages"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -98,7 +98,7 @@ def build_operators():
 
     emulation = build()
     source = ROOT / "tests/simt/operators.cpp"
-    read = [*ROOT.glob("tests/simt/c10/cuda/*.h"), ROOT / "cuda/operators.cpp"]
+    read = [*ROOT.glob("tests/simt/c10/cuda/*.h"), *ROOT.glob("cuda/*operators.*")]
     read += [ROOT / "csrc/ops" / name for name in ("checks.h", "checks.cpp", "operators.h", "operators.cpp")]
     flags = [*FLAGS, "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", torch.__version__]
     library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [source, *read])}.so"
@@ -156,7 +156,8 @@ class _Compress(ctypes.Structure):
         ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
         ("spans", _Spans), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
         ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
-        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("chunk", ctypes.c_int64), ("chunk_k", ctypes.c_int64), ("workspace", ctypes.c_void_p),
+        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("chunk", ctypes.c_int64), ("chunk_k", ctypes.c_int64),
+        ("choose", ctypes.c_int64), ("workspace", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -169,6 +170,31 @@ class _Aggregate(ctypes.Structure):
         ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("span_ends", ctypes.c_void_p),
         ("spans", ctypes.c_int64), ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p), ("round", ctypes.c_int64), ("worst_status", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Take(ctypes.Structure):
+    _fields_ = [
+        ("wire", _Wire), ("leader", ctypes.c_int64), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("span_ends", ctypes.c_void_p),
+        ("idle", ctypes.c_void_p), ("worst_status", ctypes.c_void_p), ("room", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _AverageSlice(ctypes.Structure):
+    _fields_ = [
+        ("wire", _Wire), ("rows", ctypes.c_void_p), ("row_bytes", ctypes.c_int64), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
+        ("averages", ctypes.c_void_p), ("averages_bytes", ctypes.c_int64), ("worst_status", ctypes.c_void_p), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Spread(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("spans", ctypes.c_int64), ("rows", ctypes.c_void_p),
+        ("averages", ctypes.c_void_p), ("workers", ctypes.c_int64), ("row_bytes", ctypes.c_int64), ("averages_bytes", ctypes.c_int64),
+        ("step", ctypes.c_uint64), ("payload", ctypes.c_void_p), ("gradient", ctypes.c_void_p), ("span_ends", ctypes.c_void_p),
+        ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p), ("round", ctypes.c_int64), ("worst_status", ctypes.c_void_p),
+        ("distortion", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("workspace", ctypes.c_void_p), ("room", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -229,9 +255,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_settle", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace", "call_take_room", "call_spread_room"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -300,7 +326,7 @@ class Kernels:
 
     def compress(
         self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None,
-        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0, chunk=0, chunk_k=0,
+        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0, chunk=0, chunk_k=0, choose=True,
     ):  # fmt: skip
         """As regtopk::compress_; `residual`, `payload` and `counters` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
@@ -315,7 +341,7 @@ class Kernels:
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
                 _spans(spans, idle, verdict, applied, counters, sent_round), scale, deed,
                 _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
-                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), chunk, chunk_k, _pointer(used), self._stream(),
+                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), chunk, chunk_k, choose, _pointer(used), self._stream(),
             )  # fmt: skip
             self._raise(self._library.call_compress(ctypes.byref(call)))
         if workspace is None and used[: self._library.call_zeroed_bytes()].any():
@@ -390,6 +416,65 @@ class Kernels:
             workspace = self._workspace(self._library.call_from_wire_workspace(ctypes.byref(call)), 0)
             call.workspace = _pointer(workspace)
             self._raise(self._library.call_from_wire(ctypes.byref(call)))
+
+    @contextmanager
+    def _checked_workspace(self, numel, k, dtype, spans):
+        """Yield (an aggregate's workspace, a status to lower); see that the first is left as it was."""
+        call = _Aggregate(type=VALUE_TYPES[dtype], numel=numel, k=k, spans=spans)
+        workspace = self._workspace(self._library.call_aggregate_workspace(ctypes.byref(call)), AGGREGATE_ZEROED_BYTES)
+        yield workspace, torch.full((1,), -1, dtype=torch.int64, device=workspace.device)
+        if workspace[:AGGREGATE_ZEROED_BYTES].any():
+            raise EmulationError("expected the zeros that the workspace began with, got others")
+
+    def take(self, residual, payload, lead, spans, idle, *, dtype, wire_dtype, elias_fano=False, k, leader=0, step, plan):
+        """As regtopk::take_; returns what the device found wrong with the lead."""
+        with self._operands(residual, payload, lead, spans, idle) as (residual, payload, lead, spans, idle), self._checked_workspace(residual.numel(), k, dtype, _count(spans)) as (workspace, found):
+            wire = _Wire(
+                VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, residual.numel(), k, _count(spans), 1, _pointer(payload), _pointer(residual),
+                _pointer(lead), _pointer(workspace), self._stream(),
+            )  # fmt: skip
+            call = _Take(wire, leader, step, plan, _pointer(spans), _pointer(idle), _pointer(found), None)
+            room = self._workspace(self._library.call_take_room(ctypes.byref(call)), 0)
+            call.room = _pointer(room)
+            self._raise(self._library.call_take(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def average_slice(self, rows, averages, *, dtype, wire_dtype, elias_fano=False, numel, k, spans, step, plan):
+        """As regtopk::average_slice_; `averages` is written. Returns what the device found wrong with the heads."""
+        with self._operands(rows, averages) as (rows, averages):
+            found = torch.full((1,), -1, dtype=torch.int64, device=rows.device)
+            wire = _Wire(VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans, len(rows))
+            call = _AverageSlice(
+                wire, _pointer(rows), rows.shape[1], step, plan, _pointer(averages), averages.numel(), _pointer(found), self._stream()
+            )  # fmt: skip
+            self._raise(self._library.call_average_slice(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def spread(self, gradient, payload, rows, averages, spans, idle, verdict, *, k, step, round):
+        """As regtopk::spread_; returns what the device found wrong with the averages."""
+        tensors = (gradient, payload, rows, averages, spans, idle, verdict)
+        with self._operands(*tensors) as (gradient, payload, rows, averages, spans, idle, verdict), self._checked_workspace(gradient.numel(), k, gradient.dtype, _count(spans)) as (workspace, found):
+            call = self._spread_call(gradient.dtype, gradient.numel(), k, payload, rows, averages, spans, idle, step)
+            call.gradient, call.verdict, call.round = _pointer(gradient), _entry(verdict, round), round
+            call.worst_status, call.workspace = _pointer(found), _pointer(workspace)
+            room = self._workspace(self._library.call_spread_room(ctypes.byref(call)), 0)
+            call.room = _pointer(room)
+            self._raise(self._library.call_spread(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def feedback(self, feedback, payload, rows, averages, spans, idle, *, dtype, numel, distortion, step):
+        """As regtopk::feedback_; `feedback` is written."""
+        with self._operands(feedback, payload, rows, averages, spans, idle) as (feedback, payload, rows, averages, spans, idle):
+            call = self._spread_call(dtype, numel, feedback.numel(), payload, rows, averages, spans, idle, step)
+            call.distortion, call.feedback = DISTORTIONS[distortion], _pointer(feedback)
+            self._raise(self._library.call_feedback(ctypes.byref(call)))
+
+    def _spread_call(self, dtype, numel, k, payload, rows, averages, spans, idle, step):
+        return _Spread(
+            type=VALUE_TYPES[dtype], numel=numel, k=k, spans=_count(spans), rows=_pointer(rows), averages=_pointer(averages), workers=len(rows),
+            row_bytes=rows.shape[1], averages_bytes=averages.shape[1], step=step, payload=_pointer(payload), span_ends=_pointer(spans),
+            idle=_pointer(idle), stream=self._stream(),
+        )  # fmt: skip
 
     @staticmethod
     def _raise(error):
