@@ -191,7 +191,10 @@ __global__ void __launch_bounds__(kThreads) lay_kernel(const __grid_constant__ L
     if (offset + kVectorEntries <= entries) {
       device.gradient.store_vector(first + offset, vector);
     } else {
-      for (uint32_t i = 0; offset + i < entries; ++i) device.gradient.store(first + offset + i, vector.entry[i]);
+#pragma unroll
+      for (uint32_t i = 0; i < kVectorEntries; ++i) {
+        if (offset + i < entries) device.gradient.store(first + offset + i, vector.entry[i]);
+      }
     }
   }
   if (device.verdict && __syncthreads_or(!finite) && threadIdx.x == 0) device.verdict.store(0, device.round);

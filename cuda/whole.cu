@@ -6,7 +6,6 @@ namespace regtopk {
 namespace {
 
 constexpr unsigned kThreads = 256;
-constexpr int kAtOnce = 4;  // vectors of each thread that are loaded before the first is needed
 
 template <typename T, bool kSends>
 class Whole {
@@ -14,6 +13,7 @@ class Whole {
   using Device = CompressDevice<T>;
   using Set = typename Device::Set;
   static constexpr uint32_t kEntries = Device::kEntries;
+  static constexpr int kAtOnce = sizeof(Accumulate) == 8 ? 2 : 4;  // vectors of each thread that are loaded before the first is needed
   static_assert(kEntries % (kAtOnce * kThreads * kVectorEntries) == 0);
 
  public:
@@ -100,7 +100,9 @@ class Whole {
       if constexpr (kSends) writer.store_values(index, sent);
       return;
     }
-    for (uint32_t i = 0; i < inside; ++i) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectorEntries; ++i) {
+      if (i >= inside) continue;
       device_.residual.store(index + i, kept.entry[i]);
       if constexpr (kSends) writer.store_value(index + i, sent.entry[i]);
     }

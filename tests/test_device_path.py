@@ -37,8 +37,8 @@ SUBJECTS = {  # by either entry
     "put back": test_after_an_error.test_what_other_buckets_sent_before_one_failed_returns,
     "rebuild": lambda entry: test_new_parameters.test_a_frozen_parameter_keeps_its_own_entries_and_no_others_memory(entry, entries=1_000_000),
     "checkpoint": lambda entry: test_checkpoint.test_saved_loaded_and_gone_on_equals_never_stopped_bit_for_bit("regtopk", entry),
-    "void steps of a leader": lambda entry: test_shared_support.test_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(entry, "regtopk"),
-    "void steps of dense parameters": lambda entry: test_dense_rule.test_under_ddp_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(0.05, test_dense_rule.two_of_four, "regtopk", entry),
+    "void steps of a leader": lambda entry: test_shared_support.test_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void("regtopk", entry),
+    "void steps of dense parameters": lambda entry: test_dense_rule.test_under_ddp_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(method="regtopk", entry=entry, density=0.05, dense=test_dense_rule.two_of_four),
 }  # fmt: skip
 
 
