@@ -135,7 +135,7 @@ struct FeedbackDevice {
 
 // Per entry the value and the average read and the feedback written; of each block tile the offsets of its payload tile.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constant__ FeedbackDevice<T> device) {
+__global__ void __launch_bounds__(kThreads, 4) feedback_kernel(const __grid_constant__ FeedbackDevice<T> device) {
   using Accumulate = typename Traits<T>::Accumulate;
   using Walk = TileWalk<T>;
   REGTOPK_SHARED(typename Walk::Set[kWarps], sets);
