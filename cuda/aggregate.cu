@@ -1,7 +1,5 @@
 // Aggregate: the payloads of all workers, checked, added in rank order and averaged into the bucket.
-#include <algorithm>
-
-#include "bucket_spans.cuh"
+#include "check.cuh"
 #include "launch.h"
 #include "payload_reader.cuh"
 
@@ -13,25 +11,17 @@ constexpr unsigned kRanksAtOnce = kThreads / kWarpThreads;  // a warp to each
 constexpr unsigned kAhead = 4;                              // entries of each lane that are loaded before the first is needed
 
 template <typename T>
-struct AggregateDevice {
+struct AggregateDevice : CheckDevice {
   using Accumulate = typename Traits<T>::Accumulate;
-  explicit AggregateDevice(const PayloadLayout& bucket) : layout(bucket) {}
+  explicit AggregateDevice(const PayloadLayout& bucket) : CheckDevice(bucket) {}
 
-  PayloadLayout layout;
-  Global<const uint8_t> payloads;
-  uint32_t workers, blocks;
+  uint32_t blocks;
   Global<T> gradient;
   Global<Accumulate> feedback;
   uint32_t first_feedback_worker, feedback_workers;
   Distortion distortion;
-  uint64_t step, plan;
-  Global<unsigned long long> status;  // the complement of the lowest status found, so that zero says that all are valid
   Global<uint32_t> left;              // blocks
-  Global<uint32_t> absent;            // ranks that contribute nothing
-  Global<uint32_t> any_idle;          // a span that is idle now and has entries
-  Global<uint32_t> idle_now;          // a bit per span, 1 where the gradients of all ranks are zero
   Global<unsigned long long> worst_status;
-  DeviceSpans spans;
   Global<uint8_t> idle;
   Global<int64_t> verdict;            // the entry of this round
   int64_t round;
@@ -40,125 +30,6 @@ struct AggregateDevice {
     return PayloadReader<T>(payloads.offset(static_cast<size_t>(rank) * layout.bytes), layout);
   }
 };
-
-__device__ unsigned long long status_of(uint32_t stage, uint32_t rank, PayloadField field) {
-  return static_cast<unsigned long long>(stage) << 40 | static_cast<unsigned long long>(rank) << 8 | static_cast<unsigned long long>(field);
-}
-
-// 32 spans: which are idle, the zero bits of all ranks; by a warp.
-template <typename T>
-__device__ void find_idle(const AggregateDevice<T>& device, uint32_t word) {
-  const WarpGroup warp;
-  uint32_t zero = bits_between(0, 0, device.spans.count - word * 32);
-  for (uint32_t rank = warp.rank(); rank < device.workers; rank += kWarpThreads) {
-    const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * device.layout.bytes);
-    zero &= bytes.template at_byte<const uint32_t>(device.layout.zero_bits_at).load(word);
-  }
-  for (unsigned distance = kWarpThreads / 2; distance > 0; distance /= 2) zero &= __shfl_xor_sync(kAllLanes, zero, distance);
-  const uint32_t span = word * 32 + warp.rank();
-  const bool is_idle = ((zero >> warp.rank()) & 1) != 0;
-  const bool any = __ballot_sync(kAllLanes, is_idle && device.spans.end(span) < device.spans.end(span + 1)) != 0;
-  if (warp.rank() != 0) return;
-  device.idle_now.store(word, zero);
-  if (any) device.any_idle.store(0, 1);
-}
-
-// A warp owns one payload tile of one rank; the first tile's also checks the header. Or it owns 32 spans of all ranks.
-// Reads 2 bytes per entry of each payload (2 more for one in 16), or the bitmap, and 8 bytes per payload tile. What is reported is the smallest of all findings, whoever comes first.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ AggregateDevice<T> device) {
-  constexpr uint32_t kWarps = kThreads / kWarpThreads;
-  const WarpGroup warp;
-  const PayloadLayout& layout = device.layout;
-  const uint32_t tiles = static_cast<uint32_t>(layout.tiles);
-  const uint64_t tile_items = uint64_t{tiles} * device.workers;
-  for (uint64_t item = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpThreads; item < tile_items + device.spans.words();
-       item += uint64_t{gridDim.x} * kWarps) {
-    if (item >= tile_items) {
-      find_idle(device, static_cast<uint32_t>(item - tile_items));
-      continue;
-    }
-    const uint32_t rank = static_cast<uint32_t>(item / tiles), tile = static_cast<uint32_t>(item % tiles);
-    const Global<const uint8_t> bytes = device.payloads.offset(static_cast<size_t>(rank) * layout.bytes);
-    const auto report = [&](PayloadField field, uint32_t stage = 0) { device.status.take_maximum(0, ~status_of(stage, rank, field)); };
-    if (tile == 0 && warp.rank() == 0) {
-      const PayloadHeader header = bytes.template at_byte<const PayloadHeader>(0).load(0);
-      const bool valid = header.magic == kPayloadMagic && header.version == kPayloadVersion && header.value_type == layout.type &&
-                         header.support == layout.support && header.numel == static_cast<uint64_t>(layout.numel) &&
-                         header.k == static_cast<uint64_t>(layout.k) && (header.flags & ~kFlags) == 0 &&
-                         header.spans == static_cast<uint64_t>(layout.spans) && header.repeated <= header.k;
-      if (!valid) report(PayloadField::kHeader);
-      if ((header.flags & kFlagAbsent) != 0) device.absent.add(0, 1);
-      if (device.spans && rank > 0) {
-        const auto part_of = [&](Global<const uint8_t> payload) {
-          return payload.template at_byte<const ExchangePart>(sizeof(PayloadHeader)).load(0);
-        };
-        const ExchangePart first = part_of(device.payloads), part = part_of(bytes);
-        if (part.deed != first.deed) report(PayloadField::kDeed, 1);
-        else if (!(part.scale == first.scale)) report(PayloadField::kScale, 1);
-      }
-      if (header.step != device.step) report(PayloadField::kStep, 2);
-      else if (header.plan != device.plan) report(PayloadField::kPlan, 2);
-    }
-    const Global<const uint32_t> starts = bytes.template at_byte<const uint32_t>(layout.tile_starts_at);
-    const uint32_t entries = static_cast<uint32_t>(layout.tile_entries(tile)), k = static_cast<uint32_t>(layout.k);
-    const uint32_t begin = starts.load_uniform(tile), end = tile + 1 < tiles ? starts.load_uniform(tile + 1) : k;
-    if (end < begin || end > k || end - begin > entries || (tile == 0 && begin != 0)) {
-      if (warp.rank() == 0) report(PayloadField::kTileStarts);
-      continue;
-    }
-    bool valid = true;
-    if (layout.support == Support::kOffsets) {
-      const Global<const uint16_t> offsets = bytes.template at_byte<const uint16_t>(layout.support_at);
-      // A lane reads four vectors and the offset before them, all at once, from an entry on that is a multiple of 16.
-      constexpr uint32_t kVectors = 4, kRun = kVectors * kVectorEntries;
-#pragma unroll 1
-      for (uint32_t first = begin / kRun * kRun + warp.rank() * kRun; first < end; first += kWarpThreads * kRun) {
-        Vector<uint16_t> run[kVectors];
-#pragma unroll
-        for (uint32_t v = 0; v < kVectors; ++v) {
-          const uint32_t at = first + v * kVectorEntries;
-          run[v] = at < end ? offsets.load_vector(at) : Vector<uint16_t>{};
-        }
-        uint32_t before = first > begin ? offsets.load(first - 1) : 0;
-#pragma unroll
-        for (uint32_t i = 0; i < kRun; ++i) {
-          const uint32_t entry = first + i, offset = run[i / kVectorEntries].entry[i % kVectorEntries];
-          valid &= entry < begin || entry >= end || (offset < entries && (entry == begin || offset > before));
-          before = offset;
-        }
-      }
-    } else {
-      const Global<const uint32_t> words = bytes.template at_byte<const uint32_t>(layout.support_at);
-      constexpr uint32_t kWordsOfTile = kTileEntries / 32;
-      uint32_t members = 0, word = warp.rank();
-      // Whole words two at a time, and many loads before the first is needed.
-      const Global<const uint64_t> pairs = bytes.template at_byte<const uint64_t>(layout.support_at);
-      constexpr uint32_t kPairs = 8;
-      for (uint32_t first = 0; (first + kPairs * kWarpThreads) * 64 <= entries; first += kPairs * kWarpThreads) {
-        uint64_t loaded[kPairs];
-#pragma unroll
-        for (uint32_t i = 0; i < kPairs; ++i) loaded[i] = pairs.load(tile * (kWordsOfTile / 2) + first + i * kWarpThreads + warp.rank());
-#pragma unroll
-        for (uint32_t i = 0; i < kPairs; ++i) members += __popcll(loaded[i]);
-        word += 2 * kPairs * kWarpThreads;
-      }
-      for (; word * 32 < entries; word += kWarpThreads) {
-        const uint32_t bits = words.load(tile * kWordsOfTile + word);
-        members += __popc(bits);
-        // Bits beyond the bucket, up to the byte; what follows is padding or the values.
-        if (entries - word * 32 < 32) {
-          const uint32_t rest = entries - word * 32, in_bytes = (rest + 7) / 8 * 8;
-          const uint32_t beyond = bits & ~((1u << rest) - 1);
-          members -= __popc(beyond);
-          valid &= (in_bytes == 32 ? beyond : beyond & ((1u << in_bytes) - 1)) == 0;
-        }
-      }
-      valid &= warp.sum(members) == end - begin;
-    }
-    if (__ballot_sync(kAllLanes, valid) != kAllLanes && warp.rank() == 0) report(PayloadField::kSupport);
-  }
-}
 
 // A block owns one block tile of the bucket, 32 KiB of the accumulate type in shared memory.
 // Writes the bucket once: 4 bytes per element in fp32, 2 in 16-bit types. Reads 2 bytes (of the bitmap 1 bit per element)
@@ -460,11 +331,7 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     device.verdict = Global(arguments.verdict);
     device.round = arguments.round;
     device.worst_status = Global(arguments.worst_status);
-    const int64_t warps = arguments.layout.tiles * arguments.workers + (arguments.layout.spans + 31) / 32,
-                  most = int64_t{multiprocessors()} * 8;
-    const unsigned blocks =
-        static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
-    REGTOPK_LAUNCH((check_kernel<T>), blocks, kThreads, stream, device);
+    launch_check<T>(device, stream);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
     REGTOPK_LAUNCH((aggregate_kernel<T>), device.blocks, kThreads, stream, device);
     return launch_error();

@@ -60,14 +60,31 @@ struct DeviceSpans {
   // `first_span` is find() of the block tile's first entry.
   __device__ uint32_t
   entries_in(Global<const uint32_t> flags, uint32_t first_span, uint32_t tile_begin, uint32_t tile_entries, uint32_t word) const {
+    const auto is_flagged = [&](uint32_t span) { return ((flags.load_uniform(span / 32) >> (span % 32)) & 1) != 0; };
+    return entries_of(is_flagged, first_span, tile_begin, tile_entries, word);
+  }
+  // The same of spans for which a function says it.
+  template <typename IsFlagged>
+  __device__ uint32_t
+  entries_of(const IsFlagged& is_flagged, uint32_t first_span, uint32_t tile_begin, uint32_t tile_entries, uint32_t word) const {
     uint32_t bits = 0;
     for (uint32_t span = first_span; span < count; ++span) {
       const uint32_t begin = uniform_end(span), end = uniform_end(span + 1);
       if (begin >= tile_begin + tile_entries) break;
-      if (((flags.load_uniform(span / 32) >> (span % 32)) & 1) == 0) continue;
+      if (!is_flagged(span)) continue;
       bits |= bits_between(word, begin > tile_begin ? begin - tile_begin : 0, end > tile_begin ? end - tile_begin : 0);
     }
     return bits;
+  }
+  // Whether a block tile has a flagged span, 32 at a time.
+  template <typename IsFlagged>
+  __device__ bool has_any(const IsFlagged& is_flagged, uint32_t first_span, uint32_t tile_begin, uint32_t tile_entries) const {
+    const WarpGroup warp;
+    for (uint32_t span = first_span + warp.rank();; span += kWarpThreads) {
+      const bool begins_inside = span < count && end(span) < tile_begin + tile_entries;
+      if (__ballot_sync(kAllLanes, begins_inside && is_flagged(span)) != 0) return true;
+      if (__ballot_sync(kAllLanes, begins_inside) != kAllLanes) return false;
+    }
   }
 
  private:

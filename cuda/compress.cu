@@ -1,4 +1,4 @@
-// Compress: settle, sample, accumulate and finish, or settle and chunks, one after the other on the stream.
+// Compress: settle, sample, accumulate and finish, or settle and chunks or whole, one after the other on the stream.
 #include <algorithm>
 #include <cmath>
 
@@ -93,6 +93,10 @@ cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream
       device.sent = settle.sent;
       device.spans = settle.spans;
       device.totals = settle.counters;
+    }
+    if (arguments.is_whole()) {
+      launch_whole(device, arguments.choose, stream);
+      return launch_error();
     }
     if (arguments.chunks) {
       launch_chunks(device, has_feedback, stream);

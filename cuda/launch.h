@@ -3,6 +3,7 @@
 //
 //   launch_compress   settle · sample · accumulate · finish   as regtopk::compress_ on the CPU
 //                     settle · chunks                         with chunks
+//                     settle · whole                          where all entries are sent, or a leader chooses
 //   launch_aggregate  check · aggregate                       as regtopk::aggregate_
 //   launch_settle     settle                                  as regtopk::settle_, without spans as regtopk::put_back_, and of a
 //                                                             velocity as regtopk::mask_
@@ -10,6 +11,11 @@
 //   launch_judge      judge                                   as regtopk::judge_
 //   launch_to_wire    copy · narrow                           as regtopk::to_wire_
 //   launch_from_wire  copy · count · widen                    as regtopk::from_wire_
+//   launch_take       from_wire · check · take                as regtopk::take_
+//   launch_average_slice  average                             as regtopk::average_slice_
+//   launch_spread     join · aggregate                        as regtopk::spread_
+//                     join · lay                              of all entries
+//   launch_feedback   feedback                                as regtopk::feedback_
 //
 // step, plan, k and mu are arguments of the kernels: a captured graph replays those it was captured with.
 // A workspace begins with bytes that are zero before the first call that uses it, and that every call leaves zero, whatever
@@ -79,7 +85,9 @@ struct CompressLaunch {
   double mu = 1.0;
   double decay = 1.0;
   Chunks chunks = {};                // of at most kLargestChunkOfDevice entries
-  Sampling sampling;                 // not used with chunks
+  bool choose = true;                // false: nothing is sent for the time being, as regtopk::compress_ without `choose`
+  bool is_whole() const { return !choose || layout.k == layout.numel; }
+  Sampling sampling;                 // used where the bucket as a whole chooses
   void* workspace = nullptr;         // compress_workspace_bytes; of these the first kZeroedBytes are zero before and after
 };
 inline constexpr int64_t kZeroedBytes = 8256 + kMaxSpans / 8;
@@ -129,19 +137,85 @@ struct FromWireLaunch {
   const uint8_t* bytes = nullptr;  // in: [workers, wire.bytes], not trusted
   int64_t workers = 0;
   uint8_t* payloads = nullptr;     // out: [workers, layout.bytes]; without the magic number where the bytes are no wire form
-  void* workspace = nullptr;       // from_wire_workspace_bytes
+  bool has_values = true;  // false, of one worker: the payload ends where its values would begin, and those of the wire are not read
+  void* workspace = nullptr;  // from_wire_workspace_bytes
 };
 int64_t from_wire_workspace_bytes(const PayloadLayout& layout, const WireLayout& wire, int64_t workers);
 cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t stream);
 
+// Of a support that a leader has chosen (csrc/core/lead.h).
+struct TakeLaunch {
+  PayloadLayout layout;
+  WireLayout wire;
+  const uint8_t* lead = nullptr;  // in: wire.bytes, not trusted; the values are not read
+  int64_t leader = 0;
+  uint64_t step = 0, plan = 0;  // expected in its header
+  // in: as launch_compress without `choose` wrote it; out: with entries, or where the lead is not valid none and kFlagUnfilled.
+  uint8_t* payload = nullptr;
+  void* residual = nullptr;  // in and out: [J] of the accumulate type
+  const int64_t* span_ends = nullptr;  // in: [layout.spans + 1], or null without spans
+  const uint8_t* idle = nullptr;  // in: [layout.spans]
+  unsigned long long* worst_status = nullptr;  // as of an aggregate
+  void* workspace = nullptr;  // that of an aggregate
+  void* room = nullptr;  // take_room_bytes
+};
+int64_t take_room_bytes(const PayloadLayout& layout, const WireLayout& wire);
+cudaError_t launch_take(const TakeLaunch& arguments, cudaStream_t stream);
+
+struct AverageSliceLaunch {
+  PayloadLayout layout;
+  WireLayout wire;
+  const uint8_t* rows = nullptr;  // in: [workers, row_bytes], not trusted
+  int64_t workers = 0, row_bytes = 0;
+  uint64_t step = 0, plan = 0;  // expected in every head
+  uint8_t* averages = nullptr;  // out: kMarkBytes, zeros where a head is not valid, and the entries of a row; NaN likewise
+  unsigned long long* worst_status = nullptr;
+};
+cudaError_t launch_average_slice(const AverageSliceLaunch& arguments, cudaStream_t stream);
+
+// What all workers have sent: heads, which launch_average_slice has checked, and averages, which are not trusted.
+struct AveragesLaunch {
+  const uint8_t* rows = nullptr;  // in: [workers, row_bytes]
+  const uint8_t* averages = nullptr;  // in: [workers, averages_bytes], of as many entries each, a multiple of 4
+  int64_t workers = 0, row_bytes = 0, averages_bytes = 0;
+  uint64_t step = 0;  // expected in every mark
+};
+
+struct SpreadLaunch {
+  PayloadLayout layout;
+  AveragesLaunch received;
+  const uint8_t* payload = nullptr;  // in: this worker's own; its values are not read
+  void* gradient = nullptr;  // these as of an aggregate
+  const int64_t* span_ends = nullptr;
+  uint8_t* idle = nullptr;
+  int64_t* verdict = nullptr;
+  int64_t round = -1;
+  unsigned long long* worst_status = nullptr;
+  void* workspace = nullptr;  // that of an aggregate
+  void* room = nullptr;  // spread_room_bytes
+};
+int64_t spread_room_bytes(const PayloadLayout& layout);
+cudaError_t launch_spread(const SpreadLaunch& arguments, cudaStream_t stream);
+
+struct FeedbackLaunch {
+  PayloadLayout layout;
+  AveragesLaunch received;
+  const uint8_t* payload = nullptr;  // in: this worker's own
+  const int64_t* span_ends = nullptr;
+  const uint8_t* idle = nullptr;  // in: as launch_spread left it
+  Distortion distortion = Distortion::kPrevious;
+  void* feedback = nullptr;  // out: [k] of the accumulate type; NaN where averages are not those of the step
+};
+cudaError_t launch_feedback(const FeedbackLaunch& arguments, cudaStream_t stream);
+
 struct SettleLaunch {
-  uint8_t* sent = nullptr;     // in: an own payload; nothing returns where its header is not that of the bucket.
-  int64_t sent_bytes = 0;      // out, with spans: the values that returned are 0
+  uint8_t* sent = nullptr;  // in: an own payload; nothing returns where its header is not that of the bucket.
+  int64_t sent_bytes = 0;  // out, with spans: the values that returned are 0
   ValueType type = ValueType::kFloat32;
   int64_t numel = 0;
-  void* residual = nullptr;    // in and out: [J] of the accumulate type
-  SpansLaunch spans;           // none: everything returns
-  bool masks = false;          // the residual is a velocity: nothing returns, and what does not return is set to 0
+  void* residual = nullptr;  // in and out: [J] of the accumulate type
+  SpansLaunch spans;  // none: everything returns
+  bool masks = false;  // the residual is a velocity: nothing returns, and what does not return is set to 0
 };
 cudaError_t launch_settle(const SettleLaunch& arguments, cudaStream_t stream);
 
@@ -166,7 +240,7 @@ struct JudgeLaunch {
   const void* values = nullptr;  // in: [numel] of the value type
   int64_t numel = 0;
   ValueType type = ValueType::kFloat32;
-  int64_t* verdict = nullptr;    // out: the verdict's entry of the round becomes its number where a value is not finite
+  int64_t* verdict = nullptr;  // out: the verdict's entry of the round becomes its number where a value is not finite
   int64_t round = 0;
 };
 cudaError_t launch_judge(const JudgeLaunch& arguments, cudaStream_t stream);

@@ -2,46 +2,12 @@
 //
 // The tensor contracts are those of the CPU operators, from the one place that has them. What only the bytes of a payload
 // can tell is checked on the device (launch.h), because nothing here waits for it.
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include "operators.h"
+
 #include <torch/library.h>
-
-#include <map>
-#include <mutex>
-#include <utility>
-
-#include "../csrc/ops/checks.h"
-#include "../csrc/ops/operators.h"
-#include "launch.h"
 
 namespace regtopk {
 namespace {
-
-void check_on_device(const char* who, const char* name, const at::Tensor& tensor, const at::Device& device) {
-  TORCH_CHECK_VALUE(tensor.device() == device, who, ": expected ", name, " on ", device, " like the gradient, got ", tensor.device());
-}
-
-void check_aligned(const char* who, const char* name, const void* pointer) {
-  TORCH_CHECK_VALUE(
-      reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0, who, ": expected ", name, " at a multiple of ", kAlignment,
-      " bytes, got an address ", reinterpret_cast<uintptr_t>(pointer) % kAlignment,
-      " beyond one; pass a tensor with memory of its own, not a slice");
-}
-
-int64_t count_spans(const char* who, const std::optional<at::Tensor>& spans, int64_t numel) {
-  const int64_t count = check_spans(who, spans, numel);
-  TORCH_CHECK_VALUE(count <= kMaxSpans, who, ": expected at most ", kMaxSpans, " parameters in a bucket on CUDA, got ", count);
-  return count;
-}
-
-// The entry of a round in the verdict, or null.
-int64_t* entry_of(const char* who, const at::Tensor& verdict, int64_t round, const at::Device& device) {
-  check_verdict(who, verdict, round);
-  check_on_device(who, "verdict", verdict, device);
-  return round < 0 ? nullptr : verdict.mutable_data_ptr<int64_t>() + round % kVerdictRounds;
-}
 
 SpansLaunch check_flags_of_spans(
     const char* who, const at::Tensor& spans, const at::Tensor& idle, const at::Tensor& verdict, const std::optional<at::Tensor>& applied,
@@ -82,52 +48,6 @@ void check_payload_tensor(const char* who, const char* name, const at::Tensor& p
   check_aligned(who, name, payload.const_data_ptr());
 }
 
-void check_countable(const char* who, int64_t numel) {
-  TORCH_CHECK_VALUE(numel <= kMaxEntries, who, ": expected at most 2^32 - 1 gradient entries on CUDA, got ", numel);
-}
-
-void check_launched(const char* who, cudaError_t error) {
-  // The error may be that of a kernel that ran before: the CUDA runtime reports it to whoever asks next.
-  TORCH_CHECK(
-      error == cudaSuccess, who, ": expected the kernels to launch, got ", cudaGetErrorString(error),
-      "; the kernels may have failed to launch, or an earlier kernel of this process failed");
-}
-
-bool is_capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
-
-// The workspaces of one operator. One is kept for each stream and grows to what its largest bucket needs: calls on a stream
-// come one after the other, and each leaves the zeros that the next one expects (launch.h). A captured call takes one of its
-// own from the graph's memory and zeroes it in the graph, because the graph may be replayed on any stream.
-class Workspaces {
- public:
-  // Calls launch(address) and checks what it returns. No other thread launches meanwhile: kernels of two calls that share a
-  // workspace must not be mixed on the stream.
-  template <typename Launch>
-  void with(const char* who, const c10::cuda::CUDAStream& stream, int64_t bytes, int64_t zeroed_bytes, const Launch& launch) {
-    if (is_capturing()) {
-      const at::Tensor workspace = make(stream.device(), bytes, zeroed_bytes);
-      check_launched(who, launch(workspace.mutable_data_ptr()));
-      return;
-    }
-    const std::lock_guard lock(mutex_);
-    at::Tensor& kept = kept_[{stream.device_index(), stream.id()}];
-    if (!kept.defined() || kept.numel() < bytes) kept = make(stream.device(), bytes, zeroed_bytes);
-    const cudaError_t error = launch(kept.mutable_data_ptr());
-    if (error != cudaSuccess) kept.reset();  // its zeros may be gone
-    check_launched(who, error);
-  }
-
- private:
-  static at::Tensor make(const at::Device& device, int64_t bytes, int64_t zeroed_bytes) {
-    at::Tensor workspace = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
-    workspace.narrow(0, 0, zeroed_bytes).zero_();
-    return workspace;
-  }
-
-  std::mutex mutex_;
-  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor> kept_;
-};
-
 // Never freed: the CUDA runtime may be gone at exit.
 Workspaces& compress_workspaces() {
   static auto* const workspaces = new Workspaces;
@@ -145,10 +65,6 @@ Workspaces& from_wire_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
 }
-Workspaces& aggregate_workspaces() {
-  static auto* const workspaces = new Workspaces;
-  return *workspaces;
-}
 
 void compress_cuda(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const std::optional<at::Tensor>& sent,
@@ -160,7 +76,6 @@ void compress_cuda(
   TORCH_CHECK_NOT_IMPLEMENTED(
       chunk <= kLargestChunkOfDevice, who, ": expected chunks of at most ", kLargestChunkOfDevice, " entries with CUDA tensors, got ",
       chunk);
-  TORCH_CHECK_NOT_IMPLEMENTED(choose, who, ": expected CPU tensors where a leader chooses, got CUDA tensors");
   const int64_t numel = gradient.numel();
   CompressLaunch arguments{.layout = check_bucket(who, gradient, k, count_spans(who, spans, numel)), .spans = {}, .sampling = {}};
   const at::Device device = gradient.device();
@@ -202,7 +117,8 @@ void compress_cuda(
   arguments.step = static_cast<uint64_t>(step);
   arguments.plan = static_cast<uint64_t>(plan);
   arguments.chunks = checked_chunks(who, arguments.layout, chunk, chunk_k);
-  if (!arguments.chunks) arguments.sampling = sampling_of(numel, k);
+  arguments.choose = choose;
+  if (!arguments.chunks && !arguments.is_whole()) arguments.sampling = sampling_of(numel, k);
 
   const c10::cuda::CUDAGuard guard(device);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
@@ -244,11 +160,7 @@ void aggregate_cuda(
     arguments.verdict = entry_of(who, *verdict, round, device);
     arguments.round = round;
   }
-  if (status) {
-    check_vector(who, "status", *status, at::kLong, 1);
-    check_on_device(who, "status", *status, device);
-    arguments.worst_status = reinterpret_cast<unsigned long long*>(status->mutable_data_ptr<int64_t>());
-  }
+  arguments.worst_status = worst_status_of(who, status, device);
   arguments.gradient = gradient.mutable_data_ptr();
   check_aligned(who, "gradient", arguments.gradient);
   check_aligned(who, "payloads", arguments.payloads);

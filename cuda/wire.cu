@@ -208,6 +208,7 @@ struct WidenDevice {
   Global<uint8_t> payloads;
   Global<uint32_t> counts;  // [workers, chunks]: ones in each chunk of the high part
   uint32_t chunks = 0;
+  bool has_values = true;
 
   __device__ Global<const uint8_t> row_of_wire(uint32_t row) const { return bytes.offset(row * static_cast<size_t>(wire.bytes)); }
   __device__ Global<uint8_t> row_of_payloads(uint32_t row) const { return payloads.offset(row * static_cast<size_t>(layout.bytes)); }
@@ -302,6 +303,7 @@ __global__ void __launch_bounds__(kThreads, 4) widen_kernel(const __grid_constan
     if (!valid) device.row_of_payloads(row).at_byte<uint32_t>(0).store(0, 0);
   }
   if constexpr (!std::is_same_v<W, Codes>) {
+    if (!device.has_values) return;
     const Global<const W> narrow = device.row_of_wire(row).template at_byte<const W>(device.wire.values_at);
     const Global<T> values = device.row_of_payloads(row).template at_byte<T>(layout.values_at);
     for (int64_t entry = int64_t{chunk} * kThreads + threadIdx.x; entry < layout.k; entry += int64_t{device.chunks} * kThreads) {
@@ -410,7 +412,7 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
     copy.from = Global(arguments.bytes);
     copy.to = Global(arguments.payloads);
     copy.from_bytes = wire.bytes;
-    copy.to_bytes = layout.bytes;
+    copy.to_bytes = arguments.has_values ? layout.bytes : layout.values_at;
     copy.values_end = layout.values_at + layout.k * static_cast<int64_t>(sizeof(T));
     copy.wanted = make_header(layout, 0, 0);
     copy.wanted.value_type = wire.type;
@@ -426,18 +428,19 @@ cudaError_t launch_from_wire(const FromWireLaunch& arguments, cudaStream_t strea
         .bytes = Global(arguments.bytes),
         .payloads = Global(arguments.payloads),
         .counts = Global(static_cast<uint32_t*>(arguments.workspace)),
-        .chunks = chunks_of(layout, wire)};
+        .chunks = chunks_of(layout, wire),
+        .has_values = arguments.has_values};
     const unsigned blocks = static_cast<unsigned>(arguments.workers * device.chunks);
     if (wire.has_code()) {
       REGTOPK_LAUNCH((count_kernel<T>), blocks, kThreads, stream, device);
       if (!launched(error)) return error;
     }
-    if (wire.has_code() || !wire.has_levels()) {
+    if (wire.has_code() || (device.has_values && !wire.has_levels())) {
       REGTOPK_LAUNCH((widen_kernel<T, W>), blocks, kThreads, stream, device);
       if (!launched(error)) return error;
     }
     if constexpr (std::is_same_v<W, Codes>) {
-      REGTOPK_LAUNCH((spread_kernel<T>), blocks, kThreads, stream, device);
+      if (device.has_values) REGTOPK_LAUNCH((spread_kernel<T>), blocks, kThreads, stream, device);
     }
     return launch_error();
   });

@@ -190,6 +190,9 @@ template <typename T>
 void launch_accumulate(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
 template <typename T>
 void launch_chunks(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
+// Of all entries, or of none: `sends`.
+template <typename T>
+void launch_whole(const CompressDevice<T>& device, bool sends, cudaStream_t stream);
 template <typename T>
 void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream);
 

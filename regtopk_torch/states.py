@@ -53,8 +53,8 @@ class TopKState(Averaging):
         support (str): who chooses the entries. "own": each rank its own, and sends them to every other: what it sends grows with the
             number of ranks. "leader": in step t rank t mod N chooses by its own score for all, and every rank sends its values there, so
             that each average is over all ranks; a rank sends at most the places and twice the k values, whatever N is, in three
-            collectives one after the other instead of one. CPU gradients, and values of 16 bits or more. RegTop-k's Z is N times the
-            average in the gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
+            collectives one after the other instead of one. Values of 16 bits or more. RegTop-k's Z is N times the average in the
+            gradients' dtype. Where some rank's gradient is not finite, all entries sent are NaN.
         chunk (int, optional): a power of two from 64 to 65,536: each so many consecutive entries of a bucket send their own
             floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
             As published settings count: 64 of every 4,096. Of CUDA gradients at most 4,096.
@@ -77,7 +77,7 @@ class TopKState(Averaging):
             rank: `lambda name, numel: "embedding" in name`. The others of its bucket choose among themselves, k = density * their entries.
             A dense bucket is a reduce-scatter and an all-gather, in rank order, with the bytes of a ring all-reduce; it returns with a
             void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. Nothing of it is masked by
-            `mask_momentum`, and `clip_norm` counts it apart from the others of a bucket. CPU gradients.
+            `mask_momentum`, and `clip_norm` counts it apart from the others of a bucket.
 
         levels (str or int, optional): the number L of ranks to a host, which are numbered one after the other; "host" takes it from torchrun's
             LOCAL_WORLD_SIZE, and LOCAL_RANK must agree. The ranks of a host send their mean as one, each a part of every parameter: a

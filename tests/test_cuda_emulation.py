@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
+from tests.simt.with_leader import FLAGS_AT, UNFILLED, ABSENT, Led  # noqa: E402
 from tests.simt.with_spans import Operators, Pair, chosen_of, ROUNDS, spans_of  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
@@ -251,9 +252,6 @@ def test_feedback_is_written_for_the_ranks_asked_for(kernels):
         assert same_bits(row, reference.feedback_of(total[message.index], message.value, "previous"))
 
 
-FLAGS_AT, ABSENT = 56, 2  # in the header
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("workers", "absent"), [(3, [1]), (4, [3]), (3, [0, 1, 2]), (70, range(0, 70, 3))], ids=lambda value: str(value))
 def test_an_average_is_over_the_ranks_that_are_not_absent_on_both_devices(kernels, workers, absent, dtype):
@@ -321,7 +319,7 @@ def payloads_of(numel, density, workers=2):
     return copied(torch.stack([reference.encode(message, numel, step=3, plan=5) for message in messages]))
 
 
-HEADER, STEP, PLAN, TILE_STARTS, SUPPORT, DEED, SCALE = 1, 2, 3, 4, 5, 6, 7
+HEADER, STEP, PLAN, TILE_STARTS, SUPPORT, DEED, SCALE, AVERAGES = range(1, 9)
 CORRUPTIONS = {  # byte, its new value's difference, what is reported
     "magic": (0, HEADER), "version": (4, HEADER), "value type": (6, HEADER), "support": (7, HEADER), "step": (8, STEP),
     "numel": (16, HEADER), "k": (24, HEADER), "plan": (32, PLAN), "repeated": (47, HEADER), "flags": (57, HEADER),
@@ -701,3 +699,159 @@ def reads_as_valid(payload, numel, k):
     """Other entries than were sent, but in order and in the bucket: no receiver can tell."""
     index, _ = torch.ops.regtopk.decode(payload, numel=numel, k=k, dtype=torch.float32)
     return len(index) == k
+
+
+# A support that a leader has chosen, and buckets that send all their entries: the CPU operators say what is right.
+
+
+LED = [  # entries, density, the wire's dtype by the gradients', a code of the places
+    (20_003, 0.01, {}, False), (70_001, 0.2, {torch.float32: torch.bfloat16, torch.float64: torch.float32}, False),
+    (140_001, 0.002, {torch.float32: torch.float16, torch.float64: torch.bfloat16}, True), (9_001, 0.3, {}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("numel, density, wire_dtypes, elias_fano, mu, distortion, dtype", in_turn(LED, MODES, of_one(FLOATS), all_of_them=ON_A_GPU))
+def test_steps_that_a_leader_leads_equal_those_of_the_cpu(kernels, numel, density, wire_dtypes, elias_fano, mu, distortion, dtype):
+    led = Led(kernels, numel, dtype, density=density, wire_dtype=wire_dtypes.get(dtype), elias_fano=elias_fano, mu=mu, distortion=distortion)
+    with kernels.schedule("shuffled", seed=numel, resident_blocks=3):
+        idle, void = led.random_steps(8)
+    assert idle > 10 and void == 2
+
+
+@pytest.mark.parametrize("numel, workers, dtype", in_turn([(9, 2), (20_003, 3), (70_001, 1), (70_004, 4)], of_one(FLOATS), all_of_them=ON_A_GPU))
+def test_steps_of_a_dense_bucket_equal_those_of_the_cpu(kernels, numel, workers, dtype):
+    led = Led(kernels, numel, dtype, dense=True, workers=workers)
+    with kernels.schedule("descending", resident_blocks=2):
+        idle, void = led.random_steps(8)
+    assert idle > (10 if numel > 9 else 0) and void == 2
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_leader_may_choose_all_and_send_to_many(kernels, dtype):
+    led = Led(kernels, 9_001, dtype, density=1.0, workers=20)
+    for _ in range(2):
+        led.step()
+
+
+@emulation_alone
+def test_what_chooses_nothing_and_what_shares_a_support_move_the_bytes_promised(kernels):
+    numel = 300_000
+    of_all, of_few = Led(kernels, numel, torch.float32, dense=True, workers=2), Led(kernels, numel, torch.float32, workers=2, mu=None)
+    for led in (of_all, of_few):
+        led.step()  # so that something has been sent
+    counted = {}
+    for name, led in (("all", of_all), ("few", of_few)):
+        with kernels.traffic() as traffic:
+            led.step()
+        counted[name] = {kernel: tuple(bytes / numel for bytes in both) for kernel, both in traffic.items()}
+    loaded, stored = counted["all"]["whole_kernel"]
+    assert 16 <= loaded / 2 + stored / 2 < 16.3, "of two workers: g and r, r and the value"
+    loaded, stored = counted["all"]["lay_kernel"]
+    assert 4 <= loaded < 4.25 and 4 <= stored < 4.01
+    assert sum(counted["all"]["join_kernel"]) < 0.01
+    assert sum(counted["all"]["average_kernel"]) / 2 < 4 + 2 + 0.1, "a value of each of two workers of every second entry, and the average"
+    loaded, stored = counted["few"]["whole_kernel"]
+    assert 12 <= loaded + stored < 12.2, "of the one that follows"
+    loaded, stored = counted["few"]["aggregate_kernel"]
+    assert 4 <= stored < 4.01 and loaded < 0.2
+    assert sum(map(sum, (counted["few"][name] for name in ("take_kernel", "count_kernel", "widen_kernel", "join_kernel", "average_kernel") if name in counted["few"]))) < 0.01 * 75
+
+
+def led_step(kernels, **options):
+    """A step of three workers by the CPU operators, of which rank 0 leads: (the side, its form, the step's number, messages, a follower's payload and residual)."""
+    led = Led(kernels, 70_001, torch.float32, density=0.01, wire_dtype=torch.bfloat16, **options)
+    side, form, common = led.cpu, led.form, {"mu": None, "decay": 1.0, "distortion": "previous"}
+    payloads = [side.send(rank, copied(led.gradient(torch.zeros(form.spans, dtype=torch.bool))), 3, choose=rank == 0, **common) for rank in range(3)]
+    lead = side.lead_of(side.message_of(0, payloads[0]))
+    return side, form, payloads, lead
+
+
+@pytest.mark.parametrize("elias_fano", [False, True])
+def test_a_lead_that_is_not_valid_makes_a_message_that_every_receiver_rejects(kernels, elias_fano):
+    side, form, payloads, lead = led_step(kernels, elias_fano=elias_fano)
+    generator, refused = torch.Generator().manual_seed(1), set()
+    for trial in range(50):
+        damaged = copied(lead)
+        if trial < 8:
+            damaged[(0, 6, 8, 16, 24, 32, 57, form.head_bytes + 4)[trial]] ^= 1
+        else:
+            damaged[int(torch.randint(form.head_bytes, form.values_at, (1,), generator=generator))] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        (payload, expected), (residual, kept) = ([copied(tensor) for _ in range(2)] for tensor in (payloads[1], side.residual[1]))
+        options = {**form.options, "leader": 2, "step": 3, "plan": 77}
+        status = kernels.take(residual, payload, damaged, side.spans, side.idle, **options)
+        try:
+            side.run.take(kept, expected, damaged, side.spans, side.idle, **options)
+        except ValueError as error:
+            assert status != PAYLOADS_VALID and rank_of(status) == 2 and "in the payload of rank 2" in str(error)
+            refused.add(status & 0xFF)
+            assert same_bits(residual, side.residual[1]), "nothing was taken"
+            assert payload[FLAGS_AT] == UNFILLED and not payload[form.head_bytes :].any()
+            # It travels, and leaves the residual alone.
+            message = aligned(form.bytes, torch.uint8)
+            kernels.to_wire(residual, payload, message, spans=form.spans, **form.options)
+            assert same_bits(residual, side.residual[1])
+            rows = form.rows_of([message] * 3)[0]
+            for rank in (0, 2):
+                rows[rank, FLAGS_AT] = 0
+            check_refused_heads(kernels, side, form, rows, rank=1)
+            # And returns nothing, and is remembered as a payload that is this bucket's.
+            side.verdict[3] = 3
+            kernels.settle(residual, payload, side.spans, side.idle, side.verdict, None, side.counters[0], dtype=form.dtype, sent_round=3)
+            assert same_bits(residual, side.residual[1])
+            next_payload = aligned(form.payload_bytes, torch.uint8)
+            kernels.compress(
+                aligned(form.numel, form.dtype).zero_(), residual, next_payload, k=form.k, sent=payload, spans=side.spans, idle=side.idle, verdict=side.verdict,
+                counters=side.counters[0], sent_round=3, choose=False,
+            )  # fmt: skip
+            assert next_payload[:4].view(torch.int32) == 0x6B707472
+        else:
+            assert status == PAYLOADS_VALID
+            assert torch.equal(payload, expected) and same_bits(residual, kept)
+    assert refused >= {HEADER, STEP, PLAN} and (elias_fano or refused >= {TILE_STARTS, SUPPORT})
+
+
+def check_refused_heads(kernels, side, form, rows, rank, field=HEADER):
+    """Heads of which that rank's is none: averages of no step, which make every receiver's result NaN and the round void."""
+    options = {"numel": form.numel, "spans": form.spans, "step": 3, "plan": 77, **form.options}
+    slice = aligned(16 + form.slice * 4, torch.uint8).fill_(0xEE)
+    status = kernels.average_slice(copied(rows), slice, **options)
+    assert (rank_of(status), status & 0xFF) == (rank, field)
+    assert not slice[:16].any() and slice[16:].view(torch.float32).isnan().all()
+    return slice
+
+
+@pytest.mark.parametrize("byte, field", [(0, HEADER), (4, HEADER), (6, HEADER), (7, HEADER), (8, STEP), (16, HEADER), (24, HEADER), (32, PLAN), (57, HEADER), (60, HEADER), (64, SCALE), (72, DEED)])
+def test_a_damaged_head_leaves_averages_of_no_step(kernels, byte, field):
+    side, form, payloads, lead = led_step(kernels)
+    rows = form.rows_of([lead] * 3)[0]
+    rows[2, byte] += 1
+    check_refused_heads(kernels, side, form, rows, rank=2, field=field)
+    with pytest.raises(ValueError, match="rank 2"):
+        side.average(copied(rows), 3)
+    rows[1, 0] = 0  # all bytes are looked at first, and the lowest rank is named
+    check_refused_heads(kernels, side, form, rows, rank=1)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("mark", [0, 3, 260])
+def test_averages_of_another_step_or_none_give_nan_everywhere_and_a_void_round(kernels, dense, mark):
+    led = Led(kernels, 20_003, torch.bfloat16, dense=dense)
+    for _ in range(3):
+        led.step()
+    side, form = led.there, led.form
+    averages, idle, verdict = copied(side.averages), copied(side.idle.fill_(7)), copied(side.verdict)
+    averages[1, :2] = torch.tensor([mark % 256, mark // 256])
+    bucket = aligned(form.numel, form.dtype)
+    if mark == 3:  # the right one
+        options = {"k": form.k, "step": 2, "round": 9}
+        assert kernels.spread(bucket, side.sent[0], side.received, averages, side.spans, idle, verdict, **options) == PAYLOADS_VALID
+        assert same_bits(bucket, side.bucket) and verdict[9] == -1 and not (idle == 7).any()
+        return
+    status = kernels.spread(bucket, side.sent[0], side.received, averages, side.spans, idle, verdict, k=form.k, step=2, round=9)
+    assert (status >> 40, rank_of(status), status & 0xFF) == (3, 1, AVERAGES)
+    assert same_bits(bucket, torch.full_like(bucket, torch.nan))
+    assert verdict[9] == 9 and (idle == 7).all()
+    if not dense:
+        row = aligned(form.k, torch.float32)
+        kernels.feedback(row, side.sent[0], side.received, averages, side.spans, idle, dtype=form.dtype, numel=form.numel, distortion="previous", step=2)
+        assert row.isnan().all()

@@ -10,13 +10,19 @@ import processes
 import pytest
 import test_after_an_error
 import test_checkpoint
+import test_dense_rule
 import test_idle_residuals
 import test_mixed_precision
 import test_modes
 import test_new_parameters
 import test_shared_scaler
+import test_shared_support
 import test_void_steps
 import torch
+from given import Given, finite, integers, missing, register, seed_of, unit_sgd
+from torch.nn.parallel import DistributedDataParallel
+
+import regtopk_torch as rt
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not installed
 from tests.simt.host import build_operators  # noqa: E402
@@ -31,6 +37,8 @@ SUBJECTS = {  # by either entry
     "put back": test_after_an_error.test_what_other_buckets_sent_before_one_failed_returns,
     "rebuild": lambda entry: test_new_parameters.test_a_frozen_parameter_keeps_its_own_entries_and_no_others_memory(entry, entries=1_000_000),
     "checkpoint": lambda entry: test_checkpoint.test_saved_loaded_and_gone_on_equals_never_stopped_bit_for_bit("regtopk", entry),
+    "void steps of a leader": lambda entry: test_shared_support.test_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void("regtopk", entry),
+    "void steps of dense parameters": lambda entry: test_dense_rule.test_under_ddp_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(method="regtopk", entry=entry, density=0.05, dense=test_dense_rule.two_of_four),
 }  # fmt: skip
 
 
@@ -44,19 +52,23 @@ def emulated():
 def dispatched(rank):
     import regtopk_torch  # noqa: F401
 
-    names = ("compress_", "aggregate_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_")
+    names = (
+        "compress_", "aggregate_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_",
+    )  # fmt: skip
     return ["simt/operators.cpp" in line for name in names for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CPU:")]
 
 
 def test_the_processes_take_the_path_of_the_device():
-    assert processes.run_workers(dispatched, 2) == [[True] * 9] * 2
+    assert processes.run_workers(dispatched, 2) == [[True] * 13] * 2
 
 
 # Where what the operators get or find out differs from mode to mode; the others differ in what DDP does around them.
 SHORT = (
     "plain, three ranks", "no_sync, unused", "join, unused, gradients zeroed in place", "used now and then, four ranks", "used now and then, skipped",
     "static graph, unused", "used with a gradient of zero, looked for", "frozen", "two dtypes", "one parameter", "300 parameters", "narrow",
-    "narrow, used now and then", "chunks, used now and then", "momentum, used now and then, three ranks",
+    "narrow, used now and then", "chunks, used now and then", "momentum, used now and then, three ranks", "leader, three ranks", "leader, used now and then, four ranks", "leader, join, three ranks",
+    "leader, narrow, channels_last", "chunks of a leader", "dense where small, used now and then, three ranks", "dense where less, two dtypes",
+    "dense where small of a leader, used now and then, skipped",
 )  # fmt: skip
 
 
@@ -82,3 +94,62 @@ def test_a_void_step_returns_all_that_it_sent():
 
 def test_an_overflow_in_any_bucket_is_one_of_all():
     test_mixed_precision.test_an_overflow_in_any_bucket_on_one_rank_skips_the_step_on_all_and_returns_every_bucket(0, "regtopk")
+
+
+def test_what_is_saved_with_a_leader_or_dense_buckets_goes_on_bit_for_bit():
+    test_shared_support.test_a_resumed_run_equals_an_undisturbed_one("regtopk")
+    test_dense_rule.test_a_resumed_run_equals_an_undisturbed_one("regtopk", "auto", 5, 2)
+
+
+def test_averages_of_a_leader_and_of_dense_tensors():
+    test_shared_support.test_a_rank_that_contributes_nothing_may_lead()
+    test_dense_rule.test_averages_are_dense_by_name_and_an_aborted_one_returns()
+
+
+def fail_once(rank, operator, options):
+    """On rank 1 an operator fails in the third step. Returns (errors, whether the others' gradients were NaN, what is missing, parameters)."""
+    sizes = (300, 40, 300)
+    module, state = Given(*sizes), rt.TopKState(0.1, **options)
+    ddp = DistributedDataParallel(module, bucket_cap_mb=1e-3)
+    register(ddp, state, "register_comm_hook")
+    optimizer = unit_sgd(module)
+    given, errors, void = [torch.zeros(size, dtype=torch.float64) for size in sizes], [], []
+
+    def broken(*arguments, **options):
+        raise RuntimeError("something of this machine")
+
+    for step in range(6):
+        broke = torch.library.Library("regtopk", "IMPL") if rank == 1 and step == 2 else None
+        if broke:
+            broke.impl(operator, broken, "CPU", allow_override=True)
+        gradients = integers(*sizes, seed=seed_of(rank, step))
+        for total, gradient in zip(given, gradients, strict=True):
+            total += finite(gradient)
+        optimizer.zero_grad()
+        try:
+            ddp(gradients).backward()
+        except Exception as error:
+            errors.append(str(error))
+        if step == 2:  # nobody waits for the device: the others have no error, here, but averages that say it
+            void = [parameter.grad is None or bool(parameter.grad.isnan().all()) for parameter in module.parameters()]
+            ddp = DistributedDataParallel(module, bucket_cap_mb=1e-3)
+            register(ddp, state, "register_comm_hook")
+        else:
+            optimizer.step()
+        if broke:
+            broke._destroy()
+    return errors, void, missing(state, ddp, given), [part.detach().clone() for part in module.parts]
+
+
+def everything(name, numel):
+    return True
+
+
+@pytest.mark.parametrize("operator, options", [("take_", {"support": "leader"}), ("average_slice_", {"support": "leader"}), ("average_slice_", {"dense": everything})], ids=str)
+def test_what_a_step_sent_returns_on_all_ranks_where_one_could_not_go_on(operator, options):
+    results = processes.run_workers(fail_once, 3, operator, options)
+    for rank, (errors, void, lost, parameters) in enumerate(results):
+        assert errors == [] if rank != 1 else "something of this machine" in errors[0] and len(errors) == 1
+        assert rank == 1 or all(void)
+        assert max(lost) < 1e-4, "three ranks: averages round"
+        assert all(map(torch.equal, parameters, results[0][3]))

@@ -138,7 +138,7 @@ def followers(workers=3):
         residual = torch.zeros(NUMEL)
         ops.compress_(gradient, residual, payload, None, None, spans, idle, verdict, None, counters, k=K, step=3, plan=77, choose=rank == 0)
         if rank > 0:
-            ops.take_(residual, payload, messages[0], spans, idle, k=K, **FORM)
+            ops.take_(residual, payload, messages[0], spans, idle, k=K, step=3, plan=77, **FORM)
         ops.to_wire_(residual, payload, message, k=K, spans=2, **FORM)
         messages.append(message), residuals.append(residual), payloads.append(payload)
     return messages, residuals, payloads, spans, idle
@@ -184,11 +184,11 @@ def test_a_damaged_head_is_an_error_that_names_rank_and_field(name, at, value):
 def test_a_damaged_support_is_an_error_that_names_the_leader_and_changes_nothing():
     (lead, *_), _, (_, payload, _), spans, idle = followers()
     residual, before = torch.ones(NUMEL), payload.clone()
-    for at, value in [(0, 1), (24, 1), (slice(88, 1100), 255), (slice(1100, 1300), 0)]:
+    for at, value in [(0, 1), (8, 4), (24, 1), (32, 1), (slice(88, 1100), 255), (slice(1100, 1300), 0)]:
         damaged = lead.clone()
         damaged[at] = value
         with pytest.raises(ValueError, match="take_: expected .* in the payload of rank 2, got "):
-            ops.take_(residual, payload, damaged, spans, idle, k=K, leader=2, **FORM)
+            ops.take_(residual, payload, damaged, spans, idle, k=K, leader=2, step=3, plan=77, **FORM)
     assert torch.equal(payload, before) and (residual == 1).all()
 
 

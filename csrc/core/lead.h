@@ -15,6 +15,9 @@
 
 namespace regtopk {
 
+// What is before the averages of a slice: the step + 1, of 8 bytes, and zeros.
+inline constexpr int64_t kMarkBytes = 16;
+
 // r = a, all of it, but for entries that are not finite. The payload gets its header and no entries.
 void accumulate(const CompressArguments& arguments, const ParallelFor& parallel_for);
 

@@ -30,6 +30,8 @@ inline constexpr int64_t kTileEntries = 65536;
 inline constexpr uint32_t kFlagNonFinite = 1;  // the accumulated gradient held an infinity or a NaN
 inline constexpr uint32_t kFlagAbsent = 2;     // this rank contributes nothing: its values are 0, and the average is the others'
 inline constexpr uint32_t kFlags = kFlagNonFinite | kFlagAbsent;
+// Not among them, so that every receiver rejects the payload: a device had no valid support to fill it at, and its values are 0.
+inline constexpr uint32_t kFlagUnfilled = 4;
 
 enum class Support : uint8_t { kOffsets = 0, kBitmap = 1, kEliasFano = 2 };  // the last on the wire alone: wire.h
 

@@ -8,9 +8,18 @@
 namespace regtopk {
 
 // kPayloadsValid or stage << 40 | rank << 8 | field. As on the CPU the bytes of all ranks are checked first, stage 0, then the
-// exchange parts against rank 0's, then step and plan; within a stage rank by rank.
+// exchange parts against rank 0's, then step and plan, and last the averages of slices; within a stage rank by rank.
 inline constexpr unsigned long long kPayloadsValid = ~0ull;
-enum class PayloadField : uint8_t { kHeader = 1, kStep = 2, kPlan = 3, kTileStarts = 4, kSupport = 5, kDeed = 6, kScale = 7 };
+enum class PayloadField : uint8_t {
+  kHeader = 1,
+  kStep = 2,
+  kPlan = 3,
+  kTileStarts = 4,
+  kSupport = 5,
+  kDeed = 6,
+  kScale = 7,
+  kAverages = 8
+};
 REGTOPK_HOST_DEVICE constexpr PayloadField field_of(unsigned long long status) { return static_cast<PayloadField>(status & 0xff); }
 REGTOPK_HOST_DEVICE constexpr int64_t rank_of(unsigned long long status) { return static_cast<int64_t>(status >> 8 & 0xffffffffu); }
 

@@ -1,5 +1,7 @@
 #include "shared_support.h"
 
+#include "../core/lead.h"
+
 namespace regtopk::shared_support {
 namespace {
 
@@ -92,7 +94,9 @@ void follow(Worker& worker, Plan& plan, const Sent& sent) {
   const Stopwatch watch(worker.statistics.compress_seconds);
   if (!leads(worker)) {
     say_who(worker, [&] {
-      take_(plan.residual, sent.payload, plan.lead, plan.shared, plan.wire(), plan.layout.dtype, plan.k(), leader_of(worker));
+      take_(
+          plan.residual, sent.payload, plan.lead, plan.shared, optional(worker.report.status()), plan.wire(), plan.layout.dtype, plan.k(),
+          leader_of(worker), stamp_of(worker, plan));
     });
     plan.follows = false;
     write_message(plan, sent);
@@ -104,7 +108,8 @@ void average(Worker& worker, Plan& plan) {
   const Stopwatch watch(worker.statistics.aggregate_seconds);
   say_who(worker, [&] {
     average_slice_(
-        plan.received, plan.slice, plan.wire(), plan.layout.dtype, plan.numel, plan.k(), span_count(plan), stamp_of(worker, plan));
+        plan.received, plan.slice, optional(worker.report.status()), plan.wire(), plan.layout.dtype, plan.numel, plan.k(), span_count(plan),
+        stamp_of(worker, plan));
   });
 }
 
@@ -113,7 +118,9 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient)
   Plan& plan = receivers.front().plan;
   const Stopwatch watch(worker.statistics.aggregate_seconds);
   say_who(worker, [&] {
-    spread_(gradient, receivers.front().payload, plan.received, plan.averages, plan.shared, plan.k(), stamp_of(worker, plan));
+    spread_(
+        gradient, receivers.front().payload, plan.received, plan.averages, plan.shared, optional(worker.report.status()), plan.k(),
+        stamp_of(worker, plan));
   });
   const bool dense = plan.is_dense();
   if (!dense) {

@@ -60,19 +60,12 @@ void Worker::check(const Bucket& bucket) const {
       bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU, got ",
       bucket.layout.device, "; this build has no kernels for it");
   TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || !options.leader, who, ": expected gradients on the CPU with support='leader', got ",
-      bucket.layout.device, "; it has no kernels for a device yet, support='own' has");
-  TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || !options.adaptive, who, ": expected gradients on the CPU with an AdaptiveDensity, got ",
       bucket.layout.device, "; the host would wait for a device's norm in each step, take a fixed density or a schedule");
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.chunk <= kLargestChunkOfDevice, who,
       ": expected gradients on the CPU with chunk=", options.chunk, ", got ", bucket.layout.device,
       "; a device's kernels take chunks of at most ", kLargestChunkOfDevice, " entries");
-  TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || !(options.dense_auto || options.dense_rule), who,
-      ": expected gradients on the CPU with dense=", options.dense_auto ? "'auto'" : "a rule", ", got ", bucket.layout.device,
-      "; it has no kernels for a device yet, dense='never' has");
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.host_ranks == 1, who, ": expected gradients on the CPU with levels=, got ",
       bucket.layout.device, "; it has no kernels for a device yet, levels=None has");

@@ -122,7 +122,7 @@ GroupExchange::FuturePtr GroupExchange::exchange_in_parts(
     std::vector<std::pair<int64_t, int64_t>> ranges;  // in the bucket: begin and length
   };
   std::vector<Part> parts;
-  c10::List<FuturePtr> pending(c10::FutureType::create(c10::TensorType::get()));
+  std::vector<FuturePtr> pending;
   for (const bool which : {true, false}) {
     Bucket bucket_of_part = bucket;
     bucket_of_part.dense = which;
@@ -156,19 +156,27 @@ GroupExchange::FuturePtr GroupExchange::exchange_in_parts(
       throw;
     }
   }
-  return c10::collectAll(pending)->then(
-      [parts, average](c10::ivalue::Future& done) {
-        done.value();  // raises what a part has raised
-        const at::NoGradGuard no_grad;
-        const at::AutoDispatchBelowADInplaceOrView no_versions;
-        for (const Part& part : parts) {
-          int64_t from = 0;
-          for (const auto& [begin, numel] : part.ranges) {
-            average.narrow(0, begin, numel).copy_(part.values.narrow(0, from, numel));
-            from += numel;
-          }
-        }
-        return c10::IValue(average);
+  const auto put_together = [parts, average, first = pending.front()](c10::ivalue::Future& done) -> c10::IValue {
+    done.value();  // raises what the part has raised
+    first->wait();
+    const at::NoGradGuard no_grad;
+    const at::AutoDispatchBelowADInplaceOrView no_versions;
+    for (const Part& part : parts) {
+      int64_t from = 0;
+      for (const auto& [begin, numel] : part.ranges) {
+        average.narrow(0, begin, numel).copy_(part.values.narrow(0, from, numel));
+        from += numel;
+      }
+    }
+    return average;
+  };
+  if (pending.size() == 1) return pending.front()->then(put_together, c10::TensorType::get());
+  // Not collectAll, whose future knows no streams: on a device what is put together runs on one that waits for both parts, for the second
+  // because it follows it, for the first by wait(), which does not hold up the host.
+  return pending.front()->thenAsync(
+      [put_together, second = pending.back()](c10::ivalue::Future& done) {
+        done.value();
+        return second->then(put_together, c10::TensorType::get());
       },
       c10::TensorType::get());
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../core/deed.h"
+#include "../core/lead.h"
 
 #ifndef _OPENMP
 #error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
@@ -149,6 +150,32 @@ void check_feedback_rows(
       rank + feedback.size(0) - 1);
 }
 
+void check_heads_and_slices(const char* who, const at::Tensor& rows, int64_t head_bytes) {
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, who, ": expected rows of dtype Byte, got ", c10::toString(rows.scalar_type()));
+  TORCH_CHECK_VALUE(
+      rows.dim() == 2 && rows.size(0) >= 1 && rows.size(1) >= head_bytes && rows.is_contiguous(), who,
+      ": expected rows contiguous with shape [workers, at least ", head_bytes, "], got shape ", rows.sizes());
+}
+
+int64_t check_slice(
+    const char* who, const at::Tensor& rows, const at::Tensor& averages, const PayloadLayout& layout, const WireLayout& wire) {
+  check_heads_and_slices(who, rows, wire.index_at);
+  check_vector(who, "averages", averages, at::kByte, averages.numel());
+  const int64_t entries = (rows.size(1) - wire.index_at) / value_bytes(wire.type), bytes = kMarkBytes + entries * value_bytes(layout.type);
+  TORCH_CHECK_VALUE(
+      averages.numel() == bytes, who, ": expected averages of ", bytes, " bytes for ", entries, " entries, got ", averages.numel());
+  return entries;
+}
+
+void check_averages(const char* who, const at::Tensor& averages, const PayloadLayout& layout, int64_t workers) {
+  TORCH_CHECK_TYPE(averages.scalar_type() == at::kByte, who, ": expected averages of dtype Byte, got ", averages.scalar_type());
+  TORCH_CHECK_VALUE(
+      averages.dim() == 2 && averages.size(0) == workers && averages.is_contiguous() &&
+          (averages.size(1) - kMarkBytes) / value_bytes(layout.type) * workers >= layout.k,
+      who, ": expected averages contiguous with a row for each of ", workers, " workers that hold ", layout.k, " together, got shape ",
+      averages.sizes());
+}
+
 PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted) {
   check_vector(who, name, payload, at::kByte, payload.numel());
   PayloadHeader header{};
@@ -193,16 +220,18 @@ void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool
         first.scale == other.scale, who, ": expected the same gradient scale on every rank, got ", first.scale, " on rank 0 and ",
         other.scale, " on rank ", rank, "; give every rank's state a GradScaler with the same arguments, or none");
   }
-  for (size_t rank = 0; rank < heads.size(); ++rank) {
-    PayloadHeader header;
-    std::memcpy(&header, heads[rank], sizeof header);
-    const auto expect = [&](const char* field, int64_t expected, uint64_t got) {
-      if (got == static_cast<uint64_t>(expected)) return;
-      raise_payload_error(who, {field, std::to_string(expected), std::to_string(static_cast<int64_t>(got))}, static_cast<int64_t>(rank));
-    };
-    expect("step", step, header.step);
-    expect("plan", plan, header.plan);
-  }
+  for (size_t rank = 0; rank < heads.size(); ++rank) check_stamp(who, heads[rank], step, plan, static_cast<int64_t>(rank));
+}
+
+void check_stamp(const char* who, const uint8_t* head, int64_t step, int64_t plan, int64_t rank) {
+  PayloadHeader header;
+  std::memcpy(&header, head, sizeof header);
+  const auto expect = [&](const char* field, int64_t expected, uint64_t got) {
+    if (got == static_cast<uint64_t>(expected)) return;
+    raise_payload_error(who, {field, std::to_string(expected), std::to_string(static_cast<int64_t>(got))}, rank);
+  };
+  expect("step", step, header.step);
+  expect("plan", plan, header.plan);
 }
 
 void make_void(const at::Tensor& verdict, int64_t round) {

@@ -48,6 +48,13 @@ std::pair<PayloadLayout, WireLayout> check_wire(
 // As many rows of one as of the other.
 void check_wire_rows(
     const char* who, const at::Tensor& wire, const WireLayout& wire_layout, const at::Tensor& payloads, const PayloadLayout& layout);
+// A head and a slice of the values of each worker, one a row.
+void check_heads_and_slices(const char* who, const at::Tensor& rows, int64_t head_bytes);
+// And room for the averages of these slices; returns their entries.
+int64_t check_slice(
+    const char* who, const at::Tensor& rows, const at::Tensor& averages, const PayloadLayout& layout, const WireLayout& wire);
+// The averages of the slices of all workers, one a row.
+void check_averages(const char* who, const at::Tensor& averages, const PayloadLayout& layout, int64_t workers);
 // Rows of feedback for the entries of ranks rank … rank + rows - 1 of `workers`.
 void check_feedback_rows(
     const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers);
@@ -61,6 +68,8 @@ PayloadLayout check_own_payload(
 // Raises unless the heads of all ranks' messages, valid each by itself, are of this step of this plan, and their exchange parts, if
 // they have any, say the same.
 void check_heads(const char* who, const std::vector<const uint8_t*>& heads, bool have_exchange_parts, int64_t step, int64_t plan);
+// Raises unless the head of that rank's message is of this step of this plan.
+void check_stamp(const char* who, const uint8_t* head, int64_t step, int64_t plan, int64_t rank);
 // Says on the host that a round is void: by any thread, of this state or of one that shares the verdict.
 void make_void(const at::Tensor& verdict, int64_t round);
 

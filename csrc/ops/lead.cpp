@@ -18,10 +18,7 @@ struct Rows {
 };
 
 Rows rows_of(const char* who, const at::Tensor& rows, int64_t head_bytes) {
-  TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, who, ": expected rows of dtype Byte, got ", c10::toString(rows.scalar_type()));
-  TORCH_CHECK_VALUE(
-      rows.dim() == 2 && rows.size(0) >= 1 && rows.size(1) >= head_bytes && rows.is_contiguous(), who,
-      ": expected rows contiguous with shape [workers, at least ", head_bytes, "], got shape ", rows.sizes());
+  check_heads_and_slices(who, rows, head_bytes);
   Rows result;
   for (int64_t row = 0; row < rows.size(0); ++row) {
     result.heads.push_back(rows.const_data_ptr<uint8_t>() + row * rows.size(1));
@@ -32,7 +29,8 @@ Rows rows_of(const char* who, const at::Tensor& rows, int64_t head_bytes) {
 
 void take_cpu(
     const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const at::Tensor& spans_tensor, const at::Tensor& idle,
-    at::ScalarType dtype, at::ScalarType wire_dtype, bool elias_fano, int64_t k, int64_t leader) {
+    const std::optional<at::Tensor>&, at::ScalarType dtype, at::ScalarType wire_dtype, bool elias_fano, int64_t k, int64_t leader,
+    int64_t step, int64_t plan) {
   constexpr const char* who = "take_";
   const int64_t numel = residual.numel(), span_count = check_spans(who, spans_tensor, numel);
   const auto [layout, wire] = check_wire(who, numel, k, span_count, dtype, {wire_dtype, elias_fano});
@@ -46,6 +44,7 @@ void take_cpu(
   auto error = from_wire(layout, wire, lead.const_data_ptr<uint8_t>(), led);
   if (!error) error = check_payload(led, layout, torch_parallel_for());
   if (error) raise_payload_error(who, *error, leader);
+  check_stamp(who, led, step, plan, leader);
   const PayloadView view(own, layout);
   const uint8_t* const was_idle = idle.const_data_ptr<uint8_t>();
   c10::SmallVector<uint8_t, 256> idle_now(span_count);
@@ -56,15 +55,12 @@ void take_cpu(
 }
 
 void average_slice_cpu(
-    const at::Tensor& rows, const at::Tensor& averages, at::ScalarType dtype, at::ScalarType wire_dtype, bool elias_fano, int64_t numel,
-    int64_t k, int64_t spans, int64_t step, int64_t plan) {
+    const at::Tensor& rows, const at::Tensor& averages, const std::optional<at::Tensor>&, at::ScalarType dtype, at::ScalarType wire_dtype,
+    bool elias_fano, int64_t numel, int64_t k, int64_t spans, int64_t step, int64_t plan) {
   constexpr const char* who = "average_slice_";
   const auto [layout, wire] = check_wire(who, numel, k, spans, dtype, {wire_dtype, elias_fano});
   const auto [heads, slices] = rows_of(who, rows, wire.index_at);
-  check_vector(who, "averages", averages, at::kByte, averages.numel());
-  const int64_t entries = (rows.size(1) - wire.index_at) / value_bytes(wire.type), bytes = kMarkBytes + entries * value_bytes(layout.type);
-  TORCH_CHECK_VALUE(
-      averages.numel() == bytes, who, ": expected averages of ", bytes, " bytes for ", entries, " entries, got ", averages.numel());
+  const int64_t entries = check_slice(who, rows, averages, layout, wire);
   for (size_t rank = 0; rank < heads.size(); ++rank) {
     if (const auto error = check_head(heads[rank], layout, wire)) raise_payload_error(who, *error, static_cast<int64_t>(rank));
   }
@@ -78,14 +74,8 @@ void average_slice_cpu(
 
 // The averages [k] of all slices.
 Scratch joined(const char* who, const at::Tensor& averages, const PayloadLayout& layout, int64_t workers, int64_t step) {
-  TORCH_CHECK_TYPE(averages.scalar_type() == at::kByte, who, ": expected averages of dtype Byte, got ", averages.scalar_type());
-  const int64_t value_size = value_bytes(layout.type);
-  TORCH_CHECK_VALUE(
-      averages.dim() == 2 && averages.size(0) == workers && averages.is_contiguous() &&
-          (averages.size(1) - kMarkBytes) / value_size * workers >= layout.k,
-      who, ": expected averages contiguous with a row for each of ", workers, " workers that hold ", layout.k, " together, got shape ",
-      averages.sizes());
-  const int64_t slice_bytes = averages.size(1) - kMarkBytes, bytes = layout.k * value_size;
+  check_averages(who, averages, layout, workers);
+  const int64_t slice_bytes = averages.size(1) - kMarkBytes, bytes = layout.k * value_bytes(layout.type);
   Scratch values(bytes);
   for (int64_t rank = 0; rank < workers; ++rank) {
     const uint8_t* const row = averages.const_data_ptr<uint8_t>() + rank * averages.size(1);
@@ -106,7 +96,8 @@ Scratch joined(const char* who, const at::Tensor& averages, const PayloadLayout&
 
 void spread_cpu(
     const at::Tensor& gradient, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages,
-    const at::Tensor& spans_tensor, const at::Tensor& idle, const at::Tensor& verdict, int64_t k, int64_t step, int64_t round) {
+    const at::Tensor& spans_tensor, const at::Tensor& idle, const at::Tensor& verdict, const std::optional<at::Tensor>&, int64_t k,
+    int64_t step, int64_t round) {
   constexpr const char* who = "spread_";
   const int64_t span_count = check_spans(who, spans_tensor, gradient.numel());
   const PayloadLayout layout = check_bucket(who, gradient, k, span_count);

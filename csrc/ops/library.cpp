@@ -23,7 +23,9 @@
 //
 // Of a support that a leader has chosen, core/lead.h, compress_ without `choose` leaves the followers a payload without entries, which
 // take_ fills at the leader's support, and of which rows [workers, head and slice] travel. average_slice_ writes a row of averages, 16
-// bytes with the step and then those of its slice; spread_ the bucket, of all rows of averages; feedback_ the feedback.
+// bytes with the step and then those of its slice; spread_ the bucket, of all rows of averages; feedback_ the feedback. Where a device
+// finds a lead or a head that is not valid, it goes on with a payload that every receiver rejects, or with averages of no step: so that
+// spread_ finds it on every rank, whose result is NaN then and the round void.
 #include <torch/library.h>
 
 TORCH_LIBRARY(regtopk, library) {
@@ -55,14 +57,15 @@ TORCH_LIBRARY(regtopk, library) {
       "from_wire_(Tensor wire, Tensor(a!) payloads, *, ScalarType dtype, ScalarType wire_dtype, bool elias_fano=False, int numel, int k, "
       "int spans=0) -> ()");
   library.def(
-      "take_(Tensor(a!) residual, Tensor(b!) payload, Tensor lead, Tensor spans, Tensor idle, *, ScalarType dtype, ScalarType wire_dtype, "
-      "bool elias_fano=False, int k, int leader=0) -> ()");
+      "take_(Tensor(a!) residual, Tensor(b!) payload, Tensor lead, Tensor spans, Tensor idle, Tensor(c!)? status=None, *, ScalarType "
+      "dtype, "
+      "ScalarType wire_dtype, bool elias_fano=False, int k, int leader=0, int step, int plan) -> ()");
   library.def(
-      "average_slice_(Tensor rows, Tensor(a!) averages, *, ScalarType dtype, ScalarType wire_dtype, bool elias_fano=False, int numel, "
-      "int k, int spans, int step, int plan) -> ()");
+      "average_slice_(Tensor rows, Tensor(a!) averages, Tensor(b!)? status=None, *, ScalarType dtype, ScalarType wire_dtype, "
+      "bool elias_fano=False, int numel, int k, int spans, int step, int plan) -> ()");
   library.def(
-      "spread_(Tensor(a!) gradient, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor(b!) idle, Tensor(c!) verdict, *, "
-      "int k, int step, int round) -> ()");
+      "spread_(Tensor(a!) gradient, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor(b!) idle, Tensor(c!) verdict, "
+      "Tensor(d!)? status=None, *, int k, int step, int round) -> ()");
   library.def(
       "feedback_(Tensor(a!) feedback, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor idle, *, ScalarType dtype, "
       "int numel, str distortion, int step) -> ()");

@@ -101,30 +101,31 @@ void from_wire_(
 }
 
 void take_(
-    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared, const Wire& form,
-    at::ScalarType dtype, int64_t k, int64_t leader) {
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared, const Optional& status,
+    const Wire& form, at::ScalarType dtype, int64_t k, int64_t leader, const Stamp& stamp) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool,
-      int64_t, int64_t)>("regtopk::take_");
-  operation.call(residual, payload, lead, shared.spans, shared.idle, dtype, form.dtype, form.elias_fano, k, leader);
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, at::ScalarType,
+      at::ScalarType, bool, int64_t, int64_t, int64_t, int64_t)>("regtopk::take_");
+  operation.call(
+      residual, payload, lead, shared.spans, shared.idle, status, dtype, form.dtype, form.elias_fano, k, leader, stamp.step, stamp.plan);
 }
 
 void average_slice_(
-    const at::Tensor& rows, const at::Tensor& averages, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans,
-    const Stamp& stamp) {
+    const at::Tensor& rows, const at::Tensor& averages, const Optional& status, const Wire& form, at::ScalarType dtype, int64_t numel,
+    int64_t k, int64_t spans, const Stamp& stamp) {
   static const auto operation = find_operator<void(
-      const at::Tensor&, const at::Tensor&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t, int64_t, int64_t, int64_t)>(
-      "regtopk::average_slice_");
-  operation.call(rows, averages, dtype, form.dtype, form.elias_fano, numel, k, spans, stamp.step, stamp.plan);
+      const at::Tensor&, const at::Tensor&, const Optional&, at::ScalarType, at::ScalarType, bool, int64_t, int64_t, int64_t, int64_t,
+      int64_t)>("regtopk::average_slice_");
+  operation.call(rows, averages, status, dtype, form.dtype, form.elias_fano, numel, k, spans, stamp.step, stamp.plan);
 }
 
 void spread_(
     const at::Tensor& gradient, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
-    int64_t k, const Stamp& stamp) {
+    const Optional& status, int64_t k, const Stamp& stamp) {
   static const auto operation = find_operator<void(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      int64_t, int64_t, int64_t)>("regtopk::spread_");
-  operation.call(gradient, payload, rows, averages, shared.spans, shared.idle, shared.verdict, k, stamp.step, stamp.round);
+      const Optional&, int64_t, int64_t, int64_t)>("regtopk::spread_");
+  operation.call(gradient, payload, rows, averages, shared.spans, shared.idle, shared.verdict, status, k, stamp.step, stamp.round);
 }
 
 void feedback_(
@@ -188,6 +189,9 @@ std::string describe_status(int64_t status) {
       return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
     case PayloadField::kSupport:
       return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
+    case PayloadField::kAverages:
+      return c10::str(
+          "expected averages of this rank's step of rank ", rank, ", got none; what it received was damaged, as its own error says");
   }
   return c10::str("expected valid payloads, got status ", status);
 }

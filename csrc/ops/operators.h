@@ -77,16 +77,16 @@ void to_wire_(
     int64_t spans);
 void from_wire_(
     const at::Tensor& wire, const at::Tensor& payloads, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans);
-// Of a support that a leader has chosen; `lead` is its message, of which values are not read.
+// Of a support that a leader has chosen; `lead` is its message, of which values are not read. `status` is a device's, as of aggregate_.
 void take_(
-    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared, const Wire& form,
-    at::ScalarType dtype, int64_t k, int64_t leader);
+    const at::Tensor& residual, const at::Tensor& payload, const at::Tensor& lead, const Shared& shared,
+    const std::optional<at::Tensor>& status, const Wire& form, at::ScalarType dtype, int64_t k, int64_t leader, const Stamp& stamp);
 void average_slice_(
-    const at::Tensor& rows, const at::Tensor& averages, const Wire& form, at::ScalarType dtype, int64_t numel, int64_t k, int64_t spans,
-    const Stamp& stamp);
+    const at::Tensor& rows, const at::Tensor& averages, const std::optional<at::Tensor>& status, const Wire& form, at::ScalarType dtype,
+    int64_t numel, int64_t k, int64_t spans, const Stamp& stamp);
 void spread_(
     const at::Tensor& gradient, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
-    int64_t k, const Stamp& stamp);
+    const std::optional<at::Tensor>& status, int64_t k, const Stamp& stamp);
 void feedback_(
     const at::Tensor& feedback, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
     at::ScalarType dtype, int64_t numel, const Selection& selection, const Stamp& stamp);
@@ -126,8 +126,6 @@ struct MessageParts {
   int64_t head_bytes, values_at, value_bytes;
 };
 MessageParts message_parts(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form);
-// What is before the averages of a slice.
-inline constexpr int64_t kMarkBytes = 16;
 
 // Rounds that a verdict remembers.
 inline constexpr int64_t kVerdictRounds = 4096;

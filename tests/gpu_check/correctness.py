@@ -192,6 +192,26 @@ class OnDevice:
     def settle(self, *arguments, **options):
         self._call(torch.ops.regtopk.settle_, *arguments, **options)
 
+    def to_wire(self, *tensors, **options):
+        self._call(torch.ops.regtopk.to_wire_, *tensors, **options)
+
+    def feedback(self, *tensors, **options):
+        self._call(torch.ops.regtopk.feedback_, *tensors, **options)
+
+    def take(self, *tensors, **options):
+        return self._with_status(torch.ops.regtopk.take_, *tensors, **options)
+
+    def average_slice(self, *tensors, **options):
+        return self._with_status(torch.ops.regtopk.average_slice_, *tensors, **options)
+
+    def spread(self, *tensors, **options):
+        return self._with_status(torch.ops.regtopk.spread_, *tensors, **options)
+
+    def _with_status(self, operator, *tensors, **options):
+        status = torch.full((1,), -1)
+        self._call(operator, *tensors, status=status, **options)
+        return int(status) % 2**64
+
 
 def spans(log):
     """Random steps of buckets with parameters: idle ones, void rounds, what an optimizer applied all the same, settling."""
@@ -217,6 +237,33 @@ def spans(log):
                         right, words = False, str(error)
                     failed += not log.check(right, f"{numel} entries of {dtype}, density {density}, {mode}, with spans: expected the CPU's bytes, got {words}")
                     done += 1
+    log.write("compared", cases=done, failed=failed)
+
+
+def led(log):
+    """Random steps of buckets whose support a leader has chosen, or all of whose entries are sent."""
+    if package_without_extension():
+        raise NotRun("the extension was not built, and its CPU operators say what is right")
+    from tests.simt.with_leader import Led  # it needs the extension
+
+    kernels, failed, done = machine.library_kernels(log), 0, 0
+    forms = [{"dense": True}, {"density": 0.01, "elias_fano": True, "wire_dtype": torch.bfloat16}, {"density": 0.2, "distortion": "current"}]
+    for numel in [9_001] if log.emulated else [20_003, 140_001, 11_200_000]:
+        for dtype in FLOATS[:1] if log.emulated else FLOATS:
+            for form in forms:
+                if log.seconds_left() < (2 if numel < 1_000_000 else 10):
+                    log.write("left out", first=f"{numel} {dtype} {form}")
+                    return
+                led = Led(kernels, numel, dtype, **form | ({"wire_dtype": dtype} if dtype.itemsize < 4 else {}))
+                if not log.emulated and machine.extension_has_kernels():
+                    led.there.run = OnDevice()
+                right, words = True, ""
+                try:
+                    led.random_steps(4 if numel > 1_000_000 else 8)
+                except AssertionError as error:
+                    right, words = False, str(error)
+                failed += not log.check(right, f"{numel} entries of {dtype}, {form}: expected the CPU's bytes, got {words}")
+                done += 1
     log.write("compared", cases=done, failed=failed)
 
 

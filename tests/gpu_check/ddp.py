@@ -58,6 +58,7 @@ WIRE = {"wire_dtype": "2bit", "index_code": "elias-fano", "decay": 0.95}
 MOMENTUM = {"momentum": 0.9, "mask_momentum": True, "clip_norm": 5.0, "chunk": 1024}
 FORMS = {
     "": ({}, "hook"), "2 bits": (WIRE, "hook"), "momentum, chunks": (MOMENTUM, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach"),
+    "led": ({"support": "leader"}, "hook"), "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
 }  # fmt: skip
 
 

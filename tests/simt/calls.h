@@ -35,7 +35,7 @@ struct CompressCall {
   int64_t feedback_entries, distortion;
   double mu, decay;
   SamplingNumbers sampling;
-  int64_t chunk, chunk_k;
+  int64_t chunk, chunk_k, choose;
   void *workspace, *stream;
 };
 
@@ -94,6 +94,46 @@ struct WireCall {
   void *workspace, *stream;
 };
 
+// Of a support that a leader has chosen. `type` and `wire_type` are those of values.
+struct TakeCall {
+  WireCall wire;  // of the lead; the payload and the residual are this worker's
+  int64_t leader;
+  uint64_t step, plan;
+  const int64_t* span_ends;
+  const uint8_t* idle;
+  unsigned long long* worst_status;
+  void* room;
+};
+
+struct AverageSliceCall {
+  WireCall wire;  // of these, sizes and types alone
+  const uint8_t* rows;
+  int64_t row_bytes;
+  uint64_t step, plan;
+  uint8_t* averages;
+  int64_t averages_bytes;
+  unsigned long long* worst_status;
+  void* stream;
+};
+
+// As SpreadLaunch, and where there is feedback as FeedbackLaunch.
+struct SpreadCall {
+  int64_t type, numel, k, spans;
+  const uint8_t *rows, *averages;
+  int64_t workers, row_bytes, averages_bytes;
+  uint64_t step;
+  const uint8_t* payload;
+  void* gradient;
+  const int64_t* span_ends;
+  uint8_t* idle;
+  int64_t* verdict;
+  int64_t round;
+  unsigned long long* worst_status;
+  int64_t distortion;
+  void* feedback;
+  void *workspace, *room, *stream;
+};
+
 int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type, int64_t spans);
 void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out);
 int64_t call_zeroed_bytes();
@@ -112,5 +152,11 @@ int64_t call_to_wire_workspace(const WireCall* call);
 int64_t call_from_wire_workspace(const WireCall* call);
 const char* call_to_wire(const WireCall* call);
 const char* call_from_wire(const WireCall* call);
+int64_t call_take_room(const TakeCall* call);
+int64_t call_spread_room(const SpreadCall* call);
+const char* call_take(const TakeCall* call);
+const char* call_average_slice(const AverageSliceCall* call);
+const char* call_spread(const SpreadCall* call);
+const char* call_feedback(const SpreadCall* call);
 
 }  // extern "C"

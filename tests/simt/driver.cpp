@@ -58,10 +58,23 @@ SpansLaunch launch_of(const SpansCall& spans) {
 
 int64_t accumulate_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
 
-PayloadLayout payload_of(const WireCall& call) { return PayloadLayout(call.numel, call.k, static_cast<ValueType>(call.type), call.spans); }
+template <typename Call>
+PayloadLayout payload_of(const Call& call) {
+  return PayloadLayout(call.numel, call.k, static_cast<ValueType>(call.type), call.spans);
+}
 
 WireLayout wire_of(const WireCall& call) {
   return WireLayout::of(payload_of(call), static_cast<ValueType>(call.wire_type), call.elias_fano != 0);
+}
+
+void allow(const SpreadCall& call) {
+  allow(call.rows, call.workers * call.row_bytes, false);
+  allow(call.averages, call.workers * call.averages_bytes, false);
+  allow(call.span_ends, (call.spans + 1) * 8, false);
+}
+
+AveragesLaunch received_of(const SpreadCall& call) {
+  return {call.rows, call.averages, call.workers, call.row_bytes, call.averages_bytes, call.step};
 }
 
 }  // namespace
@@ -138,6 +151,7 @@ const char* call_compress(const CompressCall* call) {
          .mu = call->mu,
          .decay = call->decay,
          .chunks = {call->chunk, call->chunk_k},
+         .choose = call->choose != 0,
          .sampling = {s.sectors, s.rank_high, s.rank_low, s.list_capacity},
          .workspace = call->workspace},
         static_cast<cudaStream_t>(call->stream));
@@ -275,6 +289,105 @@ const char* call_from_wire(const WireCall* call) {
          .workers = call->workers,
          .payloads = call->payloads,
          .workspace = call->workspace},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+int64_t call_take_room(const TakeCall* call) { return take_room_bytes(payload_of(call->wire), wire_of(call->wire)); }
+
+const char* call_take(const TakeCall* call) {
+  const PayloadLayout layout = payload_of(call->wire);
+  const WireLayout wire = wire_of(call->wire);
+  allow(call->wire.payloads, layout.bytes, true);
+  allow(call->wire.residual, layout.numel * accumulate_bytes(layout.type), true);
+  allow(call->wire.wire, wire.values_at, false);
+  allow(call->wire.workspace, aggregate_workspace_bytes(layout), true);
+  allow(call->room, call_take_room(call), true);
+  allow(call->span_ends, (layout.spans + 1) * 8, false);
+  allow(call->idle, layout.spans, false);
+  allow(call->worst_status, sizeof *call->worst_status, true);
+  return run([&] {
+    return launch_take(
+        {.layout = layout,
+         .wire = wire,
+         .lead = call->wire.wire,
+         .leader = call->leader,
+         .step = call->step,
+         .plan = call->plan,
+         .payload = call->wire.payloads,
+         .residual = call->wire.residual,
+         .span_ends = call->span_ends,
+         .idle = call->idle,
+         .worst_status = call->worst_status,
+         .workspace = call->wire.workspace,
+         .room = call->room},
+        static_cast<cudaStream_t>(call->wire.stream));
+  });
+}
+
+const char* call_average_slice(const AverageSliceCall* call) {
+  allow(call->rows, call->wire.workers * call->row_bytes, false);
+  allow(call->averages, call->averages_bytes, true);
+  allow(call->worst_status, sizeof *call->worst_status, true);
+  return run([&] {
+    return launch_average_slice(
+        {.layout = payload_of(call->wire),
+         .wire = wire_of(call->wire),
+         .rows = call->rows,
+         .workers = call->wire.workers,
+         .row_bytes = call->row_bytes,
+         .step = call->step,
+         .plan = call->plan,
+         .averages = call->averages,
+         .worst_status = call->worst_status},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+int64_t call_spread_room(const SpreadCall* call) { return spread_room_bytes(payload_of(*call)); }
+
+const char* call_spread(const SpreadCall* call) {
+  const PayloadLayout layout = payload_of(*call);
+  allow(*call);
+  allow(call->payload, layout.values_at, false);
+  allow(call->gradient, layout.numel * value_bytes(layout.type), true);
+  allow(call->idle, layout.spans, true);
+  allow(call->verdict, 8, true);
+  allow(call->worst_status, sizeof *call->worst_status, true);
+  allow(call->workspace, aggregate_workspace_bytes(layout), true);
+  allow(call->room, call_spread_room(call), true);
+  return run([&] {
+    return launch_spread(
+        {.layout = layout,
+         .received = received_of(*call),
+         .payload = call->payload,
+         .gradient = call->gradient,
+         .span_ends = call->span_ends,
+         .idle = call->idle,
+         .verdict = call->verdict,
+         .round = call->round,
+         .worst_status = call->worst_status,
+         .workspace = call->workspace,
+         .room = call->room},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_feedback(const SpreadCall* call) {
+  const PayloadLayout layout = payload_of(*call);
+  allow(*call);
+  allow(call->payload, layout.bytes, false);
+  allow(call->idle, layout.spans, false);
+  allow(call->feedback, layout.k * accumulate_bytes(layout.type), true);
+  return run([&] {
+    return launch_feedback(
+        {.layout = layout,
+         .received = received_of(*call),
+         .payload = call->payload,
+         .span_ends = call->span_ends,
+         .idle = call->idle,
+         .distortion = static_cast<Distortion>(call->distortion),
+         .feedback = call->feedback},
         static_cast<cudaStream_t>(call->stream));
   });
 }

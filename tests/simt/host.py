@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tests.simt import calls
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "momentum"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "momentum", "check", "whole", "lead", "averages"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -98,7 +100,7 @@ def build_operators():
 
     emulation = build()
     source = ROOT / "tests/simt/operators.cpp"
-    read = [*ROOT.glob("tests/simt/c10/cuda/*.h"), ROOT / "cuda/operators.cpp"]
+    read = [*ROOT.glob("tests/simt/c10/cuda/*.h"), *ROOT.glob("cuda/*operators.*")]
     read += [ROOT / "csrc/ops" / name for name in ("checks.h", "checks.cpp", "operators.h", "operators.cpp")]
     flags = [*FLAGS, "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", torch.__version__]
     library = BUILD / f"libregtopk_operators-{_digest([*flags, emulation.name], [source, *read])}.so"
@@ -115,69 +117,6 @@ def build_operators():
             if old != library:
                 old.unlink(missing_ok=True)
     return library
-
-
-class _Sampling(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("sectors", "rank_high", "rank_low", "list_capacity")]
-
-
-class _Spans(ctypes.Structure):
-    _fields_ = [
-        ("ends", ctypes.c_void_p), ("count", ctypes.c_int64), ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p),
-        ("sent_round", ctypes.c_int64), ("applied", ctypes.c_void_p), ("counters", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Settle(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64),
-        ("residual", ctypes.c_void_p), ("spans", _Spans), ("masks", ctypes.c_int64), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Correct(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("given", ctypes.c_void_p), ("velocity", ctypes.c_void_p),
-        ("span_ends", ctypes.c_void_p), ("spans", ctypes.c_int64), ("momentum", ctypes.c_double), ("nesterov", ctypes.c_int64),
-        ("largest_norm", ctypes.c_double), ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Judge(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("values", ctypes.c_void_p), ("verdict", ctypes.c_void_p),
-        ("round", ctypes.c_int64), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Wire(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("wire_type", ctypes.c_int64), ("elias_fano", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64),
-        ("spans", ctypes.c_int64), ("workers", ctypes.c_int64), ("payloads", ctypes.c_void_p), ("residual", ctypes.c_void_p),
-        ("wire", ctypes.c_void_p), ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Compress(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("gradient", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64),
-        ("spans", _Spans), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
-        ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("feedback_entries", ctypes.c_int64),
-        ("distortion", ctypes.c_int64), ("mu", ctypes.c_double), ("decay", ctypes.c_double), ("sampling", _Sampling), ("chunk", ctypes.c_int64), ("chunk_k", ctypes.c_int64), ("workspace", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class _Aggregate(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("payloads", ctypes.c_void_p),
-        ("workers", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("feedback", ctypes.c_void_p),
-        ("first_feedback_worker", ctypes.c_int64), ("feedback_workers", ctypes.c_int64), ("distortion", ctypes.c_int64),
-        ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("span_ends", ctypes.c_void_p),
-        ("spans", ctypes.c_int64), ("idle", ctypes.c_void_p), ("verdict", ctypes.c_void_p), ("round", ctypes.c_int64), ("worst_status", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,8 +143,8 @@ def _entry(verdict, number):
 
 def _spans(spans, idle, verdict, applied, counters, sent_round):
     if spans is None:
-        return _Spans(sent_round=-1)
-    return _Spans(
+        return calls.Spans(sent_round=-1)
+    return calls.Spans(
         _pointer(spans), spans.numel() - 1, _pointer(idle), _entry(verdict, sent_round), sent_round, _pointer(applied), _pointer(counters)
     )  # fmt: skip
 
@@ -237,9 +176,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace", "call_take_room", "call_spread_room"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -268,7 +207,7 @@ class Kernels:
     def compress_workspace(self, numel, k, dtype, *, has_feedback, sampling=None, spans=0):
         """A workspace for compress; of no other use than to give it."""
         sampling = sampling or self.sampling(numel, k)
-        call = _Compress(type=VALUE_TYPES[dtype], numel=numel, k=k, feedback=1 if has_feedback else None, sampling=_Sampling(**vars(sampling)))
+        call = calls.Compress(type=VALUE_TYPES[dtype], numel=numel, k=k, feedback=1 if has_feedback else None, sampling=calls.Sampling(**vars(sampling)))
         call.spans.count = spans
         return self._workspace(self._library.call_compress_workspace(ctypes.byref(call)), self._library.call_zeroed_bytes())
 
@@ -302,13 +241,13 @@ class Kernels:
         return result.decode() if isinstance(result, bytes) else result
 
     def sampling(self, numel, k):
-        numbers = _Sampling()
+        numbers = calls.Sampling()
         self._library.call_sampling(ctypes.c_int64(numel), ctypes.c_int64(k), ctypes.byref(numbers))
         return Sampling(numbers.sectors, numbers.rank_high, numbers.rank_low, numbers.list_capacity)
 
     def compress(
         self, gradient, residual, payload, *, k, sent=None, feedback=None, distortion="previous", mu=1.0, step=0, plan=0, sampling=None, workspace=None,
-        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0, chunk=0, chunk_k=0,
+        spans=None, idle=None, verdict=None, applied=None, counters=None, scale=1.0, deed=0, sent_round=-1, decay=1.0, chunk=0, chunk_k=0, choose=True,
     ):  # fmt: skip
         """As regtopk::compress_; `residual`, `payload` and `counters` are written. Without a workspace, one is made and looked at afterwards."""
         sampling = sampling or self.sampling(gradient.numel(), k)
@@ -319,11 +258,11 @@ class Kernels:
             )
         operands = (gradient, residual, payload, sent, feedback, spans, idle, verdict, applied, counters)
         with self._operands(*operands) as (gradient, residual, payload, sent, feedback, spans, idle, verdict, applied, counters):
-            call = _Compress(
+            call = calls.Compress(
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(gradient), _pointer(residual), _pointer(payload), step, plan,
                 _spans(spans, idle, verdict, applied, counters, sent_round), scale, deed,
                 _pointer(sent), 0 if sent is None else sent.numel(), _pointer(feedback), 0 if feedback is None else feedback.numel(),
-                DISTORTIONS[distortion], mu, decay, _Sampling(**vars(sampling)), chunk, chunk_k, _pointer(used), self._stream(),
+                DISTORTIONS[distortion], mu, decay, calls.Sampling(**vars(sampling)), chunk, chunk_k, choose, _pointer(used), self._stream(),
             )  # fmt: skip
             self._raise(self._library.call_compress(ctypes.byref(call)))
         if workspace is None and used[: self._library.call_zeroed_bytes()].any():
@@ -338,7 +277,7 @@ class Kernels:
         With a workspace that begins with AGGREGATE_ZEROED_BYTES zero bytes and a status, int64 [1] of -1, on the device, waits for nothing and returns None.
         """
         with self._operands(gradient, payloads, feedback, spans, idle, verdict) as (gradient, payloads, feedback, spans, idle, verdict):
-            call = _Aggregate(
+            call = calls.Aggregate(
                 VALUE_TYPES[gradient.dtype], gradient.numel(), k, _pointer(payloads), payloads.shape[0], _pointer(gradient), _pointer(feedback),
                 rank, 0 if feedback is None else feedback.shape[0], DISTORTIONS[distortion], step, plan,
                 _pointer(spans), _count(spans), _pointer(idle), _entry(verdict, round), round, None, None, self._stream(),
@@ -362,7 +301,7 @@ class Kernels:
     def settle(self, residual, sent, spans, idle, verdict, applied, counters, *, dtype, sent_round, masks=False):
         """As regtopk::settle_; `residual`, `sent` and `counters` are written."""
         with self._operands(residual, sent, spans, idle, verdict, applied, counters) as (residual, sent, spans, idle, verdict, applied, counters):
-            call = _Settle(
+            call = calls.Settle(
                 VALUE_TYPES[dtype], residual.numel(), _pointer(sent), sent.numel(), _pointer(residual),
                 _spans(spans, idle, verdict, applied, counters, sent_round), masks, self._stream(),
             )  # fmt: skip
@@ -376,7 +315,7 @@ class Kernels:
         """As regtopk::correct_; `given` and `velocity` are written. The two gradients may be one."""
         in_place = given is gradient
         with self._operands(gradient, None if in_place else given, velocity, spans) as (gradient, given, velocity, spans):
-            call = _Correct(
+            call = calls.Correct(
                 VALUE_TYPES[gradient.dtype], gradient.numel(), _pointer(gradient), _pointer(gradient if in_place else given), _pointer(velocity),
                 _pointer(spans), _count(spans), momentum, nesterov, largest_norm, None, self._stream(),
             )  # fmt: skip
@@ -390,16 +329,16 @@ class Kernels:
     def judge(self, tensor, verdict, *, round):
         """As regtopk::judge_; `verdict` is written."""
         with self._operands(tensor, verdict) as (tensor, verdict):
-            call = _Judge(VALUE_TYPES[tensor.dtype], tensor.numel(), _pointer(tensor), _entry(verdict, round), round, self._stream())
+            call = calls.Judge(VALUE_TYPES[tensor.dtype], tensor.numel(), _pointer(tensor), _entry(verdict, round), round, self._stream())
             self._raise(self._library.call_judge(ctypes.byref(call)))
 
     def wire_bytes(self, numel, k, dtype, wire_dtype, *, elias_fano=False, spans=0):
-        return self._library.call_wire_bytes(ctypes.byref(_Wire(VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans)))
+        return self._library.call_wire_bytes(ctypes.byref(calls.Wire(VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans)))
 
     def to_wire(self, residual, payload, wire, *, k, dtype, wire_dtype, elias_fano=False, spans=0):
         """As regtopk::to_wire_; `residual`, `payload` and `wire` are written."""
         with self._operands(residual, payload, wire) as (residual, payload, wire):
-            call = _Wire(
+            call = calls.Wire(
                 VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, residual.numel(), k, spans, 1, _pointer(payload), _pointer(residual),
                 _pointer(wire), None, self._stream(),
             )  # fmt: skip
@@ -410,13 +349,72 @@ class Kernels:
     def from_wire(self, wire, payloads, *, numel, k, dtype, wire_dtype, elias_fano=False, spans=0):
         """As regtopk::from_wire_; `payloads` is written, without a magic number where a row is no wire form."""
         with self._operands(wire, payloads) as (wire, payloads):
-            call = _Wire(
+            call = calls.Wire(
                 VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans, len(wire), _pointer(payloads), None, _pointer(wire),
                 None, self._stream(),
             )  # fmt: skip
             workspace = self._workspace(self._library.call_from_wire_workspace(ctypes.byref(call)), 0)
             call.workspace = _pointer(workspace)
             self._raise(self._library.call_from_wire(ctypes.byref(call)))
+
+    @contextmanager
+    def _checked_workspace(self, numel, k, dtype, spans):
+        """Yield (an aggregate's workspace, a status to lower); see that the first is left as it was."""
+        call = calls.Aggregate(type=VALUE_TYPES[dtype], numel=numel, k=k, spans=spans)
+        workspace = self._workspace(self._library.call_aggregate_workspace(ctypes.byref(call)), AGGREGATE_ZEROED_BYTES)
+        yield workspace, torch.full((1,), -1, dtype=torch.int64, device=workspace.device)
+        if workspace[:AGGREGATE_ZEROED_BYTES].any():
+            raise EmulationError("expected the zeros that the workspace began with, got others")
+
+    def take(self, residual, payload, lead, spans, idle, *, dtype, wire_dtype, elias_fano=False, k, leader=0, step, plan):
+        """As regtopk::take_; returns what the device found wrong with the lead."""
+        with self._operands(residual, payload, lead, spans, idle) as (residual, payload, lead, spans, idle), self._checked_workspace(residual.numel(), k, dtype, _count(spans)) as (workspace, found):
+            wire = calls.Wire(
+                VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, residual.numel(), k, _count(spans), 1, _pointer(payload), _pointer(residual),
+                _pointer(lead), _pointer(workspace), self._stream(),
+            )  # fmt: skip
+            call = calls.Take(wire, leader, step, plan, _pointer(spans), _pointer(idle), _pointer(found), None)
+            room = self._workspace(self._library.call_take_room(ctypes.byref(call)), 0)
+            call.room = _pointer(room)
+            self._raise(self._library.call_take(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def average_slice(self, rows, averages, *, dtype, wire_dtype, elias_fano=False, numel, k, spans, step, plan):
+        """As regtopk::average_slice_; `averages` is written. Returns what the device found wrong with the heads."""
+        with self._operands(rows, averages) as (rows, averages):
+            found = torch.full((1,), -1, dtype=torch.int64, device=rows.device)
+            wire = calls.Wire(VALUE_TYPES[dtype], VALUE_TYPES[wire_dtype], elias_fano, numel, k, spans, len(rows))
+            call = calls.AverageSlice(
+                wire, _pointer(rows), rows.shape[1], step, plan, _pointer(averages), averages.numel(), _pointer(found), self._stream()
+            )  # fmt: skip
+            self._raise(self._library.call_average_slice(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def spread(self, gradient, payload, rows, averages, spans, idle, verdict, *, k, step, round):
+        """As regtopk::spread_; returns what the device found wrong with the averages."""
+        tensors = (gradient, payload, rows, averages, spans, idle, verdict)
+        with self._operands(*tensors) as (gradient, payload, rows, averages, spans, idle, verdict), self._checked_workspace(gradient.numel(), k, gradient.dtype, _count(spans)) as (workspace, found):
+            call = self._spread_call(gradient.dtype, gradient.numel(), k, payload, rows, averages, spans, idle, step)
+            call.gradient, call.verdict, call.round = _pointer(gradient), _entry(verdict, round), round
+            call.worst_status, call.workspace = _pointer(found), _pointer(workspace)
+            room = self._workspace(self._library.call_spread_room(ctypes.byref(call)), 0)
+            call.room = _pointer(room)
+            self._raise(self._library.call_spread(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def feedback(self, feedback, payload, rows, averages, spans, idle, *, dtype, numel, distortion, step):
+        """As regtopk::feedback_; `feedback` is written."""
+        with self._operands(feedback, payload, rows, averages, spans, idle) as (feedback, payload, rows, averages, spans, idle):
+            call = self._spread_call(dtype, numel, feedback.numel(), payload, rows, averages, spans, idle, step)
+            call.distortion, call.feedback = DISTORTIONS[distortion], _pointer(feedback)
+            self._raise(self._library.call_feedback(ctypes.byref(call)))
+
+    def _spread_call(self, dtype, numel, k, payload, rows, averages, spans, idle, step):
+        return calls.Spread(
+            type=VALUE_TYPES[dtype], numel=numel, k=k, spans=_count(spans), rows=_pointer(rows), averages=_pointer(averages), workers=len(rows),
+            row_bytes=rows.shape[1], averages_bytes=averages.shape[1], step=step, payload=_pointer(payload), span_ends=_pointer(spans),
+            idle=_pointer(idle), stream=self._stream(),
+        )  # fmt: skip
 
     @staticmethod
     def _raise(error):

@@ -1,4 +1,4 @@
-// The CUDA operators as they are, cuda/operators.cpp, over the emulated kernels and in the place of the CPU operators: what
+// The CUDA operators as they are, cuda/operators.cpp and lead_operators.cpp, over the emulated kernels and in the place of the CPU operators: what
 // exchanges CPU tensors then takes the device's path. Loaded by a test, after the extension. One file: it takes as long to
 // compile as torch's headers do to read.
 #include <torch/library.h>
@@ -13,6 +13,11 @@
 #include "../../csrc/ops/checks.cpp"
 #include "../../csrc/ops/operators.cpp"
 #include "../../cuda/operators.cpp"
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(name, key, library) \
+  template <typename Library>                  \
+  void register_lead_operators(Library library)
+#include "../../cuda/lead_operators.cpp"
 #pragma pop_macro("TORCH_LIBRARY_IMPL")
 
 namespace {
@@ -28,4 +33,7 @@ struct AllButCopies {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regtopk, CPU, library) { regtopk::register_operators(AllButCopies{library}); }
+TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
+  regtopk::register_operators(AllButCopies{library});
+  regtopk::register_lead_operators(AllButCopies{library});
+}
