@@ -144,8 +144,8 @@ def _levels_and_codes(bits, values, half):
         return [math.nan, math.nan], [0] * len(values)
     exponent = max(math.frexp(max(map(abs, values)))[1] - 1, -923)
     units = [math.floor(math.ldexp(abs(v), 40 - exponent)) if v else 0 for v in values]
-    present = [m for m in units if m]
-    sides = [int(v < 0) if bits == 1 else int(m * len(present) >= sum(present)) for m, v in zip(units, values, strict=True)]
+    present, total = [m for m in units if m], sum(units)
+    sides = [int(v < 0) if bits == 1 else int(m * len(present) >= total) for m, v in zip(units, values, strict=True)]
     by_side = [[m for m, own in zip(units, sides, strict=True) if m and own == side] for side in (0, 1)]
     levels = [_stored(_level_of(side), exponent, half) for side in by_side]
     of_zeros = 0
