@@ -57,7 +57,7 @@ Transport& GroupExchange::transport() {
     const std::lock_guard lock(open_mutex_);
     TORCH_CHECK(!closed_, worker_->who, ": expected an open exchange, got one that was closed; construct a new state");
     if (!transport_) {
-      transport_ = owner_.open(caller_, [worker = worker_] { return describe_deed(worker->deed()); });
+      transport_ = owner_.open(caller_, [worker = worker_] { return c10::str(describe_deed(worker->deed()), " of ", kDeeds); });
       const int64_t host_ranks = worker_->options.host_ranks;
       worker_->rank = transport_->rank() / host_ranks;
       worker_->place = transport_->rank() % host_ranks;

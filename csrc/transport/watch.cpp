@@ -1,7 +1,5 @@
 #include "watch.h"
 
-#include "../core/deed.h"
-
 #include <algorithm>
 #include <sstream>
 #include <utility>
@@ -56,8 +54,8 @@ std::string Watch::contradiction(int64_t number, const std::string& activity) {
       std::getline(lines, text, '\0');
       if (its_number != std::to_string(number) || kind == "goes on" || (kind == "waits" && text == activity)) continue;
       std::ostringstream words;
-      words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << " of " << kDeeds
-            << "), and rank " << rank_ << " in " << activity << " (after " << own_calls_() << "); make the same calls on every rank";
+      words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << "), and rank " << rank_
+            << " in " << activity << " (after " << own_calls_() << "); make the same calls on every rank";
       const std::lock_guard lock(mutex_);
       found_ = words.str();
       return found_;
