@@ -43,7 +43,9 @@ struct Heads {
       };
       const Global<const uint8_t> row = device.row(rank);
       const PayloadHeader header = load_header(row);
-      if (!is_header_of(header, device.layout, device.wire.type, device.wire.support)) report(PayloadField::kHeader);
+      // What made a rank unfilled says more than that it is.
+      const uint32_t stage = (header.flags & kFlagUnfilled) != 0 ? 3 : 0;
+      if (!is_header_of(header, device.layout, device.wire.type, device.wire.support)) report(PayloadField::kHeader, stage);
       if (device.layout.spans > 0 && rank > 0) compare_exchange_parts(device.row(0), row, report);
       if (header.step != device.step) report(PayloadField::kStep, 2);
       else if (header.plan != device.plan) report(PayloadField::kPlan, 2);
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ 
     for (uint32_t rank = threadIdx.x; rank < received.workers; rank += kThreads) {
       if (received.is_of_step(rank)) continue;
       valid = false;
-      if (device.worst_status) device.worst_status.take_minimum(0, status_of(3, rank, PayloadField::kAverages));
+      if (device.worst_status) device.worst_status.take_minimum(0, status_of(4, rank, PayloadField::kAverages));
     }
     valid = !__syncthreads_or(!valid);
     if (threadIdx.x == 0) {

@@ -90,6 +90,7 @@ void average_slice_cuda(
   constexpr const char* who = "average_slice_";
   const at::Device device = rows.device();
   check_countable(who, numel);
+  check_span_count(who, spans);
   const auto [layout, wire] = check_wire(who, numel, k, spans, dtype, {wire_dtype, elias_fano});
   check_slice(who, rows, averages, layout, wire);
   check_on_device(who, "averages", averages, device);

@@ -28,9 +28,13 @@ inline void check_aligned(const char* who, const char* name, const void* pointer
       " beyond one; pass a tensor with memory of its own, not a slice");
 }
 
+inline void check_span_count(const char* who, int64_t count) {
+  TORCH_CHECK_VALUE(count <= kMaxSpans, who, ": expected at most ", kMaxSpans, " parameters in a bucket on CUDA, got ", count);
+}
+
 inline int64_t count_spans(const char* who, const std::optional<at::Tensor>& spans, int64_t numel) {
   const int64_t count = check_spans(who, spans, numel);
-  TORCH_CHECK_VALUE(count <= kMaxSpans, who, ": expected at most ", kMaxSpans, " parameters in a bucket on CUDA, got ", count);
+  check_span_count(who, count);
   return count;
 }
 
@@ -101,8 +105,8 @@ inline unsigned long long* worst_status_of(const char* who, const std::optional<
   return reinterpret_cast<unsigned long long*>(status->mutable_data_ptr<int64_t>());
 }
 
-// Memory for one call, from the stream's own: of the size of a payload, which would be much to keep for each of the streams on which
-// futures go on.
+// Memory for one call, of the size of a payload, of the stream's own: the allocator keeps it for the next call on the stream, and futures
+// go on on one of 32 streams after the other.
 inline at::Tensor room_for(int64_t bytes, const at::Device& device) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }

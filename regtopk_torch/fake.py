@@ -61,17 +61,17 @@ def _(wire, payloads, **options):
 
 
 @torch.library.register_fake("regtopk::take_")
-def _(residual, payload, lead, spans, idle, **options):
+def _(residual, payload, lead, spans, idle, status=None, **options):
     return None
 
 
 @torch.library.register_fake("regtopk::average_slice_")
-def _(rows, averages, **options):
+def _(rows, averages, status=None, **options):
     return None
 
 
 @torch.library.register_fake("regtopk::spread_")
-def _(gradient, payload, rows, averages, spans, idle, verdict, **options):
+def _(gradient, payload, rows, averages, spans, idle, verdict, status=None, **options):
     return None
 
 

@@ -42,6 +42,22 @@ def test_fake_tensors_pass_through():
     assert payload.shape == (_C.payload_bytes(NUMEL, K, torch.float32),)
 
 
+NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regtopk::"))
+GIVEN = {"Tensor": lambda: torch.empty(1), "int": lambda: 1, "float": lambda: 1.0, "bool": lambda: False, "str": lambda: "previous", "List[int]": lambda: [1]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fake_takes_all_that_its_operator_takes(name):
+    operator = getattr(OPERATORS, name.removeprefix("regtopk::")).default
+    with FakeTensorMode():
+        values = {}
+        for argument in operator._schema.arguments:
+            kind = str(argument.type)
+            kind = kind[len("Optional[") : -1] if kind.startswith("Optional[") else kind
+            values[argument.name] = torch.float32 if "dtype" in argument.name else GIVEN[kind]()
+        operator(**values)
+
+
 @pytest.mark.parametrize(
     "position, value, message",
     [

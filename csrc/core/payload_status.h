@@ -8,7 +8,8 @@
 namespace regtopk {
 
 // kPayloadsValid or stage << 40 | rank << 8 | field. As on the CPU the bytes of all ranks are checked first, stage 0, then the
-// exchange parts against rank 0's, then step and plan, and last the averages of slices; within a stage rank by rank.
+// exchange parts against rank 0's, then step and plan; then what follows from another error: a payload that a rank had no support to
+// fill at, and last the averages of slices. Within a stage rank by rank.
 inline constexpr unsigned long long kPayloadsValid = ~0ull;
 enum class PayloadField : uint8_t {
   kHeader = 1,

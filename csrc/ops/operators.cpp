@@ -191,7 +191,8 @@ std::string describe_status(int64_t status) {
       return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
     case PayloadField::kAverages:
       return c10::str(
-          "expected averages of this rank's step of rank ", rank, ", got none; what it received was damaged, as its own error says");
+          "expected averages of this rank's step of rank ", rank,
+          ", got those of another step, or none: what it received was damaged, as its own error says");
   }
   return c10::str("expected valid payloads, got status ", status);
 }
