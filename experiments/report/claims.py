@@ -172,10 +172,10 @@ def variants_of(runs, option):
 
 
 def find_gains(runs, option):
-    """Find the accuracy at the first value of an option, and what every other one adds to it."""
-    (name, usual), *others = variants_of(runs, option).items()
-    tests = {other: compare(values("accuracy", own), values("accuracy", usual)) for other, own in others}
-    gains = ", ".join(f"{other} {number(test.mean, 2)}" for other, test in tests.items())
+    """Find the accuracy at the first value of an option, and what every other one adds to it, at the seeds that both have."""
+    (name, usual), *others = variants_of_each(runs, option)
+    tests = {other: compare(*(values("accuracy", some) for some in at_common_seeds([own, usual]))) for other, own in others}
+    gains = ", ".join(f"{other} {number(test.mean, 2)}{'' if test.n == len(usual) else f' (n = {test.n})'}" for other, test in tests.items())
     return Finding(f"{name} {spread(values('accuracy', usual))} %; points more than it: {gains}", len(usual), describe_several(tests), runs)
 
 
@@ -195,9 +195,10 @@ def by_sweep(evidence):
 def find_equal_bytes(evidence, sweep):
     """Find what other ways to spend the bytes add to the usual one, with the losses and how far from equal the bytes in all were."""
     found = find_gains(by_sweep(evidence)[sweep], "rule")
-    rules = variants_of(found.runs, "rule")
+    rules = dict(variants_of_each(found.runs, "rule"))
     losses = ", ".join(f"{rule} {mean('loss', own, 4)}" for rule, own in rules.items())
-    against = [run.value("bytes_sent") / fixed.value("bytes_sent") for own in rules.values() for run, fixed in zip(own, rules["fixed"])]
+    pairs = [pair for own in rules.values() for pair in zip(*at_common_seeds([own, rules["fixed"]]), strict=True)]
+    against = [run.value("bytes_sent") / fixed.value("bytes_sent") for run, fixed in pairs]
     return replace(found, found=f"{found.found}; test loss {losses}; bytes {min(against):.3f}…{max(against):.3f} times those of fixed")
 
 
