@@ -3,7 +3,7 @@
 from functools import partial
 from statistics import fmean
 
-from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, by_sweep, language_sweeps, variants_of
+from experiments.report.claims import HETEROGENEOUS, MU, PROBLEMS, at_best_rate, by_sweep, language_sweeps, variants_of_each
 from experiments.report.logs import at_common_seeds, select
 from experiments.sweeps import RUN_KEYS
 
@@ -171,13 +171,15 @@ def draw_by_option(runs, option):
 
 def draw_gains(option, by, axes, runs):
     """Draw what every value of an option but the first adds to the accuracy of that one, a point per seed, in colours `by` another."""
-    for number, group in enumerate(dict.fromkeys(run.options[by] for run in runs)):
-        usual, *others = variants_of(select(runs, **{by: group}), option).items()
-        for place, (_, own) in enumerate(others):
-            gains = [run.value("accuracy") - before.value("accuracy") for run, before in zip(own, usual[1])]
+    _, *places = dict.fromkeys(run.options[option] for run in runs)  # of all groups, which need not have the same ones
+    for number, (group, of_group) in enumerate(variants_of_each(runs, by)):
+        usual, *others = variants_of_each(of_group, option)
+        for name, own in others:
+            pairs = zip(*at_common_seeds([own, usual[1]]), strict=True)
+            gains = [run.value("accuracy") - before.value("accuracy") for run, before in pairs]
             colour = ("tab:red", "tab:blue", "tab:green")[number]
-            axes.plot([place + 0.2 * (number - 1)] * len(own), gains, "o", color=colour, markersize=3, label=None if place else group)
-        axes.set_xticks(range(len(others)), [name for name, _ in others])
+            axes.plot([places.index(name) + 0.2 * (number - 1)] * len(gains), gains, "o", color=colour, markersize=3, label=None if name != others[0][0] else group)
+    axes.set_xticks(range(len(places)), places)
     axes.axhline(0, color="black", linewidth=0.8)
     if max(map(abs, axes.get_ylim())) > 1:
         axes.set_yscale("symlog", linthresh=1)
