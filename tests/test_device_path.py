@@ -145,7 +145,7 @@ def everything(name, numel):
     return True
 
 
-@pytest.mark.parametrize("operator, options", [("take_", {"support": "leader"}), ("average_slice_", {"support": "leader"}), ("average_slice_", {"dense": everything})], ids=str)
+@pytest.mark.parametrize("operator, options", [("take_", {"support": "leader"}), ("average_slice_", {"support": "leader"}), ("average_slice_", {"dense": everything})], ids=["take_", "average_slice_", "average_slice_, dense"])
 def test_what_a_step_sent_returns_on_all_ranks_where_one_could_not_go_on(operator, options):
     results = processes.run_workers(fail_once, 3, operator, options)
     for rank, (errors, void, lost, parameters) in enumerate(results):

@@ -1,6 +1,7 @@
 #include "stream.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <chrono>
 #include <thread>
@@ -16,7 +17,18 @@ struct StreamTransport::Course {
   GroupPtr group;
   std::vector<Stage> stages;
   Bucket bucket;
+  std::shared_ptr<Ends> ends;
   std::exception_ptr error = nullptr;  // of a `then`
+
+  void fail() {
+    bucket.fail();
+    const at::Device device = bucket.result.device();
+    if (device.is_cpu()) return;
+    c10::Event end(device.type());
+    end.record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+    const std::lock_guard lock(ends->mutex);
+    ends->events.emplace_back(device, std::move(end));
+  }
 };
 
 Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket bucket) {
@@ -26,6 +38,7 @@ Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket
   const auto course = std::make_shared<Course>();
   course->stages = std::move(stages);
   course->bucket = std::move(bucket);
+  course->ends = ends_;
   FuturePtr arrival;
   try {
     {
@@ -35,7 +48,7 @@ Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket
     }
     arrival = begin(*course->group, course->stages.front().collective)->getFuture();
   } catch (...) {
-    course->bucket.fail();
+    course->fail();
     throw;
   }
   const FuturePtr result = follow(course, 0, arrival);
@@ -68,7 +81,7 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
             take_in(arrived);
             if (course->error) std::rethrow_exception(course->error);
           } catch (...) {
-            course->bucket.fail();
+            course->fail();
             throw;
           }
           return course->bucket.result;
@@ -85,7 +98,7 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
           if (course->error) next.input.zero_();
           return follow(course, stage + 1, begin(*course->group, next)->getFuture());
         } catch (...) {
-          course->bucket.fail();
+          course->fail();
           throw;
         }
       },
@@ -112,6 +125,10 @@ void StreamTransport::wait_idle() {
   for (const FuturePtr& future : pending) {
     wait_for(future);
     future->wait();  // the current stream waits for what it holds, the host does not
+  }
+  {
+    const std::lock_guard lock(ends_->mutex);
+    for (auto& [device, end] : std::exchange(ends_->events, {})) end.block(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
   }
   gloo_->wait_idle();
 }

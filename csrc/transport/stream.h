@@ -10,6 +10,13 @@
 // gloo as ever.
 #pragma once
 
+#include <c10/core/Event.h>
+
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
 #include "gloo.h"
 
 namespace regtopk {
@@ -36,6 +43,11 @@ class StreamTransport final : public Transport {
  private:
   using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
   struct Course;
+  // Where what a bucket did ends on its stream if it has an error: its future orders nothing behind that.
+  struct Ends {
+    std::mutex mutex;
+    std::vector<std::pair<at::Device, c10::Event>> events;
+  };
   // What is to be done behind `arrival`, that of a stage.
   FuturePtr follow(const std::shared_ptr<Course>& course, size_t stage, const FuturePtr& arrival);
   void wait_for(const FuturePtr& future) const;
@@ -46,6 +58,7 @@ class StreamTransport final : public Transport {
   c10::intrusive_ptr<c10d::Backend> group_;  // null once closed
   std::vector<FuturePtr> pending_;           // of buckets since the last wait: what follows must come after them on the stream
   const std::shared_ptr<GlooTransport> gloo_;
+  const std::shared_ptr<Ends> ends_ = std::make_shared<Ends>();  // of buckets since the last wait
 };
 
 }  // namespace regtopk
