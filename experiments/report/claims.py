@@ -171,9 +171,9 @@ def variants_of(runs, option):
     return dict(zip(names, at_common_seeds([select(runs, **{option: name}) for name in names])))
 
 
-def find_gains(runs, option):
-    """Find the accuracy at the first value of an option, and what every other one adds to it, at the seeds that both have."""
-    (name, usual), *others = variants_of_each(runs, option)
+def find_gains(runs, variants):
+    """Find the accuracy of the first of {name: its runs}, and what every other one adds to it, at the seeds that both have."""
+    (name, usual), *others = variants.items()
     tests = {other: compare(*(values("accuracy", some) for some in at_common_seeds([own, usual]))) for other, own in others}
     gains = ", ".join(f"{other} {number(test.mean, 2)}{'' if test.n == len(usual) else f' (n = {test.n})'}" for other, test in tests.items())
     return Finding(f"{name} {spread(values('accuracy', usual))} %; points more than it: {gains}", len(usual), describe_several(tests), runs)
@@ -181,7 +181,8 @@ def find_gains(runs, option):
 
 def find_endings(evidence, model, optimizer):
     """Find the accuracy that training without an ending came to, and what every ending adds to it."""
-    return find_gains(select(evidence.endings, model=model, optimizer=optimizer), "ending")
+    runs = select(evidence.endings, model=model, optimizer=optimizer)
+    return find_gains(runs, variants_of(runs, "ending"))
 
 
 def by_sweep(evidence):
@@ -194,8 +195,8 @@ def by_sweep(evidence):
 
 def find_equal_bytes(evidence, sweep):
     """Find what other ways to spend the bytes add to the usual one, with the losses and how far from equal the bytes in all were."""
-    found = find_gains(by_sweep(evidence)[sweep], "rule")
-    rules = dict(variants_of_each(found.runs, "rule"))
+    rules = dict(variants_of_each(by_sweep(evidence)[sweep], "rule"))
+    found = find_gains(by_sweep(evidence)[sweep], rules)
     losses = ", ".join(f"{rule} {mean('loss', own, 4)}" for rule, own in rules.items())
     pairs = [pair for own in rules.values() for pair in zip(*at_common_seeds([own, rules["fixed"]]), strict=True)]
     against = [run.value("bytes_sent") / fixed.value("bytes_sent") for run, fixed in pairs]
