@@ -301,9 +301,8 @@ int64_t aggregate_workspace_bytes(const PayloadLayout& layout) {
 }
 
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream) {
-  const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
   if (arguments.layout.numel > kMaxEntries || arguments.layout.spans > kMaxSpans || arguments.workers > kMaxEntries ||
-      misaligned(arguments.payloads) || misaligned(arguments.gradient) || misaligned(arguments.workspace)) {
+      is_misaligned(arguments.payloads) || is_misaligned(arguments.gradient) || is_misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
   return with_value_type(arguments.layout.type, [&]<typename T>(T) {

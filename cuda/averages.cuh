@@ -35,8 +35,6 @@ struct Averages {
   }
 };
 
-inline bool is_misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; }
-
 inline bool is_too_large(const PayloadLayout& layout) { return layout.numel > kMaxEntries || layout.spans > kMaxSpans; }
 
 // A multiple of kAlignment.

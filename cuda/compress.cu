@@ -46,10 +46,9 @@ int64_t compress_workspace_bytes(const PayloadLayout& layout, bool has_feedback,
 }
 
 cudaError_t launch_compress(const CompressLaunch& arguments, cudaStream_t stream) {
-  const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
   if (arguments.layout.numel > kMaxEntries || arguments.chunks.entries > kLargestChunkOfDevice || arguments.layout.spans > kMaxSpans ||
-      misaligned(arguments.gradient) || misaligned(arguments.residual) || misaligned(arguments.payload) || misaligned(arguments.sent) ||
-      misaligned(arguments.workspace)) {
+      is_misaligned(arguments.gradient) || is_misaligned(arguments.residual) || is_misaligned(arguments.payload) ||
+      is_misaligned(arguments.sent) || is_misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
   return with_value_type(arguments.layout.type, [&]<typename T>(T) {

@@ -39,6 +39,7 @@ namespace regtopk {
 
 // Gradients, residuals, payloads and workspaces begin at multiples of this many bytes.
 inline constexpr int64_t kAlignment = 16;
+inline bool is_misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; }
 // Entries of a bucket are counted in 32 bits.
 inline constexpr int64_t kMaxEntries = 0xffffffffll;
 

@@ -35,11 +35,7 @@ struct CorrectDevice {
 // Cuts a workspace into its parts; with a null workspace, finds its size.
 template <typename T>
 int64_t place_workspace(CorrectDevice<T>& device, uint8_t* workspace) {
-  int64_t at = 0;
-  const auto place = [&]<typename U>(Global<U>& part, int64_t entries) {
-    part = Global<U>(reinterpret_cast<U*>(workspace + at));
-    at += (entries * static_cast<int64_t>(sizeof(U)) + kAlignment - 1) / kAlignment * kAlignment;
-  };
+  Cutter place{workspace};
   place(device.counters, kCounters);
   place(device.not_zero, kMaxSpans / 32);
   static_assert(sizeof(uint32_t) * kCounters + kMaxSpans / 8 == kCorrectZeroedBytes);
@@ -47,7 +43,7 @@ int64_t place_workspace(CorrectDevice<T>& device, uint8_t* workspace) {
   place(device.zero_spans, kMaxSpans / 32);
   place(device.factor, 1);
   place(device.sums, device.tiles());
-  return at;
+  return place.bytes;
 }
 
 // Which spans' gradients are zero, for a velocity: momentum waits where a parameter was not used. A warp looks at a block tile.
@@ -216,9 +212,8 @@ int64_t correct_workspace_bytes(int64_t numel) {
 }
 
 cudaError_t launch_correct(const CorrectLaunch& arguments, cudaStream_t stream) {
-  const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; };
-  if (arguments.numel > kMaxEntries || arguments.spans > kMaxSpans || misaligned(arguments.gradient) || misaligned(arguments.given) ||
-      misaligned(arguments.velocity) || misaligned(arguments.workspace)) {
+  if (arguments.numel > kMaxEntries || arguments.spans > kMaxSpans || is_misaligned(arguments.gradient) || is_misaligned(arguments.given) ||
+      is_misaligned(arguments.velocity) || is_misaligned(arguments.workspace)) {
     return cudaErrorInvalidValue;
   }
   return with_value_type(arguments.type, [&]<typename T>(T) {

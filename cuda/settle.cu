@@ -138,7 +138,7 @@ template void launch_settle<BFloat16>(const SettleDevice<BFloat16>&, cudaStream_
 template void launch_settle<Half>(const SettleDevice<Half>&, cudaStream_t);
 
 cudaError_t launch_settle(const SettleLaunch& arguments, cudaStream_t stream) {
-  if (arguments.numel > kMaxEntries || reinterpret_cast<uintptr_t>(arguments.sent) % kAlignment != 0) return cudaErrorInvalidValue;
+  if (arguments.numel > kMaxEntries || is_misaligned(arguments.sent)) return cudaErrorInvalidValue;
   return with_value_type(arguments.type, [&]<typename T>(T) {
     SettleDevice<T> device(PayloadLayout::of_checked(arguments.numel, 1, arguments.type, sizeof(T)));
     device.sent.bytes = Global<const uint8_t>(arguments.sent);

@@ -354,8 +354,6 @@ bool launched(cudaError_t& error) {
   return error == cudaSuccess;
 }
 
-bool is_misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0; }
-
 }  // namespace
 
 cudaError_t launch_to_wire(const ToWireLaunch& arguments, cudaStream_t stream) {

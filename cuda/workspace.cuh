@@ -124,14 +124,22 @@ inline constexpr Bits kLargestKey = static_cast<Bits>(~Bits{0}) >> 1;
 template <typename Bits>
 inline constexpr Bits kInfinityKey = sizeof(Bits) == 8 ? static_cast<Bits>(0x7ff0000000000000ull) : static_cast<Bits>(0x7f800000u);
 
+// Gives the parts of a workspace their places, one call after the other; of a null workspace there is the size alone.
+struct Cutter {
+  uint8_t* workspace;
+  int64_t bytes = 0;  // so far
+
+  template <typename U>
+  void operator()(Global<U>& part, int64_t entries) {
+    part = Global<U>(reinterpret_cast<U*>(workspace + bytes));
+    bytes += (entries * static_cast<int64_t>(sizeof(U)) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+};
+
 // Cuts a workspace into its parts; with a null workspace, finds its size.
 template <typename T>
 int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_feedback) {
-  int64_t at = 0;
-  const auto place = [&]<typename U>(Global<U>& part, int64_t entries) {
-    part = Global<U>(reinterpret_cast<U*>(workspace + at));
-    at += (entries * static_cast<int64_t>(sizeof(U)) + kAlignment - 1) / kAlignment * kAlignment;
-  };
+  Cutter place{workspace};
   using Device = CompressDevice<T>;
   place(device.counters, kCounters);
   place(device.histogram, kHistogramBins);
@@ -157,7 +165,7 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   place(device.list_values, capacity);
   place(device.list_offsets, device.sampling.list_capacity);
   place(device.list_keys, has_feedback ? capacity : 0);
-  return at;
+  return place.bytes;
 }
 
 // True in the one block that comes last of all blocks of the kernel; what the others wrote can then be read.
