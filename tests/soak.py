@@ -37,6 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # experiments is n
 import books as booking  # noqa: E402
 from books import Books, booked_hook, digest, finite, in_memory_order, residuals_of  # noqa: E402
 from buckets import same_bits  # noqa: E402
+from hosts import Twin  # noqa: E402
 from processes import GROUP_TIMEOUT, run_workers_and_report  # noqa: E402
 from training import BUCKET_CAP_MB, WIDTH, batch, loss_of, make_model, make_optimizer  # noqa: E402
 
@@ -95,6 +96,10 @@ class Leg:
     def density_at(self, step):
         return self.density(step) if callable(self.density) else self.density
 
+    def entries_kept_of(self, numel, rank):
+        ranks = self.options.get("levels", 1)
+        return rt._C.part_of(numel, rank % ranks, ranks)[1]
+
     def takers(self, step):
         """The ranks that use the branch."""
         everyone = set(range(self.world_size))
@@ -150,11 +155,14 @@ def draw_leg(draw, number, workers, first_step, before):
         "wire_dtype": draw.choice([None, None, None, torch.bfloat16, torch.float16, "sign", "2bit"]),
         "index_code": draw.choice(["offsets", "elias-fano"]), "decay": draw.choice([1.0, 1.0, 1.0, 0.9]),
         "chunk": draw.choice([None, None, None, 256]), "dense": draw.choice(["never", "never", "auto", is_small]),
-        "momentum": draw.choice([0.0, 0.0, 0.0, 0.9]),
+        "momentum": draw.choice([0.0, 0.0, 0.0, 0.9]), "clip_norm": draw.choice([None, None, None, None, 0.05]),
     }  # fmt: skip
     options["mask_momentum"] = options["momentum"] > 0 and draw.random() < 0.5
     options["support"] = draw.choice(["own", "own", "leader"]) if options["wire_dtype"] not in ("sign", "2bit") else "own"
-    alone = (draw.choice(later), draw.randrange(world_size), draw.choice(["reset", "pause"])) if later and draw.random() < 0.12 else None
+    if draw.random() < 0.15 if before is None else "levels" in before.options:  # its checkpoints are for as many ranks and hosts
+        world_size = (4 * (workers // 4) or 2) if before is None else before.world_size
+        options.update(levels=2, momentum=0.0, mask_momentum=False, clip_norm=None, support="own", dense="never")
+    alone = (draw.choice(later), draw.randrange(world_size), draw.choice(["reset", "pause"])) if later and "levels" not in options and draw.random() < 0.12 else None
     return Leg(
         number=number, world_size=world_size, first_step=first, steps=steps,
         method=before.method if before else draw.choice(["topk", "regtopk", "regtopk"]),
@@ -459,7 +467,7 @@ class Soak:
         self._workers, self._draw, self._folder = workers, random.Random(seed), Path(folder)
         self.counts = dict.fromkeys(
             ["legs", "steps", "rebuilds", "overflows", "overflows, shared scaler", "overflows applied in part", "idle steps",
-             "narrow values", "coded indices", "decaying steps", "scheduled steps", "led steps", "steps of chunks", "steps with momentum", "dense buckets", "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
+             "narrow values", "coded indices", "decaying steps", "scheduled steps", "led steps", "steps of chunks", "steps with momentum", "clipped steps", "dense buckets", "steps of two levels", "layers replaced", "calls on one rank", "kills", "resumes", "steps repeated after a kill", "world sizes changed",
              "bytes checked", "violations"], 0
         )  # fmt: skip
         self._number, self._before, self._kept = 0, None, None
@@ -522,6 +530,8 @@ class Soak:
         self.counts["led steps"] += stats["steps"] if leg.options.get("support") == "leader" else 0
         self.counts["steps of chunks"] += stats["steps"] if leg.options.get("chunk") else 0
         self.counts["steps with momentum"] += stats["steps"] if leg.options.get("momentum") else 0
+        self.counts["clipped steps"] += stats["steps"] if leg.options.get("clip_norm") else 0
+        self.counts["steps of two levels"] += stats["steps"] if leg.options.get("levels") else 0
         self.counts["dense buckets"] += stats["dense_buckets"]
         self.counts["scheduled steps"] += stats["steps"] if callable(leg.density) else 0
         self.counts["layers replaced"] += sum(step >= result["resumed_at"] for step in leg.fresh)
@@ -549,10 +559,10 @@ class Soak:
     def _check_ends(self, leg, results):
         assert len({result["final_digest"] for result in results}) == 1, "replicas differ at the end"
         due = set().union(*(result["overflowed"] for result in results))
-        for result in results:
+        for rank, result in enumerate(results):
             assert due >= {step for step in leg.overflows if step >= result["resumed_at"]}, "an overflow went unseen"
             for member in result["members"]:
-                stats, gone = member["stats"], sum(residual.numel() for residual in member["dropped"].values())
+                stats, gone = member["stats"], sum(leg.entries_kept_of(residual.numel(), rank) for residual in member["dropped"].values())
                 assert stats["void_steps"] == len(due), f"expected {len(due)} void steps, got {stats['void_steps']}"
                 assert stats["residual_dropped"] == gone, f"expected {gone} entries dropped, got {stats['residual_dropped']}"
                 assert all(residual.isfinite().all() for residual in member["residuals"].values()), "a residual is not finite"
@@ -599,7 +609,7 @@ class Soak:
                 if leg.growth in (None, 2.0):
                     assert all(same_bits(idle[index], before[index]) for index in idle), f"an idle residual changed in step {step}"
                 # What rounding took from a value that was sent stays.
-                others = ("wire_dtype", "chunk", "momentum")  # by which an entry that was sent may be another, or not 0 then
+                others = ("wire_dtype", "chunk", "momentum", "levels")  # by which an entry that was sent may be another, or not 0 then
                 plain = not any(map(leg.options.get, others)) and leg.options.get("support", "own") == "own" and leg.options.get("dense", "never") == "never"
                 if leg.bucket_cap_mb == ONE_BUCKET_MB and step not in due and plain:
                     k = max(1, math.floor(leg.density_at(step) * (live + sum(residual.numel() for residual in idle.values())) + 0.5))
@@ -611,7 +621,9 @@ class Soak:
             return
         for member in range(1 + leg.side):
             reports = [result["members"][member] for result in results]
-            exchange = rt.LocalExchange(leg.world_size, leg.density, method=leg.method, mu=1.0, distortion=leg.distortion, **leg.options)
+            options = {**leg.options, "density": leg.density, "method": leg.method, "mu": 1.0, "distortion": leg.distortion}
+            ranks = options.pop("levels", 1)
+            exchange = rt.LocalExchange(leg.world_size, **options) if ranks == 1 else Twin(leg.world_size // ranks, ranks, **options)
             exchange.load_state_dict({"workers": [report["initial"] for report in reports]})
             books = [report["books"] for report in reports]
             if booking.check_against_simulation(books, leg.method, exchange) is None:
@@ -625,18 +637,22 @@ class Soak:
 
     def _check_mass(self, leg, results):
         """What was given is applied, kept, or was dropped with its parameter."""
-        if leg.options.get("decay", 1.0) < 1 or leg.options.get("momentum"):
-            return  # or it was forgotten, or is in velocities, which the simulation counts on
+        if leg.options.get("decay", 1.0) < 1 or leg.options.get("momentum") or leg.options.get("clip_norm"):
+            return  # or it was forgotten, is in velocities, which the simulation counts on, or was clipped
+        ranks = leg.options.get("levels", 1)
+        if ranks > 1 and set().union(*(result["overflowed"] for result in results)):
+            return  # what the other ranks of a host gave in the place of an overflow has gone with it
         for member in range(1 + leg.side):
             reports = [result["members"][member] for result in results]
             pages = [
                 [
-                    {"given": {int(name): entry["residual"].flatten() for name, entry in report["initial"]["parameters"].items()}, "scale": 1.0},
+                    {"given": {int(name): ranks * entry["residual"].flatten() for name, entry in report["initial"]["parameters"].items()}, "scale": 1.0},
                     {"given": report["given"], "scale": 1.0},
                 ]
                 for report in reports
             ]
-            booking.check_mass(pages, [{**report["residuals"], **report["dropped"]} for report in reports], reports[0]["applied"])
+            kept = [{**report["residuals"], **report["dropped"]} for report in reports]
+            booking.check_mass(pages, [{index: ranks * residual for index, residual in of_rank.items()} for of_rank in kept], reports[0]["applied"])
 
 
 def main(arguments=None):
