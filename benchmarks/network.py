@@ -4,7 +4,7 @@
 
 Rank 0 writes the log, named after the rate of the hosts' links; `python -m benchmarks.hosts` makes the table of those in
 benchmarks/results/hosts. Every round takes one step of every method, one after the other, on the same batch of random images;
-one bucket holds the model. The first rounds are not recorded.
+one bucket holds the model, unless --bucket-cap-mb says otherwise. The first rounds are not recorded.
 """
 
 import time
@@ -20,6 +20,10 @@ from benchmarks.hosts import METHODS, bits_per_second
 from runlog.command import check, make_parser
 from runlog.record import Recorder
 
+MORE = {  # beside those of the table
+    "offsets": "topk with index_code='offsets'", "leader": "topk with support='leader'",
+    "leader-waits": "the same, the backward pass waiting for each bucket",
+}  # fmt: skip
 WARM_UP = 3  # rounds; PowerSGD begins with two steps of all-reduce
 
 
@@ -55,6 +59,13 @@ def chain_hook(state, bucket):
     return state.exchange(bucket)
 
 
+def waiting_hook(state, bucket):
+    """sparse_hook, and the backward pass goes on when the bucket has come back."""
+    future = rt.sparse_hook(state, bucket)
+    future.wait()
+    return future
+
+
 def make_hooks(density):
     """Return {method: its state and hook}; None for DDP alone."""
     return {
@@ -65,7 +76,9 @@ def make_hooks(density):
         "chain": (Chain(density), chain_hook),
         "topk": (rt.TopKState(density), rt.sparse_hook),
         "regtopk": (rt.RegTopKState(density), rt.sparse_hook),
-        "coded": (rt.TopKState(density, index_code="elias-fano"), rt.sparse_hook),
+        "offsets": (rt.TopKState(density, index_code="offsets"), rt.sparse_hook),
+        "leader": (rt.TopKState(density, support="leader"), rt.sparse_hook),
+        "leader-waits": (rt.TopKState(density, support="leader"), waiting_hook),
     }
 
 
@@ -80,23 +93,28 @@ def make_network(name):
 def main(arguments=None):
     parser = make_parser("benchmarks.network", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a new log, named after the rate of every host's link: 100mbit, 1gbit")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=[*METHODS, "coded"], help=f"coded: topk with index_code='elias-fano' ({' '.join(METHODS)})")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=[*METHODS, *MORE], help=f"{'; '.join(f'{name}: {what}' for name, what in MORE.items())} ({' '.join(METHODS)})")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (%(default)s)")
     parser.add_argument("--density", type=float, default=0.001, help="of the sparse methods (%(default)s)")
+    parser.add_argument("--bucket-cap-mb", type=float, default=1024.0, metavar="MIB", help="of DDP (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=20, metavar="IMAGES", help="per host and step (%(default)s)")
     parser.add_argument("--model", choices=("resnet18", "small"), default="resnet18", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (%(default)s)")
     options = parser.parse_args(arguments)
-    check(parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("batch_size", "threads")), ("rounds", lambda value: value >= 2, "at least 2"))
+    check(parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("batch_size", "threads")), ("rounds", lambda value: value >= 2, "at least 2"), ("bucket_cap_mb", lambda value: value > 0, "a number above 0"))
     bits_per_second(options.out.stem)  # or an error, before anything is measured
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo")
+    if dist.get_rank() == 0:  # or an error, before anything is measured
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.exists():
+            raise FileExistsError(f"benchmarks.network: expected a new log, got {options.out}, which exists; name another one")
     torch.manual_seed(dist.get_rank())
     images, labels = torch.randn(options.batch_size, 3, 32, 32), torch.randint(10, (options.batch_size,))
     networks, seconds = {}, {}
     hooks = make_hooks(options.density)
     for method, hook in ((method, hooks[method]) for method in options.method):
-        networks[method], seconds[method] = DistributedDataParallel(make_network(options.model), bucket_cap_mb=1024), []
+        networks[method], seconds[method] = DistributedDataParallel(make_network(options.model), bucket_cap_mb=options.bucket_cap_mb), []
         if hook is not None:
             networks[method].register_comm_hook(*hook)
     optimizers = {method: torch.optim.SGD(network.parameters(), lr=0.01) for method, network in networks.items()}
