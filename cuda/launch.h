@@ -5,6 +5,7 @@
 //                     settle · chunks                         with chunks
 //                     settle · whole                          where all entries are sent, or a leader chooses
 //   launch_aggregate  check · aggregate                       as regtopk::aggregate_
+//   launch_measure    measure                                 as regtopk::measure_
 //   launch_settle     settle                                  as regtopk::settle_, without spans as regtopk::put_back_, and of a
 //                                                             velocity as regtopk::mask_
 //   launch_correct    find_zeros · norm · correct             as regtopk::correct_
@@ -119,6 +120,19 @@ struct AggregateLaunch {
 inline constexpr int64_t kAggregateZeroedBytes = 32;
 int64_t aggregate_workspace_bytes(const PayloadLayout& layout);
 cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stream);
+
+// Of what launch_aggregate, or launch_spread of the one own payload, has written.
+struct MeasureLaunch {
+  PayloadLayout layout;
+  const uint8_t* payloads = nullptr;  // in: [workers, layout.bytes], not trusted
+  int64_t workers = 0;
+  const void* gradient = nullptr;     // in: [J] of the value type
+  double* squared_norm = nullptr;     // out: [1]
+  void* workspace = nullptr;          // measure_workspace_bytes; of these the first kMeasureZeroedBytes are zero before and after
+};
+inline constexpr int64_t kMeasureZeroedBytes = 64;
+int64_t measure_workspace_bytes(const PayloadLayout& layout);
+cudaError_t launch_measure(const MeasureLaunch& arguments, cudaStream_t stream);
 
 // Layouts that belong together: WireLayout::of(layout, ...).
 struct ToWireLaunch {

@@ -1,5 +1,6 @@
 // Momentum correction and local clipping, before a compress. Its other half, masking, is settle's.
 #include "launch.h"
+#include "ordered_sum.cuh"
 #include "span_marks.cuh"
 #include "workspace.cuh"
 
@@ -76,16 +77,13 @@ __global__ void __launch_bounds__(kThreads) find_zeros_kernel(const __grid_const
   device.counters.store(kSettleDone, 0);
 }
 
-// The factor that brings the gradient's 2-norm down to the largest one. The sums are those of csrc/ops/momentum.cpp, in the same order:
-// entry i of a payload tile goes to lane i % 256, then lanes are added up in their order, and then tiles. Reads g, 4 bytes per element in fp32.
+// The factor that brings the gradient's 2-norm down to the largest one. The sums are those of csrc/ops/momentum.cpp, in the same order.
+// Reads g, 4 bytes per element in fp32.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ CorrectDevice<T> device) {
   REGTOPK_SHARED(double[kThreads], lanes);
   REGTOPK_SHARED(uint32_t, last);
-  const auto added_up = [&](double sum, uint32_t count) {
-    for (uint32_t lane = 0; lane < count; ++lane) sum += lanes[lane];
-    return sum;
-  };
+  const OrderedSum<kThreads> ordered{lanes};
   for (uint32_t tile = blockIdx.x; tile < device.tiles(); tile += gridDim.x) {
     const uint32_t begin = tile * static_cast<uint32_t>(kTileEntries), rest = device.numel - begin;
     const uint32_t entries = rest < kTileEntries ? rest : static_cast<uint32_t>(kTileEntries);
@@ -95,20 +93,11 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
       const double value = static_cast<double>(Traits<T>::load(device.gradient.load(begin + offset))), square = value * value;
       sum += is_finite(value) ? square : 0.0;
     }
-    __syncthreads();
-    lanes[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) device.sums.store(tile, added_up(0, kThreads));
+    sum = ordered.of_tile(sum);
+    if (threadIdx.x == 0) device.sums.store(tile, sum);
   }
   if (!is_last_block(device.counters, kSampleDone, last)) return;
-  double sum = 0;
-  for (uint32_t first = 0; first < device.tiles(); first += kThreads) {
-    const uint32_t tile = first + threadIdx.x;
-    __syncthreads();
-    lanes[threadIdx.x] = tile < device.tiles() ? device.sums.load(tile) : 0;
-    __syncthreads();
-    if (threadIdx.x == 0) sum = added_up(sum, device.tiles() - first < kThreads ? device.tiles() - first : kThreads);
-  }
+  const double sum = ordered.of_tiles(device.sums, device.tiles());
   if (threadIdx.x != 0) return;
   const double factor = device.largest_norm / std::sqrt(sum);
   device.factor.store(0, factor < 1 ? factor : 1);

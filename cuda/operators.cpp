@@ -53,6 +53,10 @@ Workspaces& compress_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
 }
+Workspaces& measure_workspaces() {
+  static auto* const workspaces = new Workspaces;
+  return *workspaces;
+}
 Workspaces& correct_workspaces() {
   static auto* const workspaces = new Workspaces;
   return *workspaces;
@@ -172,6 +176,30 @@ void aggregate_cuda(
   aggregate_workspaces().with(who, stream, aggregate_workspace_bytes(arguments.layout), kAggregateZeroedBytes, [&](void* workspace) {
     arguments.workspace = workspace;
     return launch_aggregate(arguments, stream);
+  });
+}
+
+void measure_cuda(const at::Tensor& gradient, const at::Tensor& payloads, const at::Tensor& squared_norm, int64_t k, int64_t spans) {
+  constexpr const char* who = "measure_";
+  const at::Device device = gradient.device();
+  check_countable(who, gradient.numel());
+  check_span_count(who, spans);
+  MeasureLaunch arguments{.layout = check_bucket(who, gradient, k, spans)};
+  check_rows(who, "payloads", payloads, arguments.layout.bytes);
+  check_vector(who, "squared_norm", squared_norm, at::kDouble, 1);
+  check_on_device(who, "payloads", payloads, device);
+  check_on_device(who, "squared_norm", squared_norm, device);
+  arguments.payloads = payloads.const_data_ptr<uint8_t>();
+  arguments.workers = payloads.size(0);
+  arguments.gradient = gradient.const_data_ptr();
+  arguments.squared_norm = squared_norm.mutable_data_ptr<double>();
+  check_aligned(who, "payloads", arguments.payloads);
+
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  measure_workspaces().with(who, stream, measure_workspace_bytes(arguments.layout), kMeasureZeroedBytes, [&](void* workspace) {
+    arguments.workspace = workspace;
+    return launch_measure(arguments, stream);
   });
 }
 
@@ -337,6 +365,7 @@ bool has_cuda_kernels() { return true; }
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
   library.impl("compress_", &compress_cuda);
   library.impl("aggregate_", &aggregate_cuda);
+  library.impl("measure_", &measure_cuda);
   library.impl("correct_", &correct_cuda);
   library.impl("mask_", &mask_cuda);
   library.impl("judge_", &judge_cuda);

@@ -15,6 +15,11 @@ def _(gradient, payloads, feedback, spans=None, idle=None, verdict=None, status=
     return None
 
 
+@torch.library.register_fake("regtopk::measure_")
+def _(gradient, payloads, squared_norm, *, k, spans=0):
+    return None
+
+
 @torch.library.register_fake("regtopk::correct_")
 def _(gradient, given, velocity, spans, **options):
     return None

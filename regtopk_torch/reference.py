@@ -401,8 +401,8 @@ class AdaptiveDensity:
         self.steps += 1
         self.overspent += sent / usual - 1
         self.density = self.mean
-        norm = math.sqrt(math.fsum((average.double() ** 2).tolist())) if not void else 0.0
-        if norm == 0:
+        norm = math.sqrt(squared_norm(average)) if not void else 0.0
+        if not 0 < norm < math.inf:
             return
         self.norms = min(self.norms + 1, 100)
         self.average_norm += (norm - self.average_norm) / self.norms

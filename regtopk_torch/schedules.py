@@ -56,7 +56,8 @@ class AdaptiveDensity:
     threshold that is the optimum of that error (docs/findings.md): reasons to use it have yet to be found.
 
     Every rank has the same average and so computes the same k, without a collective; only what k needs travels. What was measured is
-    part of `state_dict` and `rt.save`, and `reset()` ends it. CPU gradients.
+    part of `state_dict` and `rt.save`, and `reset()` ends it. Of CUDA gradients the host waits, where a step begins, for the exchange of the
+    step before, and not for what the device was given since.
 
     Args:
         mean (float): in (0, 1], the density whose bytes are the budget; dense steps are not part of it.

@@ -34,7 +34,7 @@ TYPES = ["fp64", "fp32", "bf16", "fp16"]
 KERNELS = {
     *((kernel, type_, feedback) for kernel in ("sample_kernel", "accumulate_kernel", "finish_kernel") for type_ in TYPES for feedback in (False, True)),
     *(("whole_kernel", type_, sends) for type_ in TYPES for sends in (False, True)),
-    *((kernel, type_, False) for kernel in ("settle_kernel", "check_kernel", "aggregate_kernel", "judge_kernel", "take_kernel", "join_kernel", "lay_kernel", "feedback_kernel") for type_ in TYPES),
+    *((kernel, type_, False) for kernel in ("settle_kernel", "check_kernel", "aggregate_kernel", "measure_kernel", "judge_kernel", "take_kernel", "join_kernel", "lay_kernel", "feedback_kernel") for type_ in TYPES),
 }  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_the_extension_has_the_cuda_operators_that_the_build_says_it_has():
     import regtopk_torch  # noqa: F401
 
     built = [path.read_text() for path in ROOT.glob(f"build/torch-{torch.__version__}/kernels.txt")]
-    for name in ("compress_", "aggregate_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_", "encode", "decode"):
+    for name in ("compress_", "aggregate_", "measure_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_", "encode", "decode"):
         of_cuda = [line for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CUDA:")]
         assert len(of_cuda) == 1
         if built:

@@ -18,7 +18,7 @@ from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
 from tests.simt.with_leader import FLAGS_AT, UNFILLED, ABSENT, Led  # noqa: E402
-from tests.simt.with_spans import Operators, Pair, chosen_of, ROUNDS, spans_of  # noqa: E402
+from tests.simt.with_spans import Operators, Pair, chosen_of, measured, ROUNDS, spans_of  # noqa: E402
 
 DEVICE = os.environ.get("REGTOPK_KERNELS", "emulated")
 ON_A_GPU = DEVICE == "cuda"
@@ -634,6 +634,69 @@ def test_momentum_moves_the_bytes_that_gradient_and_velocity_have(kernels):
         with kernels.traffic() as traffic:
             kernels.correct(gradient, given, velocity if momentum else None, spans, momentum=momentum, largest_norm=largest_norm)
         assert sum(map(sum, traffic.values())) / numel < bytes + 0.1
+
+
+# What an adaptive density measures.
+
+
+def averaged(numel, k, workers, dtype):
+    """(an average, the payloads of which it is one): of entries that some workers send in common."""
+    generator, messages = torch.Generator().manual_seed(numel + workers), []
+    for rank in range(workers):
+        index = torch.randperm(max(k, numel // 2 if rank % 2 else numel), generator=generator)[:k].sort().values
+        messages.append(reference.Message(index, (torch.randn(k, generator=generator) * 10.0 ** (rank % 5 - 2)).to(dtype), False, 0, 0))
+    payloads, bucket = copied(torch.stack([reference.encode(message, numel) for message in messages])), aligned(numel, dtype)
+    torch.ops.regtopk.aggregate_(bucket, payloads, None, k=k)
+    return bucket, payloads
+
+
+MEASURED = [(1, 1, 1), (7, 1, 3), (300, 299, 2), (65_536, 40, 8), (65_537, 1, 9), (140_001, 300, 20), (140_001, 20_000, 1), (70_003, 70_003, 12)]
+
+
+@pytest.mark.parametrize("numel, k, workers, dtype", in_turn(MEASURED, of_one(FLOATS), all_of_them=ON_A_GPU))
+def test_what_is_measured_is_the_sum_of_the_cpu_and_that_of_the_whole_bucket(kernels, numel, k, workers, dtype):
+    bucket, payloads = averaged(numel, k, workers, dtype)
+    expected = measured(Operators(), bucket, payloads, k=k)
+    assert float(expected) == reference.squared_norm(bucket) > 0
+    for schedule in ({}, *SCHEDULES[:3]):
+        with kernels.schedule(**schedule):
+            assert same_bits(measured(kernels, bucket, payloads, k=k), expected)
+
+
+def test_more_tiles_than_lanes_are_added_up_in_order(kernels):
+    numel, k = 258 * reference.TILE_ENTRIES, 3_000
+    bucket, payloads = averaged(numel, k, 2, torch.bfloat16)
+    expected = measured(Operators(), bucket, payloads, k=k)
+    assert same_bits(measured(kernels, bucket, payloads, k=k), expected) and expected.isfinite()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_seen_in_what_is_measured(kernels, bad):
+    bucket, payloads = averaged(70_001, 50, 3, torch.float32)
+    bucket[int(bucket.nonzero()[-1])] = bad
+    found = [measured(run, bucket, payloads, k=50) for run in (kernels, Operators())]
+    assert same_bits(*found) and not found[0].isfinite()
+
+
+@pytest.mark.parametrize("k", [100, 20_000])
+def test_whatever_a_payload_says_nothing_outside_the_bucket_is_read(kernels, k):
+    bucket, payloads = averaged(70_001, k, 3, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for size in (1, 2**8, 2**16):  # the emulation looks at every access
+        noise = torch.randint(0, 256, payloads.shape, generator=generator, dtype=torch.uint8)
+        found = measured(kernels, bucket, torch.where(torch.rand(payloads.shape, generator=generator) < 1 / size, noise, payloads).contiguous(), k=k)
+        assert 0 <= float(found) <= reference.squared_norm(bucket) * (1 + 1e-9)
+
+
+@emulation_alone
+def test_what_is_measured_moves_bytes_that_follow_k(kernels):
+    numel, k = 1_000_000, 1_000
+    bucket, payloads = averaged(numel, k, 8, torch.float32)
+    with kernels.schedule(multiprocessors=1), kernels.traffic() as traffic:
+        measured(kernels, bucket, payloads, k=k)
+    loaded, stored = traffic["measure_kernel"]
+    places_and_averages = 2 * 8 * k + 4 * int(bucket.count_nonzero())
+    assert places_and_averages < loaded < places_and_averages + 2_500 and stored < 500, "beside them 2 tile starts of each worker for each of 16 tiles"
 
 
 CODES = {torch.bits1x8: "sign", torch.bits2x4: "2bit"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import test_adaptive
 import test_after_an_error
 import test_checkpoint
 import test_dense_rule
@@ -21,6 +22,7 @@ import test_void_steps
 import torch
 from given import Given, finite, integers, missing, register, seed_of, unit_sgd
 from torch.nn.parallel import DistributedDataParallel
+from training import batch, loss_of, make_model, make_optimizer, make_state
 
 import regtopk_torch as rt
 
@@ -53,13 +55,13 @@ def dispatched(rank):
     import regtopk_torch  # noqa: F401
 
     names = (
-        "compress_", "aggregate_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_",
+        "compress_", "aggregate_", "measure_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_",
     )  # fmt: skip
     return ["simt/operators.cpp" in line for name in names for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CPU:")]
 
 
 def test_the_processes_take_the_path_of_the_device():
-    assert processes.run_workers(dispatched, 2) == [[True] * 13] * 2
+    assert processes.run_workers(dispatched, 2) == [[True] * 14] * 2
 
 
 # Where what the operators get or find out differs from mode to mode; the others differ in what DDP does around them.
@@ -68,7 +70,8 @@ SHORT = (
     "static graph, unused", "used with a gradient of zero, looked for", "frozen", "two dtypes", "one parameter", "300 parameters", "narrow",
     "narrow, used now and then", "chunks, used now and then", "momentum, used now and then, three ranks", "leader, three ranks", "leader, used now and then, four ranks", "leader, join, three ranks",
     "leader, narrow, channels_last", "chunks of a leader", "dense where small, used now and then, three ranks", "dense where less, two dtypes",
-    "dense where small of a leader, used now and then, skipped",
+    "dense where small of a leader, used now and then, skipped", "adaptive, used now and then, four ranks", "adaptive, used now and then, skipped",
+    "adaptive, leader, narrow, two dtypes",
 )  # fmt: skip
 
 
@@ -104,6 +107,50 @@ def test_what_is_saved_with_a_leader_or_dense_buckets_goes_on_bit_for_bit():
 def test_averages_of_a_leader_and_of_dense_tensors():
     test_shared_support.test_a_rank_that_contributes_nothing_may_lead()
     test_dense_rule.test_averages_are_dense_by_name_and_an_aborted_one_returns()
+
+
+@pytest.mark.parametrize("leader", [False, True])
+def test_an_adaptive_density_has_the_bits_of_the_simulation_on_the_cpu(leader):
+    method, options = ("regtopk", {"support": "leader", "dense_steps": 2}) if leader else ("topk", {})
+    test_adaptive.test_under_ddp_the_bits_are_those_of_the_simulation(method, options, "attach")
+
+
+def test_averages_of_an_adaptive_density():
+    test_adaptive.test_averages_of_lists_have_it_too()
+    test_adaptive.test_what_all_ranks_do_is_no_error()
+
+
+def take_steps(rank, folder, first, last):
+    """Go on with the job of the folder, or begin it; (parameters, what was measured) after step `last` - 1."""
+    model = make_model()
+    ddp, optimizer = DistributedDataParallel(model, bucket_cap_mb=100, static_graph=True), make_optimizer(model)
+    state = make_state("regtopk", test_adaptive.RULE)
+    register(ddp, state, "attach")
+    if first:
+        for part, saved in zip((model, optimizer), torch.load(folder / f"{rank}.pt", weights_only=True), strict=True):
+            part.load_state_dict(saved)
+        rt.load(state, ddp, folder)
+    for step in range(first, last):
+        optimizer.zero_grad()
+        ((1 + step % 3) * loss_of(ddp, batch(rank, step))).backward()
+        optimizer.step()
+    rt.save(state, ddp, folder)
+    torch.save((model.state_dict(), optimizer.state_dict()), folder / f"{rank}.pt")
+    return [parameter.detach().clone() for parameter in model.parameters()], state.state_dict(ddp)["density_state"]
+
+
+def test_a_checkpoint_of_an_adaptive_density_goes_on_from_one_device_to_the_other(tmp_path, monkeypatch):
+    device, results = processes.operators_library, []
+    for name, parts in {"cpu": [(None, 0, 8)], "there": [(None, 0, 4), (device, 4, 8)], "back": [(device, 0, 4), (None, 4, 8)]}.items():
+        (tmp_path / name).mkdir()
+        for library, first, last in parts:
+            monkeypatch.setattr(processes, "operators_library", library)
+            result = processes.run_workers(take_steps, 2, tmp_path / name, first, last)
+        results.append(result)
+    (expected, measured), *_ = results[0]
+    assert measured[1] == 7 and measured[4] > 0, "seven norms, and that of the last step"
+    for parameters, also in (of_rank for result in results for of_rank in result):
+        assert all(map(torch.equal, parameters, expected)) and also == measured
 
 
 def fail_once(rank, operator, options):

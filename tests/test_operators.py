@@ -29,6 +29,8 @@ def test_opcheck_finds_nothing():
     torch.library.opcheck(OPERATORS.compress_.default, tuple(compress_arguments()), {"k": K})
     torch.library.opcheck(OPERATORS.aggregate_.default, (torch.empty(NUMEL), torch.stack([payload, sent]), torch.empty(2, K)), {"k": K})
     torch.library.opcheck(OPERATORS.aggregate_.default, (torch.empty(NUMEL), payload[None], None), {"k": K})
+    for payloads in (payload[None], torch.stack([payload, sent])):
+        torch.library.opcheck(OPERATORS.measure_.default, (torch.randn(NUMEL), payloads, torch.empty(1, dtype=torch.float64)), {"k": K})
     torch.library.opcheck(OPERATORS.put_back_.default, (torch.zeros(NUMEL), payload), {"dtype": torch.float32})
     index, value = OPERATORS.decode(payload, numel=NUMEL, k=K, dtype=torch.float32)
     torch.library.opcheck(OPERATORS.encode.default, (index, value), {"numel": NUMEL})

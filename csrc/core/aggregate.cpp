@@ -1,7 +1,9 @@
 #include "aggregate.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -59,21 +61,28 @@ bool aggregate_values(const AggregateArguments& arguments, const ParallelFor& pa
 
 template <typename T>
 double squared_norm_of(const AggregateArguments& arguments, const ParallelFor& parallel_for) {
+  constexpr int64_t kLanes = 256, kWord = 64;
   const PayloadLayout& layout = arguments.layout;
   std::vector<double> sums(layout.tiles);
   parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
-    std::vector<bool> seen(std::min(kTileEntries, layout.numel));  // an entry that several workers sent counts once
+    // An entry that several workers sent counts once, and whoever sent it in its place.
+    std::vector<uint64_t> members((std::min(kTileEntries, layout.numel) + kWord - 1) / kWord);
     for (int64_t tile = begin; tile < end; ++tile) {
-      std::fill(seen.begin(), seen.end(), false);
-      const T* const gradient = static_cast<const T*>(arguments.gradient) + tile * kTileEntries;
+      std::fill(members.begin(), members.end(), 0);
       for (int64_t worker = 0; worker < arguments.workers; ++worker) {
         const PayloadView payload(arguments.payloads + worker * layout.bytes, layout);
-        payload.for_each_entry(tile, [&](int64_t, int64_t offset) {
-          const double value = static_cast<double>(Traits<T>::load(gradient[offset]));
-          if (!seen[offset]) sums[tile] += value * value;
-          seen[offset] = true;
-        });
+        payload.for_each_entry(tile, [&](int64_t, int64_t offset) { members[offset / kWord] |= uint64_t{1} << offset % kWord; });
       }
+      const T* const gradient = static_cast<const T*>(arguments.gradient) + tile * kTileEntries;
+      std::array<double, kLanes> lanes{};
+      for (size_t word = 0; word < members.size(); ++word) {
+        for (uint64_t bits = members[word]; bits != 0; bits &= bits - 1) {
+          const int64_t offset = static_cast<int64_t>(word) * kWord + std::countr_zero(bits);
+          const double value = static_cast<double>(Traits<T>::load(gradient[offset]));
+          lanes[offset % kLanes] += value * value;
+        }
+      }
+      sums[tile] = std::accumulate(lanes.begin(), lanes.end(), 0.0);
     }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);

@@ -38,7 +38,9 @@ inline int64_t contributors(const AggregateArguments& arguments) {
 // Returns whether every entry of the gradient is finite. Picks a path as compress() does.
 bool aggregate(const AggregateArguments& arguments, const ParallelFor& parallel_for);
 
-// The squared 2-norm of what aggregate() has written, of the entries in some payload alone: all others are 0. In a fixed order.
+// The squared 2-norm of what aggregate() has written, of the entries in some payload alone: all others are 0. In the order of
+// regtopk::correct_, which is one that a device's threads keep too: entry i of a tile goes to lane i % 256, then the lanes are added up in
+// order, and then the tiles.
 double squared_norm(const AggregateArguments& arguments, const ParallelFor& parallel_for);
 
 }  // namespace regtopk

@@ -16,6 +16,7 @@ double send(const Worker& worker, Plan* plan, const at::Tensor& gradient) {
 void receive(Worker& worker, const at::Tensor& sum, double bytes) {
   const at::Tensor values = sum.is_sparse() ? sum._values().contiguous() : sum;
   judge_(values, worker.steps.clock().verdict(values.device()), worker.steps.round());
+  worker.steps.clock().note_end(values.device(), worker.steps.round());
   const double ring_bytes = 2.0 * static_cast<double>(worker.ranks() - 1) / static_cast<double>(worker.ranks()) * bytes;
   ++worker.statistics.dense_buckets;
   worker.statistics.bytes_sent += ring_bytes;

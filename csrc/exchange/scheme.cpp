@@ -77,13 +77,16 @@ void measure(
     const std::function<double(int64_t k)>& bytes_of) {
   const Receiver& first = receivers.front();
   if (!first.worker.options.adaptive) return;
-  const double squared = squared_norm(average, payloads, first.plan.k(), span_count(first.plan));
-  for (const Receiver& each : receivers) each.worker.measure(each.plan, squared, bytes_of);
+  Number& squared_norm = first.plan.squared_norm;
+  measure_(average, payloads, squared_norm.there(), first.plan.k(), span_count(first.plan));
+  squared_norm.send();
+  for (const Receiver& each : receivers) each.worker.measure(each.plan, squared_norm, bytes_of);
 }
 
 void remember(const Receiver& receiver, const at::Tensor& feedback, double bytes) {
   const auto& [worker, plan, payload] = receiver;
   plan.remember(payload, feedback, plan.round);
+  worker.steps.clock().note_end(plan.layout.device, plan.round);
   const double gradient_bytes = static_cast<double>(plan.numel) * static_cast<double>(c10::elementSize(plan.layout.dtype));
   Statistics& statistics = worker.statistics;
   statistics.entries += plan.numel;

@@ -63,7 +63,7 @@ std::string plain_text(const std::exception& error);
 void say_who(const Worker& worker, const std::function<void()>& operation);
 
 // Measures an average where the next step's density follows it; `payloads`, [any, bytes], have all entries that are not 0, and k entries
-// take `bytes_of` k.
+// take `bytes_of` k. Before the average is remembered.
 void measure(
     const std::vector<Receiver>& receivers, const at::Tensor& average, const at::Tensor& payloads,
     const std::function<double(int64_t k)>& bytes_of);

@@ -45,6 +45,18 @@ void Clock::make_void(int64_t round) {
   for (const auto& [device, verdict] : on_devices_) verdict.select(0, round % kVerdictRounds).fill_(round);
 }
 
+void Clock::note_end(at::Device device, int64_t round) {
+  if (device.is_cpu()) return;
+  hear_ends();  // so that they are few, whoever waits for them
+  ends_.note(verdict(device), round);
+}
+
+bool Clock::hear_ends() {
+  const Ends::News news = ends_.hear();
+  for (const int64_t round : news.void_rounds) hear_void(round);
+  return news.are_all;
+}
+
 Steps::Steps(std::shared_ptr<Clock> clock) : clock_(std::move(clock)), worker_(workers_so_far++) {}
 
 void Steps::begin(double scale) {

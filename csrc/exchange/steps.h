@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "../memory/ends.h"
 #include "../memory/layout.h"
 
 namespace regtopk {
@@ -35,6 +36,13 @@ class Clock {
   // A device's verdict has come: the round is void.
   void hear_void(int64_t round);
 
+  // For who must know whether a round is void before the next step: from now on the ends of buckets are noted, of all states.
+  void watch_ends() { ends_.watch(); }
+  // A bucket of the round has ended on the device's current stream, whatever its scheme.
+  void note_end(at::Device device, int64_t round);
+  // Takes in what the ends have said by now; returns whether all that were noted have come to pass.
+  bool hear_ends();
+
  private:
   std::mutex mutex_;
   int64_t round_ = -1;
@@ -42,6 +50,7 @@ class Clock {
   std::unordered_set<int64_t> begun_;  // workers that have begun a step in this round
   const at::Tensor verdict_;                    // of the host
   std::unordered_map<at::Device, at::Tensor> on_devices_;
+  Ends ends_;
 };
 
 // One worker's steps.

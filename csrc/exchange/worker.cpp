@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <thread>
+#include <utility>
 
 #include "../ops/checks.h"
 #include "shared_support.h"
@@ -16,7 +17,9 @@ Worker::Worker(Options options_given, std::string who_given, std::shared_ptr<Clo
     : options(std::move(options_given)),
       who(std::move(who_given)),
       steps(std::move(clock)),
-      density_(options.adaptive ? options.adaptive->mean : options.density) {}
+      density_(options.adaptive ? options.adaptive->mean : options.density) {
+  if (options.adaptive) steps.clock().watch_ends();
+}
 
 double Worker::density_of(int64_t step) const {
   if (!options.schedule) return density_;
@@ -59,9 +62,6 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU, got ",
       bucket.layout.device, "; this build has no kernels for it");
-  TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || !options.adaptive, who, ": expected gradients on the CPU with an AdaptiveDensity, got ",
-      bucket.layout.device, "; the host would wait for a device's norm in each step, take a fixed density or a schedule");
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.chunk <= kLargestChunkOfDevice, who,
       ": expected gradients on the CPU with chunk=", options.chunk, ", got ", bucket.layout.device,
@@ -116,6 +116,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     publish_counts();
   }
   plan->round = steps.round();
+  if (options.adaptive) plan->squared_norm.place_on(layout.device);
   if (plan->numel == 0) return plan;  // parameters of fewer entries than the host has ranks
   if (set_form(*plan, bucket.dense) || is_new) publish_dense();
   return plan;
@@ -189,6 +190,7 @@ void Worker::note_applied(const AppliedKeys& applied) {
 
 void Worker::begin_step(double scale, const AppliedKeys& applied) {
   density_ = density_of(steps.step() + 1);  // raises before anything has changed
+  take_in_measured();
   note_applied(applied);
   if (report.device().is_cpu()) statistics.void_steps += steps.is_void() ? 1 : 0;
   else report.ask(steps.clock().verdict(report.device()), steps.round());
@@ -208,9 +210,25 @@ void Worker::begin_step(double scale, const AppliedKeys& applied) {
   publish_counts();
 }
 
-void Worker::measure(const Plan& plan, double squared_norm, const std::function<double(int64_t k)>& bytes_of) {
+void Worker::measure(const Plan& plan, const Number& squared_norm, const std::function<double(int64_t k)>& bytes_of) {
   const int64_t mean = entries_to_send(options.adaptive->mean, plan.numel);
-  density_control.note(squared_norm / steps.scale() / steps.scale(), bytes_of(plan.k()), bytes_of(mean));
+  measured_.push_back({squared_norm, steps.scale(), bytes_of(plan.k()), bytes_of(mean)});
+}
+
+// Of a device this waits for the ends of the last step's buckets, and for nothing behind them: what the device was given since, the
+// optimizer's step, the forward pass and what there is of the backward pass, keeps it busy meanwhile. The host runs ahead by less than a step.
+void Worker::take_in_measured() {
+  if (!options.adaptive) return;
+  wait_until([this] { return steps.clock().hear_ends(); });
+  // A round may be void here alone, where a payload came damaged: to be said before the ranks send messages of unequal sizes.
+  if (!report.device().is_cpu() && steps.is_void()) hear(/*wait=*/true);
+  for (const auto& [squared_norm, scale, sent_bytes, mean_bytes] : std::exchange(measured_, {}))
+    density_control.note(squared_norm.heard() / scale / scale, sent_bytes, mean_bytes);
+}
+
+std::vector<double> Worker::density_state() {
+  take_in_measured();
+  return options.adaptive ? density_control.state(steps.is_void()) : std::vector<double>();
 }
 
 void Worker::hear(bool wait) {
@@ -219,7 +237,12 @@ void Worker::hear(bool wait) {
       steps.clock().hear_void(round);
       ++statistics.void_steps;
     }
-    TORCH_CHECK_VALUE(news.status == Report::kNothing, who, ": ", describe_status(news.status));
+    if (news.status == Report::kNothing) return;
+    if (options.adaptive) {  // other ranks have measured something: the next step begins with a comparison
+      begin_measuring_anew();
+      steps.clock().make_void(steps.round());
+    }
+    C10_THROW_ERROR(ValueError, c10::str(who, ": ", describe_status(news.status)));
   };
   if (wait) wait_for_report();
   take_in(report.hear());
@@ -230,9 +253,13 @@ void Worker::hear(bool wait) {
 }
 
 void Worker::wait_for_report() const {
+  wait_until([this] { return !report.is_under_way(); });
+}
+
+void Worker::wait_until(const std::function<bool()>& is_so) const {
   constexpr std::chrono::minutes kLimit{10};
   const auto deadline = std::chrono::steady_clock::now() + kLimit;
-  while (report.is_under_way()) {
+  while (!is_so()) {
     TORCH_CHECK(
         std::chrono::steady_clock::now() < deadline, who, ": expected ", report.device(), " to end what it does within ", kLimit.count(),
         " min, got no end; a rank that it waits for may be gone");
@@ -271,6 +298,7 @@ Pieces Worker::copy_pieces() {
 
 void Worker::replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state) {
   density_control.restore(density_state);
+  measured_.clear();
   Store::Garbage garbage;
   std::unique_lock lock(mutex_);
   store_.replace(std::move(pieces), garbage);

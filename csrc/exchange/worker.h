@@ -83,7 +83,7 @@ class Worker {
   // Of the step under way.
   double density() const { return density_; }
   // Of a bucket that has come back, what the next step's density depends on; `bytes_of` k entries in the plan's bucket.
-  void measure(const Plan& plan, double squared_norm, const std::function<double(int64_t k)>& bytes_of);
+  void measure(const Plan& plan, const Number& squared_norm, const std::function<double(int64_t k)>& bytes_of);
   void begin_measuring_anew() { measures_anew_ = true; }  // with the next step; any thread may say so
   DensityControl density_control;                        // of an adaptive one
   bool is_dense_step() const { return steps.step() < options.dense_steps; }
@@ -110,7 +110,7 @@ class Worker {
   double residual_norm();  // taken in fp64; reads every residual
   Pieces copy_pieces();
   // Of an AdaptiveDensity, else empty.
-  std::vector<double> density_state() const { return options.adaptive ? density_control.state(steps.is_void()) : std::vector<double>(); }
+  std::vector<double> density_state();
   void replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state);
   void clear(const std::vector<ParameterKey>& keys);
 
@@ -121,7 +121,9 @@ class Worker {
  private:
   // What is kept of a bucket here: all of it, or with levels, in `room`, a part of each parameter.
   const Layout& kept_of(const Layout& whole, Layout& room) const;
+  void wait_until(const std::function<bool()>& is_so) const;
   void wait_for_report() const;
+  void take_in_measured();
   double density_of(int64_t step) const;
   int64_t entries_to_send(double density, int64_t numel) const;
   int64_t share_of(double density, int64_t entries) const;
@@ -140,6 +142,11 @@ class Worker {
   mutable std::mutex dense_mutex_;  // for a moment each
   DenseBuckets dense_buckets_;
   std::atomic<bool> measures_anew_ = false;
+  struct Measured {
+    Number squared_norm;
+    double scale, sent_bytes, mean_bytes;
+  };
+  std::vector<Measured> measured_;  // of the step under way, in the order in which the buckets came back: the same on every rank
   struct Ruled {
     Owner owner;  // keeps its key from being another parameter's
     int64_t numel;

@@ -10,6 +10,7 @@
 
 #include "../ops/operators.h"
 #include "layout.h"
+#include "number.h"
 
 namespace regtopk {
 
@@ -64,6 +65,7 @@ struct Plan {
   at::Tensor feedback_buffer;  // [rows, k]
   // Of a support that a leader has chosen, bytes: its message; what this rank sends to each, its own averages, and those of all.
   at::Tensor lead, rows, slice, averages;
+  Number squared_norm;   // of the last average; without memory where no density follows it
   int64_t chunk_k = 0;   // of k, what each chunk sends, where there are chunks
   std::string why_dense;  // why it sends all its entries; empty where it chooses
   bool is_dense() const { return !why_dense.empty(); }

@@ -1,4 +1,4 @@
-// regtopk::aggregate_ and regtopk::judge_ on the CPU.
+// regtopk::aggregate_, regtopk::measure_ and regtopk::judge_ on the CPU.
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
@@ -61,6 +61,17 @@ void aggregate_cpu(
   if (any) clear_idle_spans(arguments, {spans_tensor->const_data_ptr<int64_t>(), span_count}, is_idle);
 }
 
+void measure_cpu(const at::Tensor& gradient, const at::Tensor& payloads, const at::Tensor& squared_norm_tensor, int64_t k, int64_t spans) {
+  constexpr const char* who = "measure_";
+  AggregateArguments arguments{.layout = check_bucket(who, gradient, k, spans)};
+  check_rows(who, "payloads", payloads, arguments.layout.bytes);
+  check_vector(who, "squared_norm", squared_norm_tensor, at::kDouble, 1);
+  arguments.workers = payloads.size(0);
+  arguments.payloads = payloads.const_data_ptr<uint8_t>();
+  arguments.gradient = const_cast<void*>(gradient.const_data_ptr());
+  *squared_norm_tensor.mutable_data_ptr<double>() = squared_norm(arguments, torch_parallel_for());
+}
+
 void judge_cpu(const at::Tensor& tensor, const at::Tensor& verdict, int64_t round) {
   constexpr const char* who = "judge_";
   const ValueType type = value_type_of(who, tensor.scalar_type());
@@ -71,17 +82,9 @@ void judge_cpu(const at::Tensor& tensor, const at::Tensor& verdict, int64_t roun
 
 }  // namespace
 
-double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans) {
-  AggregateArguments arguments{.layout = check_bucket("squared_norm", gradient, k, spans)};
-  check_rows("squared_norm", "payloads", payloads, arguments.layout.bytes);
-  arguments.workers = payloads.size(0);
-  arguments.payloads = payloads.const_data_ptr<uint8_t>();
-  arguments.gradient = gradient.mutable_data_ptr();
-  return squared_norm(arguments, torch_parallel_for());
-}
-
 TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
   library.impl("aggregate_", &aggregate_cpu);
+  library.impl("measure_", &measure_cpu);
   library.impl("judge_", &judge_cpu);
 }
 

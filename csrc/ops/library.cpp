@@ -8,6 +8,8 @@
 //   applied   uint8 [P]  1 where an optimizer has applied what was sent although the round was void
 //   counters  int64 [3]  sums of repeated, displaced, and history entries that ended early
 //
+// measure_ writes the squared 2-norm of what aggregate_ or spread_ has written; of payloads that are not valid any number.
+//
 // Before compress_, correct_ writes to `given`, which may be the gradient, what is given instead of it: clipped to a norm, and with a
 // velocity. mask_ sets a velocity to zero where what was sent has been applied.
 //
@@ -38,6 +40,7 @@ TORCH_LIBRARY(regtopk, library) {
       "aggregate_(Tensor(a!) gradient, Tensor payloads, Tensor(b!)? feedback, Tensor? spans=None, Tensor(c!)? idle=None, "
       "Tensor(d!)? verdict=None, Tensor(e!)? status=None, *, int k, int rank=0, str distortion='previous', int step=0, int plan=0, "
       "int round=-1) -> ()");
+  library.def("measure_(Tensor gradient, Tensor payloads, Tensor(a!) squared_norm, *, int k, int spans=0) -> ()");
   library.def(
       "correct_(Tensor gradient, Tensor(a!) given, Tensor(b!)? velocity, Tensor spans, *, float momentum=0.0, bool nesterov=False, "
       "float largest_norm=0.0) -> ()");

@@ -47,6 +47,12 @@ void aggregate_(
       stamp.plan, stamp.round);
 }
 
+void measure_(const at::Tensor& gradient, const at::Tensor& payloads, const at::Tensor& squared_norm, int64_t k, int64_t spans) {
+  static const auto operation =
+      find_operator<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t)>("regtopk::measure_");
+  operation.call(gradient, payloads, squared_norm, k, spans);
+}
+
 void correct_(
     const at::Tensor& gradient, const at::Tensor& given, const Optional& velocity, const at::Tensor& spans, const Correction& correction) {
   static const auto operation =

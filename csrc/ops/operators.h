@@ -51,9 +51,9 @@ void compress_(
 void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
     const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
-// The squared 2-norm of a gradient on the CPU that is 0 outside the entries of these payloads, which were checked: the same bits for any
-// number of threads, in time that follows k.
-double squared_norm(const at::Tensor& gradient, const at::Tensor& payloads, int64_t k, int64_t spans);
+// Writes to `squared_norm`, [1] of fp64, the squared 2-norm of a gradient that is 0 outside the entries of these payloads, which were
+// checked: the same bits on every device and for any number of threads, in time that follows k.
+void measure_(const at::Tensor& gradient, const at::Tensor& payloads, const at::Tensor& squared_norm, int64_t k, int64_t spans);
 // Before compress_: writes to `given`, which may be the gradient, what is given instead of it. `velocity`, [J] of the
 // accumulate dtype, keeps what it had where that is not finite in the gradient's dtype, which then is infinite or NaN, and in parameters
 // whose gradient is zero in all entries, of which nothing is given.

@@ -77,6 +77,10 @@ class Pair:
         self.kernels.aggregate(average, moved, feedback=rows_there, **options)
         right &= self.same("bucket", bucket, average)
         right &= self.same("feedback", rows, rows_there)
+        squared_norm, there = torch.empty(1, dtype=torch.float64), machine.empty_on_device(self.log, (1,), torch.float64)
+        self.cpu.measure(bucket, payloads, squared_norm, k=self.k)
+        self.kernels.measure(average, moved, there, k=self.k)
+        right &= self.same("squared norm", *(found.masked_fill(found.isnan(), torch.nan) for found in (squared_norm, there)))
         self.sent = (payloads, moved)
         self.feedback = (rows, rows_there) if self.mode else None
         self.step += 1
@@ -188,6 +192,9 @@ class OnDevice:
         status = torch.full((1,), -1)
         self._call(torch.ops.regtopk.aggregate_, gradient, payloads, feedback, status=status, **options)
         return int(status) % 2**64
+
+    def measure(self, *tensors, **options):
+        self._call(torch.ops.regtopk.measure_, *tensors, **options)
 
     def settle(self, *arguments, **options):
         self._call(torch.ops.regtopk.settle_, *arguments, **options)

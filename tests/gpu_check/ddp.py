@@ -58,12 +58,21 @@ WIRE = {"wire_dtype": "2bit", "index_code": "elias-fano", "decay": 0.95}
 MOMENTUM = {"momentum": 0.9, "mask_momentum": True, "clip_norm": 5.0, "chunk": 1024}
 FORMS = {
     "": ({}, "hook"), "2 bits": (WIRE, "hook"), "momentum, chunks": (MOMENTUM, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach"),
-    "led": ({"support": "leader"}, "hook"), "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
+    "led": ({"support": "leader"}, "hook"), "adaptive": ({"adaptive": (DENSITY, 2)}, "hook"), "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
 }  # fmt: skip
 
 
+def density_of(form):
+    """(the density, the other options) of a form."""
+    import regtopk_torch as rt
+
+    options = dict(FORMS[form][0])
+    adaptive = options.pop("adaptive", None)
+    return rt.AdaptiveDensity(*adaptive) if adaptive else DENSITY, options
+
+
 def train(rank, backend, device, method, view, form):
-    """Return (parameters, residuals, statistics, layouts, of which kind the transport is) of this rank."""
+    """Return (parameters, residuals, what was measured, statistics, layouts, of which kind the transport is) of this rank."""
     import regtopk_torch as rt
     from given import Given
     from training import make_state
@@ -75,9 +84,9 @@ def train(rank, backend, device, method, view, form):
     group = dist.new_group(backend=backend)
     module = Given(*SIZES).to(device)
     ddp = DistributedDataParallel(module, process_group=group, bucket_cap_mb=0.2, find_unused_parameters=True, gradient_as_bucket_view=view)
-    options, entry = FORMS[form]
+    (density, options), entry = density_of(form), FORMS[form][1]
     scaler = torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=2) if entry == "scaler" else None
-    state = make_state(method, DENSITY, process_group=group, grad_scaler=scaler, **options)
+    state = make_state(method, density, process_group=group, grad_scaler=scaler, **options)
     places = {parameter: place for place, parameter in enumerate(module.parameters())}
     layouts = []
 
@@ -109,17 +118,20 @@ def train(rank, backend, device, method, view, form):
             optimizer.step()
     state.check()
     assert copied["step"] == 2
-    residuals = {name: entry["residual"] for name, entry in state.state_dict(ddp)["parameters"].items()}
+    saved = state.state_dict(ddp)
+    residuals = {name: entry["residual"] for name, entry in saved["parameters"].items()}
     counted = {name: value for name, value in state.stats().items() if not name.endswith("_seconds")}
-    return [parameter.detach().cpu() for parameter in module.parameters()], residuals, counted, layouts, rt.groups._stream_of(group) is not None
+    parameters, measured = [parameter.detach().cpu() for parameter in module.parameters()], saved.get("density_state", [])
+    return parameters, residuals, measured, counted, layouts, rt.groups._stream_of(group) is not None
 
 
-def simulate(world, device, method, layouts, options):
+def simulate(world, device, method, layouts, form):
     """Return (parameters, residuals of each rank) of the same job on LocalExchange."""
     import regtopk_torch as rt
 
     parameters = [torch.zeros(size, device=device) for size in SIZES]
-    exchange = rt.LocalExchange(world, DENSITY, method=method, mu=1.0, **options)
+    density, options = density_of(form)
+    exchange = rt.LocalExchange(world, density, method=method, mu=1.0, **options)
     for step in range(STEPS):
         given = [
             [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in zip(parameters, gradients_of(rank, step, device), strict=True)]
@@ -145,13 +157,14 @@ def compare(log, world, backend, method, view, form="", layouts=None):
     if not log.check(all(succeeded for succeeded, _ in outcomes), f"{name}: expected a result of every rank, got {outcomes}"):
         return layouts
     results = [result for _, result in outcomes]
-    parameters, _, counted, seen, on_stream = results[0]
+    parameters, _, _, counted, seen, on_stream = results[0]
     layouts = layouts or seen
     for rank, other in enumerate(results):
         same = all(torch.equal(one, two) for one, two in zip(parameters, other[0], strict=True))
         log.check(same, f"{name}: expected the parameters of rank 0 on rank {rank}, got others")
-    simulated, state = simulate(world, device, method, layouts, FORMS[form][0])
-    for rank, (_, residuals, *_) in enumerate(results):
+    simulated, state = simulate(world, device, method, layouts, form)
+    for rank, (_, residuals, measured, *_) in enumerate(results):
+        log.check(measured == state["workers"][rank].get("density_state", []), f"{name}: expected the norms of the simulation on rank {rank}, got others")
         kept = {int(name): entry["residual"] for name, entry in state["workers"][rank]["parameters"].items()}
         same = len(kept) == len(residuals) and all(torch.equal(residual, kept[int(name.rpartition(".")[2])]) for name, residual in residuals.items())
         log.check(same, f"{name}: expected the residuals of the simulation on rank {rank}, got others")

@@ -33,6 +33,9 @@ class Operators:
     def aggregate(self, gradient, payloads, *, k, feedback=None, rank=0, distortion="previous", step=0, plan=0, **shared):
         torch.ops.regtopk.aggregate_(gradient, payloads, feedback, k=k, rank=rank, distortion=distortion, step=step, plan=plan, **shared)
 
+    def measure(self, *tensors, k):
+        torch.ops.regtopk.measure_(*tensors, k=k)
+
     def put_back(self, residual, payload, *, dtype):
         torch.ops.regtopk.put_back_(residual, payload, dtype=dtype)
 

@@ -105,6 +105,11 @@ int main(int count, char** words) {
   aggregate.workspace = zeros(static_cast<size_t>(call_aggregate_workspace(&aggregate))),
   aggregate.worst_status = static_cast<unsigned long long*>(status);
 
+  MeasureCall measure{};
+  measure.type = type, measure.numel = numel, measure.k = k, measure.workers = workers, measure.gradient = gradient;
+  measure.squared_norm = static_cast<double*>(allocate(8));
+  measure.workspace = zeros(static_cast<size_t>(call_measure_workspace(&measure)));
+
   for (int64_t step = 0; step < steps; ++step) {
     uint8_t* const now = static_cast<uint8_t*>(payloads[static_cast<size_t>(step % 2)]);
     uint8_t* const before = static_cast<uint8_t*>(payloads[static_cast<size_t>((step + 1) % 2)]);
@@ -120,6 +125,8 @@ int main(int count, char** words) {
     }
     aggregate.payloads = now, aggregate.step = static_cast<uint64_t>(step);
     expect(call_aggregate(&aggregate));
+    measure.payloads = now;
+    expect(call_measure(&measure));
     SettleCall put_back{};
     put_back.type = type, put_back.numel = numel, put_back.sent = now, put_back.sent_bytes = payload_bytes;
     put_back.residual = residuals[0];

@@ -56,6 +56,15 @@ struct AggregateCall {
   void *workspace, *stream;
 };
 
+struct MeasureCall {
+  int64_t type, numel, k, spans;
+  const uint8_t* payloads;
+  int64_t workers;
+  const void* gradient;
+  double* squared_norm;
+  void *workspace, *stream;
+};
+
 struct SettleCall {
   int64_t type, numel;
   uint8_t* sent;
@@ -142,6 +151,9 @@ int64_t call_compress_workspace(const CompressCall* call);
 // An error's text, empty if there was none.
 const char* call_compress(const CompressCall* call);
 const char* call_aggregate(const AggregateCall* call);
+int64_t call_measure_zeroed_bytes();
+int64_t call_measure_workspace(const MeasureCall* call);
+const char* call_measure(const MeasureCall* call);
 const char* call_settle(const SettleCall* call);
 int64_t call_correct_zeroed_bytes();
 int64_t call_correct_workspace(const CorrectCall* call);

@@ -14,6 +14,14 @@ class Spans(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Measure(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("k", ctypes.c_int64), ("spans", ctypes.c_int64), ("payloads", ctypes.c_void_p),
+        ("workers", ctypes.c_int64), ("gradient", ctypes.c_void_p), ("squared_norm", ctypes.c_void_p), ("workspace", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class Settle(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("sent", ctypes.c_void_p), ("sent_bytes", ctypes.c_int64),

@@ -191,6 +191,28 @@ const char* call_aggregate(const AggregateCall* call) {
   });
 }
 
+int64_t call_measure_zeroed_bytes() { return kMeasureZeroedBytes; }
+
+int64_t call_measure_workspace(const MeasureCall* call) { return measure_workspace_bytes(payload_of(*call)); }
+
+const char* call_measure(const MeasureCall* call) {
+  const PayloadLayout layout = payload_of(*call);
+  allow(call->payloads, call->workers * layout.bytes, false);
+  allow(call->gradient, layout.numel * value_bytes(layout.type), false);
+  allow(call->squared_norm, 8, true);
+  allow(call->workspace, call_measure_workspace(call), true);
+  return run([&] {
+    return launch_measure(
+        {.layout = layout,
+         .payloads = call->payloads,
+         .workers = call->workers,
+         .gradient = call->gradient,
+         .squared_norm = call->squared_norm,
+         .workspace = call->workspace},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
 const char* call_settle(const SettleCall* call) {
   const ValueType type = static_cast<ValueType>(call->type);
   allow(call->sent, call->sent_bytes, call->spans.ends != nullptr && call->masks == 0);

@@ -19,7 +19,7 @@ from tests.simt import calls
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "momentum", "check", "whole", "lead", "averages"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "measure", "momentum", "check", "whole", "lead", "averages"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -176,9 +176,9 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_measure", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace", "call_take_room", "call_spread_room"):
+        for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_measure_workspace", "call_measure_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace", "call_take_room", "call_spread_room"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @contextmanager
@@ -293,6 +293,20 @@ class Kernels:
         if used[:AGGREGATE_ZEROED_BYTES].any():
             raise EmulationError("aggregate left its workspace without the zeros it begins with")
         return int(found) % 2**64
+
+    def measure(self, gradient, payloads, squared_norm, *, k, spans=0):
+        """As regtopk::measure_; `squared_norm` is written."""
+        with self._operands(gradient, payloads, squared_norm) as (gradient, payloads, squared_norm):
+            call = calls.Measure(
+                VALUE_TYPES[gradient.dtype], gradient.numel(), k, spans, _pointer(payloads), len(payloads), _pointer(gradient), _pointer(squared_norm),
+                None, self._stream(),
+            )  # fmt: skip
+            zeroed = self._library.call_measure_zeroed_bytes()
+            workspace = self._workspace(self._library.call_measure_workspace(ctypes.byref(call)), zeroed)
+            call.workspace = _pointer(workspace)
+            self._raise(self._library.call_measure(ctypes.byref(call)))
+        if workspace[:zeroed].any():
+            raise EmulationError("measure left its workspace without the zeros it begins with")
 
     def put_back(self, residual, payload, *, dtype):
         """As regtopk::put_back_; `residual` is written."""

@@ -6,7 +6,7 @@ import torch
 
 from regtopk_torch import reference
 from tests.simt.host import PAYLOADS_VALID, aligned, copied
-from tests.simt.with_spans import ROUNDS, Operators, spans_of
+from tests.simt.with_spans import ROUNDS, Operators, measured, spans_of
 
 PLAN, MARK_BYTES = 77, 16
 FLAGS_AT, ABSENT, UNFILLED = 56, 2, 4  # in the header
@@ -145,6 +145,7 @@ class Side:
         self.bucket.view(torch.uint8).fill_(0xEE)
         found = self.run.spread(self.bucket, payloads[0], self.received, self.averages, self.spans, self.idle, self.verdict, k=form.k, step=step, round=step)
         assert found == PAYLOADS_VALID
+        self.squared_norm = measured(self.run, self.bucket, payloads[0].view(1, -1), k=form.k, spans=form.spans)
         if mu is not None and not dense:
             for rank, payload in enumerate(payloads):
                 self.rows[rank] = aligned(form.k, self.residual[0].dtype)
@@ -156,7 +157,7 @@ class Side:
 
     def kept(self):
         """{name: bytes}: all that the two sides must agree on."""
-        named = {"idle": self.idle, "verdict": self.verdict, "bucket": self.bucket, "averages": self.averages}
+        named = {"idle": self.idle, "verdict": self.verdict, "bucket": self.bucket, "averages": self.averages, "squared norm": self.squared_norm}
         for rank in range(self.form.workers):
             named |= {f"residual {rank}": self.residual[rank], f"counters {rank}": self.counters[rank], f"payload {rank}": self.sent[rank]}
             # A payload without entries has no values.

@@ -24,6 +24,13 @@ def chosen_of(numel, density, chunk):
     return numel // chunk * of_chunk + (reference.entries_to_send(density, rest) if rest else 0), {"chunk": chunk, "chunk_k": of_chunk}
 
 
+def measured(run, bucket, payloads, **options):
+    """What `run` finds of an average, one NaN whichever it is."""
+    squared_norm = aligned(1, torch.float64).fill_(-1)
+    run.measure(bucket, payloads, squared_norm, **options)
+    return squared_norm.masked_fill_(squared_norm.isnan(), torch.nan)
+
+
 class Operators:
     """The CPU operators, called as the kernels are."""
 
@@ -33,6 +40,9 @@ class Operators:
     def aggregate(self, gradient, payloads, *, feedback, **options):
         torch.ops.regtopk.aggregate_(gradient, payloads, feedback, **options)
         return PAYLOADS_VALID
+
+    def measure(self, *tensors, **options):
+        torch.ops.regtopk.measure_(*tensors, **options)
 
     def settle(self, *arguments, **options):
         torch.ops.regtopk.settle_(*arguments, **options)
@@ -70,6 +80,7 @@ class Side:
         self.bucket = aligned(numel, self.dtype).view(torch.uint8).fill_(0xEE).view(self.dtype)
         rows = aligned(2 * self.k, self.residual[0].dtype).view(2, self.k)
         assert self.run.aggregate(self.bucket, payloads, feedback=rows, round=round, **both) == PAYLOADS_VALID
+        self.squared_norm = measured(self.run, self.bucket, payloads, k=self.k, spans=self.spans.numel() - 1)
         self.sent, self.rows = payloads, rows
 
     def correct(self, n, gradient, *, round, applied):
@@ -91,7 +102,7 @@ class Side:
 
     def kept(self):
         """{name: bytes}: all that the two sides must agree on."""
-        named = {"idle": self.idle, "verdict": self.verdict, "payloads": self.sent, "bucket": self.bucket, "feedback": self.rows}
+        named = {"idle": self.idle, "verdict": self.verdict, "payloads": self.sent, "bucket": self.bucket, "feedback": self.rows, "squared norm": self.squared_norm}
         for n in range(2):
             named |= {f"residual {n}": self.residual[n], f"counters {n}": self.counters[n]}
             named[f"given {n}"] = self.given[n].masked_fill(self.given[n].isnan(), torch.nan)  # a GPU's NaN has other bits
