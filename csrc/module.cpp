@@ -71,11 +71,12 @@ void delete_without_gil(T* object) {
 }
 
 // What Python's `open_groups` returns: the groups of payloads and of control, the exchange's own store, the timeout in seconds,
-// the backend of the model's group for a type of device whose collectives are work of a stream, if it has one, and what opens the group of
-// a later stage.
+// where the model's group has a backend whose collectives are work of a stream, that, its type of device, what opens another of its kind
+// among other ranks, and what gives those back; and what opens the group of a later stage.
 using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
 using GroupTuple = std::tuple<
-    GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double, std::optional<std::pair<GroupPtr, std::string>>,
+    GroupPtr, GroupPtr, c10::intrusive_ptr<c10d::Store>, double,
+    std::optional<std::tuple<GroupPtr, std::string, std::function<GroupPtr(int64_t)>, std::function<void()>>>,
     std::function<GroupPtr(int64_t, int64_t)>>;
 
 std::shared_ptr<GroupExchange> make_exchange(
@@ -95,8 +96,11 @@ std::shared_ptr<GroupExchange> make_exchange(
     std::shared_ptr<GlooTransport> gloo(
         new GlooTransport(std::move(groups), who, std::move(own_calls)), &delete_without_gil<GlooTransport>);
     if (!on_stream) return gloo;
-    return {
-        new StreamTransport(on_stream->first, at::Device(on_stream->second).type(), std::move(gloo), who), &delete_without_gil<Transport>};
+    auto& [model, device, open_among, close] = *on_stream;
+    StreamTransport::Groups of_stream{
+        model, std::make_shared<std::function<GroupPtr(int64_t)>>(std::move(open_among)),
+        std::make_shared<std::function<void()>>(std::move(close))};
+    return {new StreamTransport(std::move(of_stream), at::Device(device).type(), std::move(gloo), who), &delete_without_gil<Transport>};
   };
   std::shared_ptr<GroupExchange> exchange(
       new GroupExchange(options, std::move(clock), {open, std::move(scale), std::move(applied)}), &delete_without_gil<GroupExchange>);
@@ -207,6 +211,9 @@ PYBIND11_MODULE(_C, module) {
         return wire_bytes(numel, k, dtype_of("wire_bytes", dtype), spans, {dtype_of("wire_bytes", wire_dtype), elias_fano});
       },
       py::arg("numel"), py::arg("k"), py::arg("dtype"), py::arg("spans"), py::arg("wire_dtype"), py::arg("elias_fano") = false);
+  module.def(
+      "describe_statuses", &describe_statuses, py::arg("of_workers"), py::arg("in_host"), py::arg("host"), py::arg("place"),
+      py::arg("host_ranks"));
   // Reads REGTOPK_CPU on the first call; ValueError where it names no instruction set of this machine.
   module.def("cpu_variant", [] { return name_of(cpu_variant()); });
   module.def("set_cpu_variant", &set_cpu_variant);

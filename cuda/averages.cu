@@ -44,7 +44,7 @@ struct Heads {
       const Global<const uint8_t> row = device.row(rank);
       const PayloadHeader header = load_header(row);
       // What made a rank unfilled says more than that it is.
-      const uint32_t stage = (header.flags & kFlagUnfilled) != 0 ? 3 : 0;
+      const uint32_t stage = (header.flags & kFlagUnfilled) != 0 ? kStageOfConsequences : 0;
       if (!is_header_of(header, device.layout, device.wire.type, device.wire.support)) report(PayloadField::kHeader, stage);
       if (device.layout.spans > 0 && rank > 0) compare_exchange_parts(device.row(0), row, report);
       if (header.step != device.step) report(PayloadField::kStep, 2);

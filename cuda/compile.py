@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda"
-SOURCES = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "measure", "momentum", "check", "whole", "lead", "averages"]
+SOURCES = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "measure", "momentum", "check", "whole", "lead", "averages", "parts"]
 ARCHITECTURES = ["80", "90", "100"]
 # Also in CMakeLists.txt. Without fused multiply-adds the device computes the bits of the CPU.
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false"]

@@ -17,6 +17,10 @@
 //   launch_spread     join · aggregate                        as regtopk::spread_
 //                     join · lay                              of all entries
 //   launch_feedback   feedback                                as regtopk::feedback_
+//   launch_split      split_parts                             as regtopk::split_
+//   launch_mean       mean_parts                              as regtopk::mean_
+//   launch_join       join_parts                              as regtopk::join_
+//   launch_mark       mark                                    as regtopk::mark_unfilled_
 //
 // step, plan, k and mu are arguments of the kernels: a captured graph replays those it was captured with.
 // A workspace begins with bytes that are zero before the first call that uses it, and that every call leaves zero, whatever
@@ -222,6 +226,52 @@ struct FeedbackLaunch {
   void* feedback = nullptr;  // out: [k] of the accumulate type; NaN where averages are not those of the step
 };
 cudaError_t launch_feedback(const FeedbackLaunch& arguments, cudaStream_t stream);
+
+// Of parts between the ranks of a host (csrc/core/parts.h).
+struct PartsLaunch {
+  ValueType type = ValueType::kFloat32;
+  int64_t numel = 0;             // of the bucket
+  const int64_t* ends = nullptr;  // in: [1 + ranks, parameters + 1], of the parameters and of their parts in each row
+  int64_t parameters = 0, ranks = 0, row_bytes = 0;
+  uint64_t step = 0, plan = 0;   // of every head
+};
+struct SplitLaunch {
+  PartsLaunch parts;
+  const void* gradient = nullptr;  // in: [J] of the value type
+  uint8_t* rows = nullptr;         // out: [ranks, row_bytes]; what is behind a row's parts is left as it is
+  double scale = 1.0;              // of the heads, like deed
+  uint64_t deed = 0;
+};
+cudaError_t launch_split(const SplitLaunch& arguments, cudaStream_t stream);
+
+struct MeanLaunch {
+  ValueType type = ValueType::kFloat32;
+  const uint8_t* rows = nullptr;  // in: [ranks, row_bytes], not trusted
+  int64_t ranks = 0, row_bytes = 0, entries = 0;
+  uint64_t step = 0, plan = 0;    // expected in every head, and written like scale and deed
+  double scale = 1.0;
+  uint64_t deed = 0;
+  uint8_t* row = nullptr;         // out: a head and the entries; NaN where a head is not valid
+  unsigned long long* found = nullptr;  // out: kPayloadsValid and the lowest status of the heads
+};
+cudaError_t launch_mean(const MeanLaunch& arguments, cudaStream_t stream);
+
+struct JoinLaunch {
+  PartsLaunch parts;
+  const uint8_t* rows = nullptr;  // in: [ranks, row_bytes], not trusted
+  void* gradient = nullptr;       // out: [J] of the value type; NaN where a head is not valid
+  int64_t* verdict = nullptr;     // these as of an aggregate
+  int64_t round = -1;
+  unsigned long long* worst_status = nullptr;
+};
+cudaError_t launch_join(const JoinLaunch& arguments, cudaStream_t stream);
+
+struct MarkLaunch {
+  uint8_t* message = nullptr;  // in and out: of a header, the flags
+  const unsigned long long* found = nullptr;   // in: [2]
+  unsigned long long* worst_status = nullptr;  // in and out: [2], or null
+};
+cudaError_t launch_mark(const MarkLaunch& arguments, cudaStream_t stream);
 
 struct SettleLaunch {
   uint8_t* sent = nullptr;  // in: an own payload; nothing returns where its header is not that of the bucket.

@@ -83,3 +83,23 @@ def _(gradient, payload, rows, averages, spans, idle, verdict, status=None, **op
 @torch.library.register_fake("regtopk::feedback_")
 def _(feedback, payload, rows, averages, spans, idle, **options):
     return None
+
+
+@torch.library.register_fake("regtopk::split_")
+def _(gradient, rows, parts, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::mean_")
+def _(rows, row, found, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::join_")
+def _(rows, gradient, parts, verdict, status=None, **options):
+    return None
+
+
+@torch.library.register_fake("regtopk::mark_unfilled_")
+def _(message, found, status=None):
+    return None

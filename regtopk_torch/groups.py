@@ -50,12 +50,13 @@ def check_model(who, ddp, group):
 def open_groups(state, caller="sparse_hook"):
     """Return (group for payloads, group for control, store, timeout in seconds, stream, open_stage); waits for the other ranks.
 
-    `caller` is who messages are from. `stream` is (backend, device type) where the model's group has a backend of another kind than gloo for its GPU, else None.
+    `caller` is who messages are from. `stream` is, where the model's group has a backend of another kind than gloo for its GPU, (backend, device type, open_among, close), else None:
+    open_among(among) opens another backend of that kind, as all ranks do together, and close() gives those back.
 
     open_stage(number, among) opens the group of another stage of the exchange, as all ranks do together: of all ranks, of those of a host,
     or of those of one place on their hosts (0, 1, 2).
 
-    The groups are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
+    The groups, but those of open_among, are no business of torch.distributed's: they are not in its lists, and do not depend on how many groups which
     rank has made. Ranks open their states in the same order, so the n-th of one rank belongs to the n-th of the others.
 
     Raises:
@@ -91,15 +92,65 @@ def open_groups(state, caller="sparse_hook"):
             ) from error
 
     payloads, control = open_group("payloads", 4), open_group("control", 1)
-    stream = _stream_of(registered[0].process_group if registered else group)
-    host, place = divmod(rank, state._host_ranks)
-    members = ("", rank, size), (f" of host {host}", place, state._host_ranks), (f" of place {place}", host, size // state._host_ranks)
+    model = registered[0].process_group if registered else group
+    stream = _stream_of(model)
+    levels = state._host_ranks
+    host, place = divmod(rank, levels)
+    members = ("", rank, size), (f" of host {host}", place, levels), (f" of place {place}", host, size // levels)
 
     def open_stage(stage, among):
         name, rank_among, count = members[among]
         return open_group(f"stage {stage}{name}", 2, rank_among, count)
 
-    return payloads, control, store, limit.total_seconds(), stream, open_stage
+    opened = []
+
+    def open_among(among):
+        ranks = known_ranks_of(model, f"rank {rank}: {caller}")
+        mine = (ranks, ranks[host * levels : (host + 1) * levels], ranks[place::levels])[among]
+        try:
+            opened.append(_new_group(model, mine, stream[1], limit))
+        except RuntimeError as error:
+            raise dist.DistBackendError(
+                f"rank {rank}: {caller}: expected to open a group of the ranks {mine} within {limit.total_seconds():g} s, got: {error}"
+            ) from error
+        return opened[-1][1]
+
+    def close():
+        while opened:
+            _give_back(opened.pop()[0])
+
+    return payloads, control, store, limit.total_seconds(), stream and (*stream, open_among, close), open_stage
+
+
+def known_ranks_of(group, who):
+    """Global ranks of a group, for groups of some of them. ValueError where torch.distributed can make none."""
+    try:
+        ranks = dist.get_process_group_ranks(group)
+    except KeyError:
+        raise ValueError(
+            f"{who}: expected a process group of torch.distributed's with levels= on a GPU, got one that it does not know; make it with "
+            "torch.distributed.new_group, or take levels=None"
+        ) from None
+    if ranks != sorted(ranks):  # a new group has its ranks in ascending order
+        raise ValueError(f"{who}: expected a process group of ascending ranks with levels= on a GPU, got {ranks}; make it without sort_ranks=False")
+    if len(ranks) < dist.get_world_size() and getattr(dist.group.WORLD, "bound_device_id", None) is not None:  # all ranks would have to split theirs
+        raise ValueError(f"{who}: expected a process group of all ranks with levels= on a GPU and a device_id in init_process_group, got one of {ranks}; leave device_id out")
+    return ranks
+
+
+def _new_group(model, ranks, device, limit):
+    """(group, its backend for that type of device) of these global ranks, of the model's kind. Each rank opens that of its host before that
+    of its place, so that none waits for one that waits for it; ranks that are in neither take no part."""
+    kinds = dict(kind.split(":") for kind in dist.get_backend_config(model).split(","))
+    group = dist.new_group(ranks, timeout=limit, backend=kinds[device], use_local_synchronization=True, group_desc="regtopk_levels")
+    return group, group._get_backend(torch.device(device))
+
+
+def _give_back(group):
+    try:
+        dist.destroy_process_group(group)
+    except (AssertionError, RuntimeError, ValueError):  # with all the others, before the state was closed
+        pass
 
 
 def _stream_of(group):

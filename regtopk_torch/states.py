@@ -83,8 +83,9 @@ class TopKState(Averaging):
             LOCAL_WORLD_SIZE, and LOCAL_RANK must agree. The ranks of a host send their mean as one, each a part of every parameter: a
             reduce-scatter in rank order inside the host, the exchange among the ranks of one place on their hosts, and an all-gather inside the host. So a rank sends
             other hosts 1 / L of what a host of one rank would, and holds back a part of each parameter, 1 / L of the memory. The average is over all
-            ranks. CPU gradients or averages of tensors that every rank gives, own supports; where the mean of a host is not finite,
-            nothing of its ranks is held back there. All N ranks save and load together, in a world of the same size.
+            ranks. Gradients, or averages of tensors that every rank gives, and own supports; where the mean of a host is not finite,
+            nothing of its ranks is held back there. Of CUDA gradients over NCCL these exchanges are on process groups of that kind, which
+            torch.distributed makes at the first bucket and `close()` gives back: it has to know the model's group. All N ranks save and load together, in a world of the same size.
 
     The residual takes 4 bytes per parameter (8 for fp64), and as much again with momentum. The residual and the sum over workers are fp32, or fp64 for
     fp64 gradients; values travel in the gradients' dtype unless `wire_dtype` narrows it.

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import subprocess
@@ -45,15 +46,20 @@ def load(path):
 @contextmanager
 def served_late(path, way, failing=-1):
     """Inside, CPU buckets of states that open their groups go through such a backend, as CUDA ones through NCCL."""
-    late_backend = load(path)
+    late_backend, numbers = load(path), itertools.count()
 
     def stream_of(group):
-        store = dist.PrefixStore("late", group.get_group_store())
-        inner = dist.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), groups._options(groups.timeout_of(group), threads=2))
+        store = dist.PrefixStore(f"late/{next(numbers)}", group.get_group_store())
+        inner = dist.ProcessGroupGloo(store, group.rank(), group.size(), groups._options(groups.timeout_of(group), threads=2))
         return late_backend.make(inner, way, failing), "cpu"
 
-    before, groups._stream_of = groups._stream_of, stream_of
+    def new_group(model, ranks, device, limit):
+        group, inner = of_any_kind(model, ranks, device, limit)
+        return group, late_backend.make(inner, way, failing)
+
+    before, of_any_kind = groups._stream_of, groups._new_group
+    groups._stream_of, groups._new_group = stream_of, new_group
     try:
         yield
     finally:
-        groups._stream_of = before
+        groups._stream_of, groups._new_group = before, of_any_kind

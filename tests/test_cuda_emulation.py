@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not insta
 from regtopk_torch import reference  # noqa: E402
 from tests.simt.host import PAYLOADS_VALID, Kernels, aligned, build_for_gpu, copied  # noqa: E402
 from tests.simt.inputs import brackets_of, hard_inputs  # noqa: E402
+from tests.simt.with_parts import HEAD_BYTES, Host, PartsOperators  # noqa: E402
 from tests.simt.with_leader import FLAGS_AT, UNFILLED, ABSENT, Led  # noqa: E402
 from tests.simt.with_spans import Operators, Pair, chosen_of, measured, ROUNDS, spans_of  # noqa: E402
 
@@ -918,3 +919,152 @@ def test_averages_of_another_step_or_none_give_nan_everywhere_and_a_void_round(k
         row = aligned(form.k, torch.float32)
         kernels.feedback(row, side.sent[0], side.received, averages, side.spans, idle, dtype=form.dtype, numel=form.numel, distortion="previous", step=2)
         assert row.isnan().all()
+
+
+# Parts of parameters between the ranks of a host: the CPU operators say what is right.
+
+
+PARAMETERS = {
+    "one": [1], "shorter than the ranks": [1, 2, 0, 3, 1, 0], "aligned": [16_384, 0, 8_192], "one by one": [5, 4_097, 3, 70_001, 2, 4_099],
+    "small": [number % 11 for number in range(900)],
+}  # fmt: skip
+
+
+def gradients_of_a_host(host):
+    """What is not finite among them, on one rank or on several, and both zeros."""
+    generator = torch.Generator().manual_seed(host.numel)
+    gradients = [(torch.randn(host.numel, generator=generator) * 100).to(host.dtype) for _ in range(host.ranks)]
+    if host.numel > 100:
+        for rank, gradient in enumerate(gradients):
+            gradient[7], gradient[8 + rank], gradient[20] = (torch.inf, torch.nan, (-1) ** rank * torch.inf)
+            gradient[30:40] = -0.0
+            gradient[50 + rank] = -gradient[8 + rank]  # a NaN of another sign
+    return gradients
+
+
+@pytest.mark.parametrize("name, ranks, dtype", in_turn(of_one(PARAMETERS), of_one(range(1, 5)), of_one(FLOATS), all_of_them=True))
+def test_parts_go_to_the_ranks_and_back_as_on_the_cpu(kernels, name, ranks, dtype):
+    host = Host(PARAMETERS[name], ranks, dtype)
+    gradients = gradients_of_a_host(host)
+    expected = host.all_of_it(PartsOperators(), gradients)
+    with kernels.schedule("shuffled", seed=ranks, resident_blocks=3):
+        there = host.all_of_it(kernels, gradients)
+    for what, tensor in expected.items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), there[what].view(-1).view(torch.uint8)), what
+    assert bool(expected["verdict"][9] == 9) == (host.numel > 100)
+    if ranks == 1:  # a mean of one
+        finite = gradients[0].isfinite()
+        assert same_bits(there["bucket"][finite], gradients[0][finite])
+
+
+@emulation_alone
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_parts_move_the_bytes_promised(kernels, dtype):
+    ranks, numels = 4, [40_000] * 30 + [3, 9_001, 7_777] * 6 + [64] * 20
+    host, size = Host(numels, ranks, dtype), dtype.itemsize
+    with kernels.traffic() as traffic:
+        host.all_of_it(kernels, [torch.randn(host.numel).to(dtype)] * ranks)
+    counted = {kernel.strip("(").partition("<")[0]: [bytes / host.numel for bytes in both] for kernel, both in traffic.items()}
+    (loaded, stored), (of_rows, of_row), (taken, laid) = (counted[f"{name}_parts_kernel"] for name in ("split", "mean", "join"))
+    assert ranks * size <= loaded < ranks * (size + 0.1) and ranks * size <= stored < ranks * (size + 0.1)
+    assert ranks * size <= of_rows < ranks * (size + 0.1) and size <= of_row < size + 0.1
+    assert size <= taken < size + 0.1 and size <= laid < size + 0.1
+
+
+HEADS = {0: HEADER, 3: HEADER, 8: STEP, 15: STEP, 32: PLAN, 56: HEADER, 59: HEADER, 64: SCALE, 72: DEED, 79: DEED}
+
+
+@pytest.mark.parametrize("byte", [*HEADS, "none", "unfilled"])
+def test_a_head_that_is_not_of_this_step_leaves_nan_and_is_named(kernels, byte):
+    host = Host([70_001, 3, 5], 3, torch.bfloat16)
+    rows = copied(torch.stack([host.split(kernels, torch.ones(host.numel, dtype=host.dtype))[1] for _ in range(3)]))
+    if byte == "none":  # as a rank sends that has an error of its own
+        rows[1] = 0
+    else:
+        rows[1, FLAGS_AT if byte == "unfilled" else byte] ^= UNFILLED if byte == "unfilled" else 1
+    status = (3 << 40 if byte == "unfilled" else {SCALE: 1, DEED: 1, STEP: 2, PLAN: 2}.get(HEADS.get(byte), 0) << 40) | 1 << 8 | HEADS.get(byte, HEADER)
+    row, found = host.mean(kernels, rows, 1)
+    assert found.tolist() == [-1, status]
+    assert torch.equal(row[:HEAD_BYTES], host.split(kernels, torch.ones(host.numel, dtype=host.dtype))[0, :HEAD_BYTES]), "a head as ever, which is marked before it travels"
+    nan = torch.full((host.entries[1],), torch.nan, dtype=host.dtype)
+    assert same_bits(row[HEAD_BYTES:].view(host.dtype)[: host.entries[1]], nan)
+    bucket, verdict, worst = host.join(kernels, rows)
+    assert worst == status and verdict[9] == 9 and same_bits(bucket, nan.new_full((host.numel,), torch.nan))
+    for call in (lambda: host.mean(PartsOperators(), rows, 1), lambda: host.join(PartsOperators(), rows)):
+        with pytest.raises(ValueError, match=r"rank 1\b"):
+            call()
+    rows[0, 0] ^= 1  # bytes before all else, and the lowest rank
+    assert host.mean(kernels, rows, 1)[1].tolist() == [-1, HEADER]
+
+
+def test_what_a_head_has_beside_is_not_looked_at(kernels):
+    host = Host([40], 2, torch.float32)
+    rows = copied(host.split(kernels, torch.ones(40)))
+    for byte in (4, 16, 24, 40, 48, 60):
+        rows[1, byte] ^= 1
+    for run in (kernels, PartsOperators()):
+        bucket, verdict, status = host.join(run, rows)
+        assert status == PAYLOADS_VALID and (bucket == 1).all() and (verdict == -1).all()
+
+
+@pytest.mark.parametrize("before", [None, (-1, -1), (257, 3 << 40)])
+@pytest.mark.parametrize("found", [(-1, -1), (513, -1), (-1, 2 << 40 | 258), (1 << 40, 1)])
+def test_a_message_made_of_what_was_not_valid_is_marked(kernels, found, before):
+    messages, statuses = [], []
+    for run in (kernels, PartsOperators()):
+        messages.append(copied(torch.arange(96, dtype=torch.uint8)))
+        statuses.append(None if before is None else copied(torch.tensor(before)))
+        run.mark_unfilled(messages[-1], copied(torch.tensor(found)), statuses[-1])
+    assert torch.equal(*messages)
+    changed = (messages[0] != torch.arange(96, dtype=torch.uint8)).nonzero().flatten().tolist()
+    assert changed == ([] if found == (-1, -1) else [FLAGS_AT]) and (not changed or int(messages[0][FLAGS_AT]) == FLAGS_AT | UNFILLED)
+    if before is not None:
+        lowest = [min(one % 2**64, other % 2**64) for one, other in zip(found, before, strict=True)]
+        assert [status % 2**64 for status in statuses[0].tolist()] == lowest == [status % 2**64 for status in statuses[1].tolist()]
+
+
+def test_a_marked_payload_is_rejected_and_what_it_sent_returns(kernels):
+    numel, k = 9_000, 90
+    gradient, residual, payload = copied(next(gradients_of(numel, torch.float32))), aligned(numel, torch.float32).zero_(), aligned(reference.encode(reference.Message(torch.arange(90), torch.zeros(90), False, 0, 0), numel).numel(), torch.uint8)
+    kernels.compress(gradient, residual, payload, k=k, step=3, plan=5)
+    kernels.mark_unfilled(payload, copied(torch.tensor([-1, 1])))
+    bucket = aligned(numel, torch.float32)
+    assert kernels.aggregate(bucket, payload.view(1, -1), k=k, step=3, plan=5) == HEADER and bucket.isnan().all()
+    kernels.put_back(residual, payload, dtype=torch.float32)
+    assert same_bits(residual, gradient)
+
+
+@emulation_alone
+def test_a_table_that_is_none_reaches_nothing_outside(kernels):
+    host, generator = Host([4_000, 30, 2_000], 3, torch.float32), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        host.parts.copy_(torch.randint(-9_000, 9_000, host.parts.shape, generator=generator))
+        host.split(kernels, torch.ones(host.numel))  # raises where an access leaves its buffer
+        rows = host.rows()
+        host.join(kernels, rows)
+        with pytest.raises(ValueError, match="split_: expected parts of a bucket of 6030 entries in rows of"):
+            host.split(PartsOperators(), torch.ones(host.numel))
+
+
+IN_HOST, CONSEQUENCE = 1 << 8 | STEP, 3 << 40 | 1 << 8 | HEADER
+
+
+@pytest.mark.parametrize(
+    ("of_workers", "in_host", "words"),
+    [
+        (-1, -1, None),
+        (2 << 8 | STEP, -1, "this rank's step in the payload of rank 13"),
+        (2 << 8 | DEED, -1, "got others on rank 13 than on rank 3"),
+        (2 << 8 | SCALE, -1, "got another on rank 13 than on rank 3"),
+        (-1, IN_HOST, "this rank's step in the payload of rank 6"),
+        (-1, 2 << 8 | DEED, "got others on rank 7 than on rank 5"),
+        (-1, CONSEQUENCE, "a header of this bucket in the payload of rank 6"),
+        (1 << 8 | HEADER, IN_HOST, "this rank's step in the payload of rank 6"),  # for which this rank's own payload was none
+        (2 << 8 | STEP, CONSEQUENCE, "this rank's step in the payload of rank 13"),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_cause_and_by_ranks_of_the_job(of_workers, in_host, words):
+    from regtopk_torch import _C
+
+    told = _C.describe_statuses(of_workers, in_host, host=1, place=3, host_ranks=5)
+    assert words in told if words else told == ""

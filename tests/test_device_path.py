@@ -13,6 +13,8 @@ import test_after_an_error
 import test_checkpoint
 import test_dense_rule
 import test_idle_residuals
+import test_levels
+import test_levels_of_averages
 import test_mixed_precision
 import test_modes
 import test_new_parameters
@@ -20,7 +22,7 @@ import test_shared_scaler
 import test_shared_support
 import test_void_steps
 import torch
-from given import Given, finite, integers, missing, register, seed_of, unit_sgd
+from given import Given, finite, held, integers, missing, register, seed_of, unit_sgd
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_optimizer, make_state
 
@@ -55,13 +57,14 @@ def dispatched(rank):
     import regtopk_torch  # noqa: F401
 
     names = (
-        "compress_", "aggregate_", "measure_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_",
+        "compress_", "aggregate_", "measure_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "take_", "average_slice_", "spread_", "feedback_", "split_",
+        "mean_", "join_", "mark_unfilled_",
     )  # fmt: skip
     return ["simt/operators.cpp" in line for name in names for line in torch._C._dispatch_dump(f"regtopk::{name}").splitlines() if line.startswith("CPU:")]
 
 
 def test_the_processes_take_the_path_of_the_device():
-    assert processes.run_workers(dispatched, 2) == [[True] * 14] * 2
+    assert processes.run_workers(dispatched, 2) == [[True] * 18] * 2
 
 
 # Where what the operators get or find out differs from mode to mode; the others differ in what DDP does around them.
@@ -200,3 +203,113 @@ def test_what_a_step_sent_returns_on_all_ranks_where_one_could_not_go_on(operato
         assert rank == 1 or all(void)
         assert max(lost) < 1e-4, "three ranks: averages round"
         assert all(map(torch.equal, parameters, results[0][3]))
+
+
+# Two levels: two hosts of two ranks.
+
+
+@pytest.mark.parametrize(("method", "cap", "scaled", "options"), [("regtopk", test_levels.SEVERAL, True, test_levels.NARROW), ("topk", test_levels.EACH, False, test_levels.WARM)], ids=["several buckets, scaled", "a bucket for each parameter"])
+def test_steps_of_hosts_equal_the_simulation_on_the_cpu(method, cap, scaled, options):
+    test_levels.test_steps_equal_the_simulation_of_the_means_bit_for_bit(2, 2, method, cap, scaled, options)
+
+
+def test_both_ways_in_and_a_resumed_run_of_hosts_have_the_same_bits(tmp_path):
+    test_levels.test_both_ways_in_and_a_resumed_run_have_the_same_bits(tmp_path)
+
+
+def test_averages_of_hosts_equal_the_simulation_on_the_cpu():
+    test_levels_of_averages.test_averages_equal_the_simulation_of_the_means_bit_for_bit("topk", "in place", 7)
+
+
+def average_from(rank, begin, end, folder):
+    """Averages of the steps from `begin` on, which go on from what is in the folder, or leave it there."""
+    state, path = test_levels_of_averages.state_of("regtopk"), folder / f"{rank}.pt"
+    if begin > 0:
+        state.load_state_dict(torch.load(path, weights_only=True), None)
+    averages = [state.average(test_levels_of_averages.tensors_of(rank, step)) for step in range(begin, end)]
+    torch.save(state.state_dict(None), path)
+    return averages
+
+
+@pytest.mark.parametrize("device_first", [True, False])
+def test_what_hosts_hold_back_moves_between_the_cpu_and_the_device(device_first, tmp_path):
+    of_device, runs = processes.operators_library, []
+    for of_first, of_second in ((of_device, None) if device_first else (None, of_device), (None, None)):
+        halves = []
+        for library, steps in ((of_first, (0, 5)), (of_second, (5, 8))):
+            processes.operators_library = library
+            halves.append(processes.run_workers(average_from, 4, *steps, tmp_path))
+        runs.append([first + second for first, second in zip(*halves, strict=True)])
+    processes.operators_library = of_device
+    for moved, stayed in zip(*runs, strict=True):
+        assert len(moved) == 8 and all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for step in zip(moved, stayed, strict=True) for one, other in zip(*step, strict=True))
+
+
+def fail_on_a_host(rank, operator):
+    """On rank 1 an operator fails in the third step, or split_ leaves the rows of the step before. Returns (errors, whether all gradients of that
+    step were NaN, what is missing, parameters)."""
+    sizes = (300, 41, 1)
+    module = Given(*sizes)
+    state, optimizer = rt.TopKState(0.1, levels=2), unit_sgd(module)
+    ddp = DistributedDataParallel(module)
+    register(ddp, state, "attach")
+    given, errors, void = [torch.zeros(size, dtype=torch.float64) for size in sizes], [], False
+
+    def broken(*arguments, **options):
+        if operator != "split_":
+            raise RuntimeError("something of this machine")
+
+    for step in range(6):
+        broke = torch.library.Library("regtopk", "IMPL") if rank == 1 and step == 2 else None
+        if broke:
+            broke.impl(operator, broken, "CPU", allow_override=True)
+        gradients = integers(*sizes, seed=seed_of(rank, step))
+        for total, gradient in zip(given, gradients, strict=True):
+            total += gradient
+            if step == 2 and rank < 2:  # what this host gave of the parts that rank 1 keeps is in nobody's keeping, or of all parts
+                begin, entries = (0, len(gradient)) if operator == "split_" else rt._C.part_of(len(gradient), 1, 2)
+                total[begin : begin + entries] -= gradient[begin : begin + entries]
+        optimizer.zero_grad()
+        try:
+            ddp(gradients).backward()
+        except Exception as error:
+            errors.append(str(error))
+        if step == 2:
+            void = [parameter.grad is None or bool(parameter.grad.isnan().all()) for parameter in module.parameters()]
+            ddp = DistributedDataParallel(module)
+            register(ddp, state, "attach")
+        else:
+            optimizer.step()
+        if broke:
+            broke._destroy()
+    given = [total - residual.flatten() for total, residual in zip(given, held(state, ddp).values(), strict=True)]  # a residual stands for both ranks
+    return errors, void, missing(state, ddp, given), [part.detach().clone() for part in module.parts]
+
+
+@pytest.mark.parametrize("operator", ["split_", "mean_", "compress_"])
+def test_an_error_of_one_rank_of_a_host_is_nan_on_all_the_others_and_what_they_sent_returns(operator):
+    results = processes.run_workers(fail_on_a_host, 4, operator)
+    for rank, (errors, void, lost, parameters) in enumerate(results):
+        assert errors == [] if rank != 1 or operator == "split_" else "something of this machine" in errors[0] and len(errors) == 1
+        assert all(void) or (rank == 1 and errors)
+        assert all(map(torch.equal, parameters, results[0][3])) and not any(lost)
+
+
+def reset_alone(rank):
+    """Gradients of a step, of one after rank 2 has reset its state alone, and of one after all have."""
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(torch.nn.Linear(6, 5))
+    state, seen = rt.TopKState(0.2, levels=2), []
+    rt.attach(ddp, state)
+    test_levels.step_of(ddp, rank)  # DDP rebuilds its buckets
+    for resets in (False, rank == 2, rank != 2):
+        if resets:
+            state.reset()
+        ddp.zero_grad()
+        seen.append(test_levels.step_of(ddp, rank))
+    return seen
+
+
+def test_what_one_rank_of_a_host_does_alone_is_nan_on_all_ranks():
+    for before, alone, after in processes.run_workers(reset_alone, 4):
+        assert all(gradient.isfinite().all() for gradient in before + after) and all(gradient.isnan().all() for gradient in alone)

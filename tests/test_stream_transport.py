@@ -4,11 +4,15 @@ import weakref
 
 import late
 import pytest
+import test_levels
 import torch
+import torch.distributed as dist
 from given import Given, integers, missing, register, seed_of, unit_sgd
-from processes import run_workers
+from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import make_state, train_ddp
+
+import regtopk_torch as rt
 
 WAYS = ("late", "reversed")
 
@@ -95,3 +99,72 @@ def close_meanwhile(rank, path):
 def test_after_close_a_bucket_is_an_error(backend):
     for message, gone in run_workers(close_meanwhile, 2, backend):
         assert "expected an open exchange, got one that was closed" in message and gone
+
+
+# Two levels: groups of a host's ranks and of those of one place, of the kind of the model's.
+
+
+def train_hosts(rank, path, way, method, cap):
+    with late.served_late(path, way):
+        ours = test_levels.train(rank, 2, method, "hook", cap, False, {})
+    return ours, test_levels.train(rank, 2, method, "hook", cap, False, {})
+
+
+@pytest.mark.parametrize("way, method, cap", [("late", "regtopk", test_levels.SEVERAL), ("reversed", "topk", 1024)])
+def test_hosts_on_a_late_backend_have_the_bits_of_gloo(backend, way, method, cap):
+    for ours, theirs in run_workers(train_hosts, 4, backend, way, method, cap):
+        for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+            assert torch.equal(one, other)
+        counted = [{name: value for name, value in statistics.items() if not name.endswith("_seconds")} for statistics in (ours[2], theirs[2])]
+        assert counted[0] == counted[1] and counted[0]["bytes_local"] > 0 < counted[0]["bytes_sent"]
+
+
+def known():
+    return {tuple(dist.get_process_group_ranks(group)): dist.get_backend(group) for group in dist.distributed_c10d._world.pg_map}
+
+
+def open_and_close(rank, path):
+    """(groups with the state open, those with it closed, and with another one that is dropped; what a group that is not known, or not in order, is told)."""
+    seen, tensors = [], [torch.arange(30.0)]
+    with late.served_late(path, "late"):
+        for ends in ("close", "drop"):
+            state = rt.TopKState(0.5, levels=2)
+            state.average(tensors)
+            seen.append(known())
+            if ends == "close":
+                state.close()
+            del state
+            seen.append(known())
+        own = dist.ProcessGroup(dist.PrefixStore("own", dist.group.WORLD.get_group_store()), rank, 4)
+        unknown = error_of(rt.TopKState(0.5, levels=2, process_group=own).average, tensors)
+        asked = dist.get_process_group_ranks
+        dist.get_process_group_ranks = lambda group: list(reversed(asked(group)))
+        unordered = error_of(rt.TopKState(0.5, levels=2).average, tensors)
+        dist.get_process_group_ranks = asked
+    return seen, unknown, unordered
+
+
+def test_groups_of_hosts_are_opened_where_they_are_needed_and_given_back(backend):
+    for rank, (seen, unknown, unordered) in enumerate(run_workers(open_and_close, 4, backend)):
+        host, place = (0, 1) if rank < 2 else (2, 3), (rank % 2, rank % 2 + 2)
+        assert [set(groups) for groups in seen] == [{(0, 1, 2, 3), host, place}, {(0, 1, 2, 3)}] * 2
+        assert set(seen[0].values()) == {"gloo"}
+        assert unknown[0] is ValueError and unknown[1].startswith(f"rank {rank}: average: expected a process group of torch.distributed's with levels= on a GPU, got one that it does not know")
+        assert unordered[0] is ValueError and "expected a process group of ascending ranks with levels= on a GPU, got [3, 2, 1, 0]" in unordered[1]
+
+
+def fail_among_hosts(rank, path, failing):
+    """A collective ends with an error on all ranks. Returns (its message, the time until the state is closed)."""
+    with late.served_late(path, "failing", failing=failing):
+        ddp = DistributedDataParallel(Given(300))
+        state = rt.TopKState(0.1, levels=2)
+        register(ddp, state, "attach")
+        error = error_of(ddp(integers(300, seed=rank)).backward)
+        return error, error_of(state.close)
+
+
+def test_a_collective_among_hosts_that_fails_is_an_error_that_names_the_step(backend):
+    for failed, closed in run_workers(fail_among_hosts, 4, backend, 0):
+        assert "expected the payloads of all 4 ranks of step 0" in failed[1] and "the network is gone" in failed[1]
+        assert closed[0] is None and closed[2] < 5
+

@@ -21,7 +21,7 @@ void make_room(const Worker& worker, Plan& plan, int64_t rows) {
   if (worker.options.regularised) reserve(plan.feedback_buffer, {rows, plan.k()}, plan.residual.options());
 }
 
-void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient) {
+void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient, const at::Tensor& status) {
   Worker& worker = receivers.front().worker;
   Plan& plan = receivers.front().plan;
   const Stopwatch watch(worker.statistics.aggregate_seconds);
@@ -29,7 +29,7 @@ void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient)
     if (plan.has_wire_form())
       from_wire_(plan.received, plan.payloads, plan.wire(), plan.layout.dtype, plan.numel, plan.k(), span_count(plan));
     aggregate_(
-        gradient, plan.payloads, optional(plan.feedback_buffer), plan.shared, optional(worker.report.status()), selection_of(worker, plan),
+        gradient, plan.payloads, optional(plan.feedback_buffer), plan.shared, optional(status), selection_of(worker, plan),
         stamp_of(worker, plan), worker.rank);
   });
   measure(receivers, gradient, plan.payloads, [&](int64_t k) { return static_cast<double>(plan.message_bytes_of(k, plan.wire())); });
@@ -46,7 +46,7 @@ std::vector<Transport::Stage> stages(
     const std::shared_ptr<Worker>& worker, const std::shared_ptr<Plan>& plan, const Sent& sent, const at::Tensor& average) {
   make_room(*worker, *plan, /*rows=*/1);
   return {{{Transport::Collective::Kind::kGather, sent.message, plan->received}, [worker, plan, sent, average] {
-             receive({{*worker, *plan, sent.payload}}, average);
+             receive({{*worker, *plan, sent.payload}}, average, worker->report.status());
            }}};
 }
 

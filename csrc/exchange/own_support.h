@@ -35,8 +35,9 @@ Sent send(Worker& worker, Plan& plan, const at::Tensor& gradient, bool absent = 
 void make_room(const Worker& worker, Plan& plan, int64_t rows);
 
 // Writes the average of what the first plan has received to `gradient`, and remembers for each receiver, of consecutive
-// ranks, what it sent. ValueError, before anything is written, where the bytes are not what every rank should have sent.
-void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient);
+// ranks, what it sent. ValueError, before anything is written, where the bytes are not what every rank should have sent; a device lowers
+// `status`.
+void receive(const std::vector<Receiver>& receivers, const at::Tensor& gradient, const at::Tensor& status);
 
 // All of it, but for `send`, between processes.
 std::vector<Transport::Stage> stages(

@@ -19,6 +19,30 @@ void say_whose(int64_t first, int64_t step, int64_t count, const std::function<v
   }
 }
 
+// Buffers of the plan: rows to and from the host's ranks, in those that a leader's support would use, and where parts lie in them.
+void make_room(const Worker& worker, Plan& plan, const Layout& whole, int64_t whole_hash) {
+  const int64_t host_ranks = worker.options.host_ranks;
+  std::vector<int64_t> numels;
+  for (const Span& span : whole.spans) numels.push_back(span.numel);
+  const auto bytes = plan.residual.options().dtype(at::kByte);
+  const int64_t row_bytes = part_row_bytes(numels, host_ranks, whole.dtype);
+  for (at::Tensor* rows : {&plan.rows, &plan.averages}) {
+    if (rows->defined() && rows->size(1) == row_bytes) continue;
+    reserve(*rows, {host_ranks, row_bytes}, bytes);
+    rows->zero_();  // what fills a row up travels
+  }
+  if (!plan.slice.defined() || plan.slice.numel() != row_bytes) plan.slice = at::zeros({row_bytes}, bytes);
+  if (!plan.found.defined()) plan.found = at::empty({2}, plan.shared.spans.options());
+  if (!plan.parts.defined() || plan.parts_hash != whole_hash) {
+    plan.parts = make_parts(numels, host_ranks, whole.device);
+    plan.parts_hash = whole_hash;
+  }
+  if (plan.numel > 0) return own_support::make_room(worker, plan, /*rows=*/1);
+  // A part without entries: something travels all the same.
+  if (!plan.message.defined()) plan.message = at::zeros({1}, bytes);
+  reserve(plan.received, {worker.workers, 1}, bytes);
+}
+
 }  // namespace
 
 Way way(
@@ -27,47 +51,43 @@ Way way(
   using Kind = Transport::Collective::Kind;
   using Among = Transport::Collective::Among;
   const int64_t host_ranks = worker->options.host_ranks, first = worker->rank * host_ranks;
-  std::vector<int64_t> numels;
-  for (const Span& span : whole.spans) numels.push_back(span.numel);
   Stamp stamp = stamp_of(*worker, *plan);
   stamp.plan = whole.hash();
-
-  // Rows to and from the host's ranks, in buffers that a leader's support would use.
-  const auto bytes = plan->residual.options().dtype(at::kByte);
-  const int64_t row_bytes = part_row_bytes(numels, host_ranks, whole.dtype);
-  for (at::Tensor* rows : {&plan->rows, &plan->averages}) {
-    if (rows->defined() && rows->size(1) == row_bytes) continue;
-    reserve(*rows, {host_ranks, row_bytes}, bytes);
-    rows->zero_();  // what fills a row up travels
-  }
-  if (!plan->slice.defined() || plan->slice.numel() != row_bytes) plan->slice = at::zeros({row_bytes}, bytes);
-  split_(gradient, plan->rows, numels, stamp);
+  make_room(*worker, *plan, whole, stamp.plan);
+  split_(gradient, plan->rows, plan->parts, stamp);
 
   const bool is_empty = plan->numel == 0;
-  const Sent sent = is_empty ? Sent{{}, at::zeros({1}, bytes)} : place_for(*plan);
-  if (!is_empty) own_support::make_room(*worker, *plan, /*rows=*/1);
-  const at::Tensor received = is_empty ? at::empty({worker->workers}, bytes) : plan->received;
+  const Sent sent = is_empty ? Sent{{}, plan->message} : place_for(*plan);
   const at::Tensor part = entries_of(plan->slice, plan->numel, whole.dtype);
   const auto given = std::make_shared<bool>(false);  // the part's gradient is in the residual
 
   const auto in_host = [=](const std::function<void()>& operation) {
     say_whose(first, 1, host_ranks, [&] { say_who(*worker, operation); });
   };
+  const auto mark = [=](const at::Tensor& message) { mark_unfilled_(message, plan->found, optional(worker->report.statuses())); };
   const auto compress = [=] {
-    in_host([&] { mean_(plan->averages, plan->slice, plan->numel, whole.dtype, stamp); });
+    in_host([&] { mean_(plan->averages, plan->slice, plan->found, plan->numel, whole.dtype, stamp); });
     if (is_empty) return;
     const auto no_plan_changes = worker->hold_plans();
     own_support::send(*worker, *plan, part);
     *given = true;
+    mark(sent.message);
   };
   const auto receive = [=] {
-    if (is_empty) return;
-    say_whose(worker->place, host_ranks, worker->workers, [&] { own_support::receive({{*worker, *plan, sent.payload}}, part); });
+    if (!is_empty) {
+      say_whose(worker->place, host_ranks, worker->workers, [&] {
+        own_support::receive({{*worker, *plan, sent.payload}}, part, plan->found.narrow(0, 0, 1));
+      });
+    }
+    mark(plan->slice);
   };
   const auto join = [=] {
-    in_host([&] { join_(plan->averages, average, numels, stamp); });
-    judge_(average, worker->steps.clock().verdict(average.device()), stamp.round);
-    worker->statistics.bytes_local += static_cast<double>(2 * (host_ranks - 1) * row_bytes);
+    in_host([&] {
+      join_(
+          plan->averages, average, plan->parts, worker->steps.clock().verdict(average.device()), optional(worker->report.status_in_host()),
+          stamp);
+    });
+    worker->statistics.bytes_local += static_cast<double>(2 * (host_ranks - 1) * plan->slice.numel());
   };
   const auto fail = [=] {
     if (*given) regtopk::fail(*worker, *plan, sent.payload);
@@ -75,7 +95,7 @@ Way way(
   };
   return {
       {{{.kind = Kind::kSwap, .input = plan->rows, .output = plan->averages, .among = Among::kHost}, compress},
-       {{.kind = Kind::kGather, .input = sent.message, .output = received, .among = Among::kHosts}, receive},
+       {{.kind = Kind::kGather, .input = sent.message, .output = plan->received, .among = Among::kHosts}, receive},
        {{.kind = Kind::kGather, .input = plan->slice, .output = plan->averages, .among = Among::kHost}, join}},
       fail};
 }

@@ -6,6 +6,9 @@
 //   gather, in the host            ─► averages [ranks of the host, head and part]
 //   join_             the bucket; judges all of it
 //
+// A device, which nobody waits for, makes a mean or a bucket of NaN where a head is not valid, and marks what the rank sends after it, so that
+// no rank of the job takes the step for a good one: ops/library.cpp. What it has found is told by ranks of the job: describe_statuses.
+//
 // A part of a parameter is the same whatever bucket the parameter is in, so that what is kept of it stays where it is when DDP
 // regroups its buckets; residual, history and idleness are a part's own.
 #pragma once

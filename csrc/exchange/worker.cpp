@@ -66,9 +66,6 @@ void Worker::check(const Bucket& bucket) const {
       bucket.layout.device.is_cpu() || options.chunk <= kLargestChunkOfDevice, who,
       ": expected gradients on the CPU with chunk=", options.chunk, ", got ", bucket.layout.device,
       "; a device's kernels take chunks of at most ", kLargestChunkOfDevice, " entries");
-  TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || options.host_ranks == 1, who, ": expected gradients on the CPU with levels=, got ",
-      bucket.layout.device, "; it has no kernels for a device yet, levels=None has");
   Layout room;
   const Layout& kept = kept_of(bucket.layout, room);
   if (!store_.find(kept, bucket.index)) store_.check_sizes(who, kept);
@@ -237,12 +234,13 @@ void Worker::hear(bool wait) {
       steps.clock().hear_void(round);
       ++statistics.void_steps;
     }
-    if (news.status == Report::kNothing) return;
+    const std::string wrong = describe_statuses(news.status, news.status_in_host, rank, place, options.host_ranks);
+    if (wrong.empty()) return;
     if (options.adaptive) {  // other ranks have measured something: the next step begins with a comparison
       begin_measuring_anew();
       steps.clock().make_void(steps.round());
     }
-    C10_THROW_ERROR(ValueError, c10::str(who, ": ", describe_status(news.status)));
+    C10_THROW_ERROR(ValueError, c10::str(who, ": ", wrong));
   };
   if (wait) wait_for_report();
   take_in(report.hear());

@@ -189,7 +189,7 @@ void LocalExchange::exchange(const Bucket& bucket, const at::Tensor& average, co
   if (is_shared(worker(0), *plans.front())) return swap(receivers, messages, average);
   own_support::make_room(worker(0), *plans.front(), workers());
   for (int64_t rank = 0; rank < workers(); ++rank) plans.front()->received[rank].copy_(messages[rank]);
-  own_support::receive(receivers, average);
+  own_support::receive(receivers, average, worker(0).report.status());
 }
 
 void LocalExchange::swap(const std::vector<Receiver>& receivers, const std::vector<at::Tensor>& messages, const at::Tensor& average) {

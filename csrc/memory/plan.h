@@ -66,6 +66,9 @@ struct Plan {
   // Of a support that a leader has chosen, bytes: its message; what this rank sends to each, its own averages, and those of all.
   at::Tensor lead, rows, slice, averages;
   Number squared_norm;   // of the last average; without memory where no density follows it
+  // With levels: where parts lie in rows, of whole parameters with that hash, and what a step finds wrong; see ops/library.cpp.
+  at::Tensor parts, found;
+  int64_t parts_hash = 0;
   int64_t chunk_k = 0;   // of k, what each chunk sends, where there are chunks
   std::string why_dense;  // why it sends all its entries; empty where it chooses
   bool is_dense() const { return !why_dense.empty(); }

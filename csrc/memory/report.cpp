@@ -12,6 +12,11 @@
 #include "../ops/operators.h"
 
 namespace regtopk {
+namespace {
+
+constexpr int64_t kStatusesAt = 3, kVerdictAt = kStatusesAt + 2;  // in the copy, behind the counters
+
+}  // namespace
 
 void Report::place_on(at::Device device) {
   const std::lock_guard lock(mutex_);
@@ -19,7 +24,9 @@ void Report::place_on(at::Device device) {
   device_ = device;
   if (device.is_cpu()) return;
   counters_ = at::zeros({3}, at::TensorOptions().dtype(at::kLong).device(device));
-  status_ = at::full({1}, kNothing, counters_.options());
+  statuses_ = at::full({2}, kNothing, counters_.options());
+  of_workers_ = statuses_.narrow(0, 0, 1);
+  in_host_ = statuses_.narrow(0, 1, 1);
 }
 
 bool Report::is_placed() const {
@@ -44,14 +51,14 @@ void Report::ask(const at::Tensor& verdict, int64_t round, bool ended) {
   if (ended) last_ended_ = std::max(last_ended_, round);
   if (is_under_way_) return;
   if (!copy_.defined()) {
-    copy_ = at::empty({3 + 1 + kVerdictRounds}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
+    copy_ = at::empty({kVerdictAt + kVerdictRounds}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
     copied_.emplace(device_.type());
   }
   copy_.narrow(0, 0, 3).copy_(counters_, /*non_blocking=*/true);
-  copy_.narrow(0, 3, 1).copy_(status_, /*non_blocking=*/true);
-  copy_.narrow(0, 4, kVerdictRounds).copy_(verdict, /*non_blocking=*/true);
+  copy_.narrow(0, kStatusesAt, 2).copy_(statuses_, /*non_blocking=*/true);
+  copy_.narrow(0, kVerdictAt, kVerdictRounds).copy_(verdict, /*non_blocking=*/true);
   copied_->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
-  status_.fill_(kNothing);  // what is found from now on is news
+  statuses_.fill_(kNothing);  // what is found from now on is news
   asked_ = std::exchange(waiting_, {});
   is_under_way_ = true;
 }
@@ -67,9 +74,10 @@ void Report::take_in(News& news) {
   is_under_way_ = false;
   const int64_t* const values = copy_.const_data_ptr<int64_t>();
   std::copy(values, values + 3, sums_.begin());
-  news.status = values[3];
+  news.status = values[kStatusesAt];
+  news.status_in_host = values[kStatusesAt + 1];
   for (const int64_t round : asked_) {
-    if (values[4 + round % kVerdictRounds] != round || round <= last_void_) continue;
+    if (values[kVerdictAt + round % kVerdictRounds] != round || round <= last_void_) continue;
     news.void_rounds.push_back(round);
     last_void_ = round;
   }

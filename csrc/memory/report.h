@@ -20,9 +20,12 @@ class Report {
   void place_on(at::Device device);
   bool is_placed() const;
   at::Device device() const;
-  // As ops/library.cpp says. `status` is undefined on the CPU, where operators raise.
+  // As ops/library.cpp says. A status is undefined on the CPU, where operators raise: of the payloads of workers, of the rows of a host's
+  // ranks, and both.
   const at::Tensor& counters() const { return counters_; }
-  const at::Tensor& status() const { return status_; }
+  const at::Tensor& status() const { return of_workers_; }
+  const at::Tensor& status_in_host() const { return in_host_; }
+  const at::Tensor& statuses() const { return statuses_; }
 
   // Of a round, which may be asked about again unless it has ended: the copy begins behind what the current stream has to do, or
   // with the next one's while another copy is under way. Nothing on the CPU.
@@ -30,7 +33,7 @@ class Report {
 
   struct News {
     std::vector<int64_t> void_rounds;
-    int64_t status = kNothing;
+    int64_t status = kNothing, status_in_host = kNothing;
   };
   static constexpr int64_t kNothing = -1;
   // What has arrived since the last time.
@@ -46,7 +49,7 @@ class Report {
   mutable std::mutex mutex_;
   bool placed_ = false;
   at::Device device_ = at::kCPU;
-  at::Tensor counters_ = at::zeros({3}, at::kLong), status_;
+  at::Tensor counters_ = at::zeros({3}, at::kLong), statuses_, of_workers_, in_host_;
   // Of devices other than the CPU: a copy in memory of the host, and the event behind it.
   at::Tensor copy_;
   std::optional<c10::Event> copied_;

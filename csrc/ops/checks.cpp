@@ -9,6 +9,7 @@
 
 #include "../core/deed.h"
 #include "../core/lead.h"
+#include "../core/parts.h"
 
 #ifndef _OPENMP
 #error "expected this file compiled with OpenMP, got without: at::parallel_for would run its body on one thread"
@@ -174,6 +175,36 @@ void check_averages(const char* who, const at::Tensor& averages, const PayloadLa
           (averages.size(1) - kMarkBytes) / value_bytes(layout.type) * workers >= layout.k,
       who, ": expected averages contiguous with a row for each of ", workers, " workers that hold ", layout.k, " together, got shape ",
       averages.sizes());
+}
+
+void check_parts(const char* who, const at::Tensor& parts, const at::Tensor& rows, const at::Tensor& gradient) {
+  value_type_of(who, gradient.scalar_type());
+  check_vector(who, "gradient", gradient, gradient.scalar_type(), gradient.numel());
+  check_heads_and_slices(who, rows, kPartHeadBytes);
+  TORCH_CHECK_TYPE(parts.scalar_type() == at::kLong, who, ": expected parts of dtype Long, got ", c10::toString(parts.scalar_type()));
+  TORCH_CHECK_VALUE(
+      parts.dim() == 2 && parts.size(0) == 1 + rows.size(0) && parts.size(1) >= 2 && parts.is_contiguous(), who,
+      ": expected parts contiguous with shape [", 1 + rows.size(0), ", parameters + 1], got shape ", parts.sizes());
+}
+
+void check_mean(
+    const char* who, const at::Tensor& rows, const at::Tensor& row, const at::Tensor& found, int64_t entries, at::ScalarType dtype) {
+  check_heads_and_slices(who, rows, kPartHeadBytes);
+  check_vector(who, "row", row, at::kByte, rows.size(1));
+  check_vector(who, "found", found, at::kLong, 2);
+  value_type_of(who, dtype);
+  TORCH_CHECK_VALUE(
+      entries >= 0 && entries <= (rows.size(1) - kPartHeadBytes) / static_cast<int64_t>(c10::elementSize(dtype)), who,
+      ": expected rows of at least ", entries, " entries, got rows of ", rows.size(1), " bytes");
+}
+
+void check_mark(const char* who, const at::Tensor& message, const at::Tensor& found, const std::optional<at::Tensor>& status) {
+  check_vector(who, "message", message, at::kByte, message.numel());
+  TORCH_CHECK_VALUE(
+      message.numel() >= static_cast<int64_t>(sizeof(PayloadHeader)), who, ": expected a message of at least ", sizeof(PayloadHeader),
+      " bytes, got ", message.numel());
+  check_vector(who, "found", found, at::kLong, 2);
+  if (status) check_vector(who, "status", *status, at::kLong, 2);
 }
 
 PayloadLayout check_own_payload(const char* who, const char* name, const at::Tensor& payload, int64_t numel, ValueType type, bool trusted) {

@@ -55,6 +55,12 @@ int64_t check_slice(
     const char* who, const at::Tensor& rows, const at::Tensor& averages, const PayloadLayout& layout, const WireLayout& wire);
 // The averages of the slices of all workers, one a row.
 void check_averages(const char* who, const at::Tensor& averages, const PayloadLayout& layout, int64_t workers);
+// Rows of parts and the table of where they lie: core/parts.h.
+void check_parts(const char* who, const at::Tensor& parts, const at::Tensor& rows, const at::Tensor& gradient);
+// As many entries in each of the rows as in the row of their mean, and what is found wrong with them.
+void check_mean(
+    const char* who, const at::Tensor& rows, const at::Tensor& row, const at::Tensor& found, int64_t entries, at::ScalarType dtype);
+void check_mark(const char* who, const at::Tensor& message, const at::Tensor& found, const std::optional<at::Tensor>& status);
 // Rows of feedback for the entries of ranks rank … rank + rows - 1 of `workers`.
 void check_feedback_rows(
     const char* who, const at::Tensor& feedback, at::ScalarType accumulate, const PayloadLayout& layout, int64_t rank, int64_t workers);

@@ -28,6 +28,12 @@
 // bytes with the step and then those of its slice; spread_ the bucket, of all rows of averages; feedback_ the feedback. Where a device
 // finds a lead or a head that is not valid, it goes on with a payload that every receiver rejects, or with averages of no step: so that
 // spread_ finds it on every rank, whose result is NaN then and the round void.
+//
+// Between the ranks of a host travel rows of parts, core/parts.h: split_ writes one for each rank, mean_ the mean of those received, and join_
+// the bucket, which it judges, of those that all have; `parts`, int64 [1 + ranks, P + 1], has the ends of the parameters and of their parts in
+// each row. `found`, int64 [2], is what a device finds wrong with a bucket in a step: first of the payloads of other hosts, then of the host's
+// rows. mean_ writes both, -1 if nothing, aggregate_ lowers the first. Where there is something, what a rank sends next is made of NaN, and
+// mark_unfilled_ gives it a flag for which every receiver rejects it, and lowers `status`, of the same two. join_ lowers the second, alone.
 #include <torch/library.h>
 
 TORCH_LIBRARY(regtopk, library) {
@@ -72,6 +78,15 @@ TORCH_LIBRARY(regtopk, library) {
   library.def(
       "feedback_(Tensor(a!) feedback, Tensor payload, Tensor rows, Tensor averages, Tensor spans, Tensor idle, *, ScalarType dtype, "
       "int numel, str distortion, int step) -> ()");
+  library.def("split_(Tensor gradient, Tensor(a!) rows, Tensor parts, *, int step, int plan, float scale=1.0, int deed=0) -> ()");
+  library.def(
+      "mean_(Tensor rows, Tensor(a!) row, Tensor(b!) found, *, int entries, ScalarType dtype, int step, int plan, float scale=1.0, "
+      "int deed=0) -> ()");
+  library.def(
+      "join_(Tensor rows, Tensor(a!) gradient, Tensor parts, Tensor(b!) verdict, Tensor(c!)? status=None, *, int step, int plan, int "
+      "round) "
+      "-> ()");
+  library.def("mark_unfilled_(Tensor(a!) message, Tensor found, Tensor(b!)? status=None) -> ()");
   library.def("encode(Tensor indices, Tensor values, *, int numel, int step=0, int plan=0, int spans=0) -> Tensor");
   library.def("decode(Tensor payload, *, int numel, int k, ScalarType dtype) -> (Tensor indices, Tensor values)");
 }

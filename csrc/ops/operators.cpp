@@ -20,6 +20,39 @@ auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// The ranks that it counts from 0 are `first`, first + stride ... of the job.
+std::string describe_status(int64_t status, int64_t first, int64_t stride) {
+  const auto word = static_cast<unsigned long long>(status);
+  const int64_t rank = first + rank_of(word) * stride;
+  switch (field_of(word)) {
+    case PayloadField::kDeed:
+      return c10::str(
+          "expected every rank to have made the same calls of ", kDeeds, ", got others on rank ", rank, " than on rank ", first,
+          "; make the call on every rank");
+    case PayloadField::kScale:
+      return c10::str(
+          "expected the same gradient scale on every rank, got another on rank ", rank, " than on rank ", first,
+          "; give every rank's state a GradScaler with the same arguments, or none");
+    case PayloadField::kHeader:
+      return c10::str(
+          "expected a header of this bucket in the payload of rank ", rank,
+          ", got another, or none, as a rank sends that has an error of its own");
+    case PayloadField::kStep:
+      return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
+    case PayloadField::kPlan:
+      return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
+    case PayloadField::kTileStarts:
+      return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
+    case PayloadField::kSupport:
+      return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
+    case PayloadField::kAverages:
+      return c10::str(
+          "expected averages of this rank's step of rank ", rank,
+          ", got those of another step, or none: what it received was damaged, as its own error says");
+  }
+  return c10::str("expected valid payloads, got status ", status);
+}
+
 }  // namespace
 
 void compress_(
@@ -143,6 +176,34 @@ void feedback_(
   operation.call(feedback, payload, rows, averages, shared.spans, shared.idle, dtype, numel, selection.distortion, stamp.step);
 }
 
+void split_(const at::Tensor& gradient, const at::Tensor& rows, const at::Tensor& parts, const Stamp& stamp) {
+  static const auto operation =
+      find_operator<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, double, int64_t)>("regtopk::split_");
+  operation.call(gradient, rows, parts, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed));
+}
+
+void mean_(
+    const at::Tensor& rows, const at::Tensor& row, const at::Tensor& found, int64_t entries, at::ScalarType dtype, const Stamp& stamp) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType, int64_t, int64_t, double, int64_t)>(
+      "regtopk::mean_");
+  operation.call(rows, row, found, entries, dtype, stamp.step, stamp.plan, stamp.scale, static_cast<int64_t>(stamp.deed));
+}
+
+void join_(
+    const at::Tensor& rows, const at::Tensor& gradient, const at::Tensor& parts, const at::Tensor& verdict, const Optional& status,
+    const Stamp& stamp) {
+  static const auto operation = find_operator<void(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, int64_t, int64_t, int64_t)>(
+      "regtopk::join_");
+  operation.call(rows, gradient, parts, verdict, status, stamp.step, stamp.plan, stamp.round);
+}
+
+void mark_unfilled_(const at::Tensor& message, const at::Tensor& found, const Optional& status) {
+  static const auto operation = find_operator<void(const at::Tensor&, const at::Tensor&, const Optional&)>("regtopk::mark_unfilled_");
+  operation.call(message, found, status);
+}
+
 MessageParts message_parts(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans, const Wire& form) {
   const WireLayout wire = check_wire("message_parts", numel, k, spans, dtype, form).second;
   return {wire.index_at, wire.values_at, static_cast<int64_t>(c10::elementSize(form.dtype))};
@@ -171,36 +232,12 @@ int64_t wire_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans
   return check_wire("wire_bytes", numel, k, spans, dtype, form).second.bytes;
 }
 
-std::string describe_status(int64_t status) {
-  const auto word = static_cast<unsigned long long>(status);
-  const int64_t rank = rank_of(word);
-  switch (field_of(word)) {
-    case PayloadField::kDeed:
-      return c10::str(
-          "expected every rank to have made the same calls of ", kDeeds, ", got others on rank ", rank,
-          " than on rank 0; make the call on every rank");
-    case PayloadField::kScale:
-      return c10::str(
-          "expected the same gradient scale on every rank, got another on rank ", rank,
-          " than on rank 0; give every rank's state a GradScaler with the same arguments, or none");
-    case PayloadField::kHeader:
-      return c10::str(
-          "expected a header of this bucket in the payload of rank ", rank,
-          ", got another, or none, as a rank sends that has an error of its own");
-    case PayloadField::kStep:
-      return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
-    case PayloadField::kPlan:
-      return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
-    case PayloadField::kTileStarts:
-      return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
-    case PayloadField::kSupport:
-      return c10::str("expected a valid support in the payload of rank ", rank, ", got another");
-    case PayloadField::kAverages:
-      return c10::str(
-          "expected averages of this rank's step of rank ", rank,
-          ", got those of another step, or none: what it received was damaged, as its own error says");
-  }
-  return c10::str("expected valid payloads, got status ", status);
+std::string describe_statuses(int64_t of_workers, int64_t in_host, int64_t host, int64_t place, int64_t host_ranks) {
+  constexpr auto kValid = static_cast<int64_t>(kPayloadsValid);
+  // What was wrong inside the host made this rank's payload one that is rejected, and the other way round what its rows hold is a consequence.
+  const bool is_cause = stage_of(static_cast<unsigned long long>(in_host)) < kStageOfConsequences;
+  if (in_host != kValid && (of_workers == kValid || is_cause)) return describe_status(in_host, host * host_ranks, 1);
+  return of_workers == kValid ? "" : describe_status(of_workers, place, host_ranks);
 }
 
 void mark_absent_(const at::Tensor& payload) {

@@ -8,6 +8,8 @@
 #include <string>
 #include <tuple>
 
+#include "../core/parts.h"
+
 namespace regtopk {
 
 // What of the selection does not change from step to step.
@@ -90,32 +92,32 @@ void spread_(
 void feedback_(
     const at::Tensor& feedback, const at::Tensor& payload, const at::Tensor& rows, const at::Tensor& averages, const Shared& shared,
     at::ScalarType dtype, int64_t numel, const Selection& selection, const Stamp& stamp);
-// A host's ranks keep a part each of every parameter: consecutive entries, the same whatever bucket the parameter is in.
-struct Part {
-  int64_t begin, numel;
-};
-inline Part part_of(int64_t numel, int64_t place, int64_t ranks) {
-  const int64_t begin = numel * place / ranks;
-  return {begin, numel * (place + 1) / ranks - begin};
-}
-// Between the ranks of a host travel rows [ranks, bytes]: a head that says of which bucket and step, and a part of each parameter, of
-// `numels` entries. On the CPU.
+// Rows of parts, between the ranks of a host: core/parts.h. The bytes of one, for parameters of `numels` entries, and the table of where
+// parts lie.
 int64_t part_row_bytes(at::IntArrayRef numels, int64_t ranks, at::ScalarType dtype);
-// A gradient to a row for each rank.
-void split_(const at::Tensor& gradient, const at::Tensor& rows, at::IntArrayRef numels, const Stamp& stamp);
-// The mean of the rows, added up in their order, into the entries of `row`, and a head. ValueError where a head is not that of this step.
-void mean_(const at::Tensor& rows, const at::Tensor& row, int64_t entries, at::ScalarType dtype, const Stamp& stamp);
+at::Tensor make_parts(at::IntArrayRef numels, int64_t ranks, at::Device device);
 // The entries of a row.
 at::Tensor entries_of(const at::Tensor& row, int64_t entries, at::ScalarType dtype);
-// The reverse of split_. ValueError likewise, before anything is written.
-void join_(const at::Tensor& rows, const at::Tensor& gradient, at::IntArrayRef numels, const Stamp& stamp);
+// A gradient to a row for each rank.
+void split_(const at::Tensor& gradient, const at::Tensor& rows, const at::Tensor& parts, const Stamp& stamp);
+// The mean of the rows, added up in their order, into the entries of `row`, and a head. On the CPU ValueError where a head is not that of
+// this step; a device leaves it in `found`.
+void mean_(
+    const at::Tensor& rows, const at::Tensor& row, const at::Tensor& found, int64_t entries, at::ScalarType dtype, const Stamp& stamp);
+// The reverse of split_, and what it finds of the bucket to the verdict. ValueError likewise, before anything is written.
+void join_(
+    const at::Tensor& rows, const at::Tensor& gradient, const at::Tensor& parts, const at::Tensor& verdict,
+    const std::optional<at::Tensor>& status, const Stamp& stamp);
+// Makes a message one that every receiver rejects where something was found.
+void mark_unfilled_(const at::Tensor& message, const at::Tensor& found, const std::optional<at::Tensor>& status);
 at::Tensor encode(const at::Tensor& indices, const at::Tensor& values, int64_t numel, int64_t step, int64_t plan, int64_t spans);
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t numel, int64_t k, at::ScalarType dtype);
 
 // Whether this build has kernels for CUDA devices.
 bool has_cuda_kernels();
-// What a device's status (library.cpp) says, in words: `expected ..., got ...`.
-std::string describe_status(int64_t status);
+// What a device's statuses (library.cpp) say, in words: `expected ..., got ...`, by the ranks of the job, where this one is at `place` on
+// that host; empty if nothing.
+std::string describe_statuses(int64_t of_workers, int64_t in_host, int64_t host = 0, int64_t place = 0, int64_t host_ranks = 1);
 // Bytes of the payload that k entries of a bucket of numel gradients of that dtype take.
 int64_t payload_bytes(int64_t numel, int64_t k, at::ScalarType dtype, int64_t spans = 0);
 // And of its wire form.

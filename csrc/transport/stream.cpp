@@ -3,18 +3,23 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 #include <utility>
 
 namespace regtopk {
 
-StreamTransport::StreamTransport(
-    c10::intrusive_ptr<c10d::Backend> group, at::DeviceType device_type, std::shared_ptr<GlooTransport> gloo, std::string who)
-    : who_(std::move(who)), device_type_(device_type), group_(std::move(group)), gloo_(std::move(gloo)) {}
+StreamTransport::StreamTransport(Groups groups, at::DeviceType device_type, std::shared_ptr<GlooTransport> gloo, std::string who)
+    : who_(std::move(who)),
+      device_type_(device_type),
+      groups_{{Among::kAll, std::move(groups.model)}},
+      open_(std::move(groups.open)),
+      close_(std::move(groups.close)),
+      gloo_(std::move(gloo)) {}
 
 struct StreamTransport::Course {
-  GroupPtr group;
+  std::vector<GroupPtr> groups;  // of the stages
   std::vector<Stage> stages;
   Bucket bucket;
   std::shared_ptr<Ends> ends;
@@ -31,6 +36,37 @@ struct StreamTransport::Course {
   }
 };
 
+std::vector<StreamTransport::GroupPtr> StreamTransport::groups_of(const std::vector<Stage>& stages) {
+  const auto find = [this](Among among) {
+    const std::lock_guard lock(mutex_);
+    TORCH_CHECK(!groups_.empty(), who_, ": expected an open exchange, got one that was closed");
+    const auto found = groups_.find(among);
+    return found == groups_.end() ? GroupPtr() : found->second;
+  };
+  std::vector<GroupPtr> groups;
+  for (const Stage& stage : stages) {
+    const Among among = stage.collective.among;
+    GroupPtr group = find(among);
+    if (!group) {
+      group = (*open_)(static_cast<int64_t>(among));  // without the lock: it takes another language's
+      const std::lock_guard lock(mutex_);
+      if (!groups_.empty()) groups_.emplace(among, group);
+    }
+    groups.push_back(std::move(group));
+  }
+  return groups;
+}
+
+Transport::FuturePtr StreamTransport::issue(Course& course, size_t stage) {
+  const Collective& collective = course.stages[stage].collective;
+  const WorkPtr work = begin(*course.groups[stage], collective);
+  if (collective.among != Among::kAll) {
+    const std::lock_guard lock(mutex_);
+    last_[collective.among] = work;
+  }
+  return work->getFuture();
+}
+
 Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket bucket) {
   const at::Tensor& given = stages.front().collective.input;
   // NCCL adds up no sparse tensors.
@@ -41,12 +77,8 @@ Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket
   course->ends = ends_;
   FuturePtr arrival;
   try {
-    {
-      const std::lock_guard lock(mutex_);
-      TORCH_CHECK(group_, who_, ": expected an open exchange, got one that was closed");
-      course->group = group_;
-    }
-    arrival = begin(*course->group, course->stages.front().collective)->getFuture();
+    course->groups = groups_of(course->stages);
+    arrival = issue(*course, 0);
   } catch (...) {
     course->fail();
     throw;
@@ -94,9 +126,8 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
         const at::NoGradGuard no_grad;
         try {
           take_in(arrived);
-          const Collective& next = course->stages[stage + 1].collective;
-          if (course->error) next.input.zero_();
-          return follow(course, stage + 1, begin(*course->group, next)->getFuture());
+          if (course->error) course->stages[stage + 1].collective.input.zero_();
+          return follow(course, stage + 1, issue(*course, stage + 1));
         } catch (...) {
           course->fail();
           throw;
@@ -134,13 +165,25 @@ void StreamTransport::wait_idle() {
 }
 
 void StreamTransport::close() {
-  c10::intrusive_ptr<c10d::Backend> group;
+  std::map<Among, GroupPtr> groups;
+  std::map<Among, WorkPtr> last;
   std::vector<FuturePtr> pending;
+  std::shared_ptr<const std::function<void()>> close_groups;
   {
     const std::lock_guard lock(mutex_);
-    group.swap(group_);
+    groups.swap(groups_);
+    last.swap(last_);
     pending.swap(pending_);
+    close_groups.swap(close_);
   }
+  // Giving a group back waits for its collectives, which never end where a rank is gone: it is left to the end of the process then.
+  constexpr std::chrono::seconds kPatience{1};
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  const auto are_done = [&] { return std::all_of(last.begin(), last.end(), [](const auto& each) { return each.second->isCompleted(); }); };
+  while (!are_done() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const bool was_opened = groups.size() > 1, done = are_done();
+  groups.clear();
+  if (was_opened && done && close_groups) (*close_groups)();
   gloo_->close();
 }
 

@@ -1,5 +1,5 @@
 // Collectives of device tensors on the model's own group, in the order of the stream: NCCL, or any backend whose futures carry
-// the stream's events.
+// the stream's events. Those of a host's ranks and of one place on the hosts have groups of the same kind.
 //
 //   hook call, autograd's thread:   issues the collective behind what the stream has to do, and the rest behind the collective
 //
@@ -8,10 +8,16 @@
 // bucket order on every rank, from the thread that would issue its own all-reduces on the same group; a communicator of one's
 // own would cost its buffers and put a second one in flight beside it. What ranks compare beforehand, and a save, go through
 // gloo as ever.
+//
+// NCCL takes several communicators on one device where every rank issues their collectives in one order, and none waits for room that
+// another holds which waits for it. The stages of a bucket follow one another on the stream, and the next bucket's first one is on the
+// communicator of this one's last, behind it: of the two of a host and of a place no more than one is ever at work.
 #pragma once
 
 #include <c10/core/Event.h>
 
+#include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -23,9 +29,15 @@ namespace regtopk {
 
 class StreamTransport final : public Transport {
  public:
-  // `group` serves tensors of that type of device; `gloo` takes all else.
-  StreamTransport(
-      c10::intrusive_ptr<c10d::Backend> group, at::DeviceType device_type, std::shared_ptr<GlooTransport> gloo, std::string who);
+  using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
+  struct Groups {
+    GroupPtr model;
+    // Of other ranks than all, where a bucket first needs it; waits for them. And what gives all of those back.
+    std::shared_ptr<const std::function<GroupPtr(int64_t among)>> open;
+    std::shared_ptr<const std::function<void()>> close;
+  };
+  // The groups serve tensors of that type of device; `gloo` takes all else.
+  StreamTransport(Groups groups, at::DeviceType device_type, std::shared_ptr<GlooTransport> gloo, std::string who);
 
   int64_t rank() const override { return gloo_->rank(); }
   int64_t workers() const override { return gloo_->workers(); }
@@ -41,13 +53,18 @@ class StreamTransport final : public Transport {
   void close() override;
 
  private:
-  using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
+  using Among = Collective::Among;
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
   struct Course;
   // Where what a bucket did ends on its stream if it has an error: its future orders nothing behind that.
   struct Ends {
     std::mutex mutex;
     std::vector<std::pair<at::Device, c10::Event>> events;
   };
+  // The groups of the stages. RuntimeError once the transport is closed.
+  std::vector<GroupPtr> groups_of(const std::vector<Stage>& stages);
+  // Issues the collective of a stage.
+  FuturePtr issue(Course& course, size_t stage);
   // What is to be done behind `arrival`, that of a stage.
   FuturePtr follow(const std::shared_ptr<Course>& course, size_t stage, const FuturePtr& arrival);
   void wait_for(const FuturePtr& future) const;
@@ -55,7 +72,10 @@ class StreamTransport final : public Transport {
   const std::string who_;
   const at::DeviceType device_type_;
   std::mutex mutex_;
-  c10::intrusive_ptr<c10d::Backend> group_;  // null once closed
+  std::map<Among, GroupPtr> groups_;  // empty once closed
+  std::map<Among, WorkPtr> last_;     // on each but the model's
+  std::shared_ptr<const std::function<GroupPtr(int64_t among)>> open_;
+  std::shared_ptr<const std::function<void()>> close_;
   std::vector<FuturePtr> pending_;           // of buckets since the last wait: what follows must come after them on the stream
   const std::shared_ptr<GlooTransport> gloo_;
   const std::shared_ptr<Ends> ends_ = std::make_shared<Ends>();  // of buckets since the last wait

@@ -214,6 +214,18 @@ class OnDevice:
     def spread(self, *tensors, **options):
         return self._with_status(torch.ops.regtopk.spread_, *tensors, **options)
 
+    def split(self, *tensors, **options):
+        self._call(torch.ops.regtopk.split_, *tensors, **options)
+
+    def mean(self, *tensors, **options):
+        self._call(torch.ops.regtopk.mean_, *tensors, **options)
+
+    def join(self, *tensors, **options):
+        return self._with_status(torch.ops.regtopk.join_, *tensors, **options)
+
+    def mark_unfilled(self, *tensors):
+        self._call(torch.ops.regtopk.mark_unfilled_, *tensors)
+
     def _with_status(self, operator, *tensors, **options):
         status = torch.full((1,), -1)
         self._call(operator, *tensors, status=status, **options)
@@ -272,6 +284,36 @@ def led(log):
                 failed += not log.check(right, f"{numel} entries of {dtype}, {form}: expected the CPU's bytes, got {words}")
                 done += 1
     log.write("compared", cases=done, failed=failed)
+
+
+def hosts(log):
+    """Parts of parameters between the ranks of a host: there and back, and a head that is none."""
+    if package_without_extension():
+        raise NotRun("the extension was not built, and its CPU operators say what is right")
+    from tests.simt.with_parts import Host, PartsOperators  # it needs the extension
+
+    kernels, done = machine.library_kernels(log), 0
+    run = OnDevice() if not log.emulated and machine.extension_has_kernels() else kernels
+    layouts = [[1], [1, 2, 0, 3], [5, 4_097, 3, 7_001, 2], [64] * 40]
+    for numels in layouts if log.emulated else [*layouts, [70_001, 3] * 5, [11_200_000], [size % 3_000 for size in range(10_000)]]:
+        for dtype in FLOATS[:2] if log.emulated else FLOATS:
+            for ranks in (2, 3) if log.emulated else (1, 2, 4, 8):
+                if log.seconds_left() < 2:
+                    log.write("left out", first=f"{len(numels)} parameters of {dtype}, {ranks} ranks")
+                    return
+                host, what = Host(numels, ranks, dtype), f"{len(numels)} parameters with {sum(numels)} entries of {dtype}, {ranks} ranks"
+                generator = torch.Generator().manual_seed(ranks)
+                gradients = [torch.randn(host.numel, generator=generator).to(dtype) for _ in range(ranks)]
+                gradients[0][host.numel // 2] = torch.nan
+                there = host.all_of_it(run, gradients)
+                wrong = [name for name, tensor in host.all_of_it(PartsOperators(), gradients).items() if not machine.same_bytes(tensor, there[name])]
+                log.check(not wrong, f"{what}: expected the CPU's bytes, got other {wrong}")
+                rows = host.split(PartsOperators(), gradients[0])
+                rows[ranks - 1].zero_()
+                bucket, verdict, status = host.join(run, rows)
+                log.check(status == (ranks - 1) << 8 | 1 and bool(bucket.isnan().all()) and int(verdict[9]) == 9, f"{what}: expected NaN where a head is none, got status {status}")
+                done += 1
+    log.write("compared", cases=done)
 
 
 def graph(log):

@@ -59,6 +59,7 @@ MOMENTUM = {"momentum": 0.9, "mask_momentum": True, "clip_norm": 5.0, "chunk": 1
 FORMS = {
     "": ({}, "hook"), "2 bits": (WIRE, "hook"), "momentum, chunks": (MOMENTUM, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach"),
     "led": ({"support": "leader"}, "hook"), "adaptive": ({"adaptive": (DENSITY, 2)}, "hook"), "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
+    "levels": ({"levels": 2}, "hook"),
 }  # fmt: skip
 
 
@@ -126,12 +127,15 @@ def train(rank, backend, device, method, view, form):
 
 
 def simulate(world, device, method, layouts, form):
-    """Return (parameters, residuals of each rank) of the same job on LocalExchange."""
+    """Return (parameters, residuals of each rank by place, what each has measured) of the same job on LocalExchange; with levels on one for each place on a host."""
     import regtopk_torch as rt
+    from hosts import Twin
 
     parameters = [torch.zeros(size, device=device) for size in SIZES]
     density, options = density_of(form)
-    exchange = rt.LocalExchange(world, density, method=method, mu=1.0, **options)
+    options = {"density": density, "method": method, "mu": 1.0, **options}
+    levels = options.pop("levels", 1)
+    exchange = Twin(world // levels, levels, **options) if levels > 1 else rt.LocalExchange(world, **options)
     for step in range(STEPS):
         given = [
             [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in zip(parameters, gradients_of(rank, step, device), strict=True)]
@@ -142,8 +146,9 @@ def simulate(world, device, method, layouts, form):
             for place, (parameter, average) in enumerate(zip(parameters, averages, strict=True)):
                 if not (step in UNUSED and place == 2):
                     parameter.add_(average, alpha=-0.1)
-    state = exchange.state_dict()
-    return [parameter.cpu() for parameter in parameters], state
+    kept = [{place: residual.cpu() for place, residual in exchange.residuals(rank).items()} for rank in range(world)]
+    measured = [[]] * world if levels > 1 else [worker.get("density_state", []) for worker in exchange.state_dict()["workers"]]
+    return [parameter.cpu() for parameter in parameters], kept, measured
 
 
 def compare(log, world, backend, method, view, form="", layouts=None):
@@ -162,10 +167,9 @@ def compare(log, world, backend, method, view, form="", layouts=None):
     for rank, other in enumerate(results):
         same = all(torch.equal(one, two) for one, two in zip(parameters, other[0], strict=True))
         log.check(same, f"{name}: expected the parameters of rank 0 on rank {rank}, got others")
-    simulated, state = simulate(world, device, method, layouts, form)
-    for rank, (_, residuals, measured, *_) in enumerate(results):
-        log.check(measured == state["workers"][rank].get("density_state", []), f"{name}: expected the norms of the simulation on rank {rank}, got others")
-        kept = {int(name): entry["residual"] for name, entry in state["workers"][rank]["parameters"].items()}
+    simulated, all_kept, all_measured = simulate(world, device, method, layouts, form)
+    for rank, (kept, simulated_norms, (_, residuals, measured, *_)) in enumerate(zip(all_kept, all_measured, results, strict=True)):
+        log.check(measured == simulated_norms, f"{name}: expected the norms of the simulation on rank {rank}, got others")
         same = len(kept) == len(residuals) and all(torch.equal(residual, kept[int(name.rpartition(".")[2])]) for name, residual in residuals.items())
         log.check(same, f"{name}: expected the residuals of the simulation on rank {rank}, got others")
     differing = [place for place, (one, two) in enumerate(zip(parameters, simulated, strict=True)) if not torch.equal(one, two)]

@@ -20,6 +20,7 @@ using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 class LateWork : public c10d::Work {
  public:
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+  bool isCompleted() override { return future_->completed(); }
 
  private:
   const c10::intrusive_ptr<c10::ivalue::Future> future_ =

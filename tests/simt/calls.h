@@ -143,6 +143,25 @@ struct SpreadCall {
   void *workspace, *room, *stream;
 };
 
+// Of parts between the ranks of a host.
+struct PartsCall {
+  int64_t type, numel;
+  const int64_t* ends;
+  int64_t parameters, ranks, row_bytes;
+  uint64_t step, plan;
+  double scale;
+  uint64_t deed;
+  void* gradient;  // of a mean none
+  uint8_t* rows;
+  uint8_t* row;    // these of a mean
+  int64_t entries;
+  unsigned long long* found;
+  int64_t* verdict;  // these of a join
+  int64_t round;
+  unsigned long long* worst_status;
+  void* stream;
+};
+
 int64_t call_payload_bytes(int64_t numel, int64_t k, int64_t type, int64_t spans);
 void call_sampling(int64_t numel, int64_t k, SamplingNumbers* out);
 int64_t call_zeroed_bytes();
@@ -170,5 +189,9 @@ const char* call_take(const TakeCall* call);
 const char* call_average_slice(const AverageSliceCall* call);
 const char* call_spread(const SpreadCall* call);
 const char* call_feedback(const SpreadCall* call);
+const char* call_split(const PartsCall* call);
+const char* call_mean(const PartsCall* call);
+const char* call_join(const PartsCall* call);
+const char* call_mark(uint8_t* message, int64_t bytes, const unsigned long long* found, unsigned long long* worst_status, void* stream);
 
 }  // extern "C"

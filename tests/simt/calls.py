@@ -98,3 +98,12 @@ class Spread(ctypes.Structure):
         ("distortion", ctypes.c_int64), ("feedback", ctypes.c_void_p), ("workspace", ctypes.c_void_p), ("room", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]  # fmt: skip
+
+
+class Parts(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int64), ("numel", ctypes.c_int64), ("ends", ctypes.c_void_p), ("parameters", ctypes.c_int64), ("ranks", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64), ("step", ctypes.c_uint64), ("plan", ctypes.c_uint64), ("scale", ctypes.c_double), ("deed", ctypes.c_uint64),
+        ("gradient", ctypes.c_void_p), ("rows", ctypes.c_void_p), ("row", ctypes.c_void_p), ("entries", ctypes.c_int64), ("found", ctypes.c_void_p),
+        ("verdict", ctypes.c_void_p), ("round", ctypes.c_int64), ("worst_status", ctypes.c_void_p), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip

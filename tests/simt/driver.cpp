@@ -2,6 +2,7 @@
 // where nvcc compiles this with the kernels into a library that knows no torch.
 #include <sstream>
 
+#include "../../csrc/core/parts.h"
 #include "../../cuda/launch.h"
 #include "calls.h"
 #if defined(REGTOPK_EMULATED)
@@ -75,6 +76,16 @@ void allow(const SpreadCall& call) {
 
 AveragesLaunch received_of(const SpreadCall& call) {
   return {call.rows, call.averages, call.workers, call.row_bytes, call.averages_bytes, call.step};
+}
+
+void allow(const PartsCall& call, bool rows_are_written) {
+  allow(call.rows, call.ranks * call.row_bytes, rows_are_written);
+  allow(call.ends, (1 + call.ranks) * (call.parameters + 1) * 8, false);
+  allow(call.gradient, call.numel * value_bytes(static_cast<ValueType>(call.type)), !rows_are_written);
+}
+
+PartsLaunch launch_of(const PartsCall& call) {
+  return {static_cast<ValueType>(call.type), call.numel, call.ends, call.parameters, call.ranks, call.row_bytes, call.step, call.plan};
 }
 
 }  // namespace
@@ -412,6 +423,60 @@ const char* call_feedback(const SpreadCall* call) {
          .feedback = call->feedback},
         static_cast<cudaStream_t>(call->stream));
   });
+}
+
+const char* call_split(const PartsCall* call) {
+  allow(*call, /*rows_are_written=*/true);
+  return run([&] {
+    return launch_split(
+        {.parts = launch_of(*call), .gradient = call->gradient, .rows = call->rows, .scale = call->scale, .deed = call->deed},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_mean(const PartsCall* call) {
+  allow(call->rows, call->ranks * call->row_bytes, false);
+  allow(call->row, kPartHeadBytes + call->entries * value_bytes(static_cast<ValueType>(call->type)), true);
+  allow(call->found, 2 * sizeof *call->found, true);
+  return run([&] {
+    return launch_mean(
+        {.type = static_cast<ValueType>(call->type),
+         .rows = call->rows,
+         .ranks = call->ranks,
+         .row_bytes = call->row_bytes,
+         .entries = call->entries,
+         .step = call->step,
+         .plan = call->plan,
+         .scale = call->scale,
+         .deed = call->deed,
+         .row = call->row,
+         .found = call->found},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_join(const PartsCall* call) {
+  allow(*call, /*rows_are_written=*/false);
+  allow(call->verdict, 8, true);
+  allow(call->worst_status, sizeof *call->worst_status, true);
+  return run([&] {
+    return launch_join(
+        {.parts = launch_of(*call),
+         .rows = call->rows,
+         .gradient = call->gradient,
+         .verdict = call->verdict,
+         .round = call->round,
+         .worst_status = call->worst_status},
+        static_cast<cudaStream_t>(call->stream));
+  });
+}
+
+const char* call_mark(uint8_t* message, int64_t bytes, const unsigned long long* found, unsigned long long* worst_status, void* stream) {
+  allow(message, bytes, true);
+  allow(found, 2 * sizeof *found, false);
+  allow(worst_status, 2 * sizeof *worst_status, true);
+  return run(
+      [&] { return launch_mark({.message = message, .found = found, .worst_status = worst_status}, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // extern "C"

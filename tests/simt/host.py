@@ -19,7 +19,7 @@ from tests.simt import calls
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "measure", "momentum", "check", "whole", "lead", "averages"]
+KERNELS = ["sample", "accumulate", "finish", "compress", "aggregate", "settle", "judge", "wire", "chunks", "measure", "momentum", "check", "whole", "lead", "averages", "parts"]
 HOST_SOURCES = ["tests/simt/simt.cpp", "tests/simt/driver.cpp", "tests/simt/faults.cpp", "csrc/core/payload.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DREGTOPK_EMULATED"]
 VALUE_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bits2x4: 4, torch.bits1x8: 5}
@@ -176,7 +176,7 @@ class Kernels:
     def __init__(self, device="emulated", library=None):
         self.device = device
         self._library = ctypes.CDLL(str(library or build()))
-        for name in ("call_compress", "call_aggregate", "call_measure", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback") + (("simt_traffic",) if device == "emulated" else ()):
+        for name in ("call_compress", "call_aggregate", "call_measure", "call_settle", "call_correct", "call_judge", "call_to_wire", "call_from_wire", "call_take", "call_average_slice", "call_spread", "call_feedback", "call_split", "call_mean", "call_join", "call_mark") + (("simt_traffic",) if device == "emulated" else ()):
             getattr(self._library, name).restype = ctypes.c_char_p
         for name in ("call_compress_workspace", "call_aggregate_workspace", "call_zeroed_bytes", "call_measure_workspace", "call_measure_zeroed_bytes", "call_correct_workspace", "call_correct_zeroed_bytes", "call_payload_bytes", "call_wire_bytes", "call_to_wire_workspace", "call_from_wire_workspace", "call_take_room", "call_spread_room"):
             getattr(self._library, name).restype = ctypes.c_int64
@@ -422,6 +422,41 @@ class Kernels:
             call = self._spread_call(dtype, numel, feedback.numel(), payload, rows, averages, spans, idle, step)
             call.distortion, call.feedback = DISTORTIONS[distortion], _pointer(feedback)
             self._raise(self._library.call_feedback(ctypes.byref(call)))
+
+    @staticmethod
+    def _parts_call(rows, *, dtype=None, gradient=None, parts=None, step, plan, scale=1.0, deed=0, **of_one):
+        return calls.Parts(
+            type=VALUE_TYPES[dtype or gradient.dtype], numel=0 if gradient is None else gradient.numel(), ends=_pointer(parts),
+            parameters=0 if parts is None else parts.shape[1] - 1, ranks=len(rows), row_bytes=rows.shape[1], step=step, plan=plan, scale=scale, deed=deed,
+            gradient=_pointer(gradient), rows=_pointer(rows), **of_one,
+        )  # fmt: skip
+
+    def split(self, gradient, rows, parts, **stamp):
+        """As regtopk::split_; `rows` is written."""
+        with self._operands(gradient, rows, parts) as (gradient, rows, parts):
+            self._raise(self._library.call_split(ctypes.byref(self._parts_call(rows, gradient=gradient, parts=parts, stream=self._stream(), **stamp))))
+
+    def mean(self, rows, row, found, *, entries, dtype, **stamp):
+        """As regtopk::mean_; `row` and `found` are written."""
+        with self._operands(rows, row, found) as (rows, row, found):
+            call = self._parts_call(rows, dtype=dtype, row=_pointer(row), entries=entries, found=_pointer(found), stream=self._stream(), **stamp)
+            self._raise(self._library.call_mean(ctypes.byref(call)))
+
+    def join(self, rows, gradient, parts, verdict, *, round, **stamp):
+        """As regtopk::join_; returns what the device found wrong with the heads."""
+        with self._operands(rows, gradient, parts, verdict) as (rows, gradient, parts, verdict):
+            found = torch.full((1,), -1, dtype=torch.int64, device=rows.device)
+            call = self._parts_call(
+                rows, gradient=gradient, parts=parts, verdict=_entry(verdict, round), round=round, worst_status=_pointer(found), stream=self._stream(), **stamp
+            )  # fmt: skip
+            self._raise(self._library.call_join(ctypes.byref(call)))
+        return int(found) % 2**64
+
+    def mark_unfilled(self, message, found, status=None):
+        """As regtopk::mark_unfilled_; `message` and `status` are written."""
+        with self._operands(message, found, status) as (message, found, status):
+            pointers = (ctypes.c_void_p(_pointer(tensor)) for tensor in (found, status))
+            self._raise(self._library.call_mark(ctypes.c_void_p(_pointer(message)), ctypes.c_int64(message.numel()), *pointers, ctypes.c_void_p(self._stream())))
 
     def _spread_call(self, dtype, numel, k, payload, rows, averages, spans, idle, step):
         return calls.Spread(

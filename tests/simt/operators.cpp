@@ -1,4 +1,4 @@
-// The CUDA operators as they are, cuda/operators.cpp and lead_operators.cpp, over the emulated kernels and in the place of the CPU operators: what
+// The CUDA operators as they are, cuda/operators.cpp and its likes, over the emulated kernels and in the place of the CPU operators: what
 // exchanges CPU tensors then takes the device's path. Loaded by a test, after the extension. One file: it takes as long to
 // compile as torch's headers do to read.
 #include <torch/library.h>
@@ -18,6 +18,11 @@
   template <typename Library>                  \
   void register_lead_operators(Library library)
 #include "../../cuda/lead_operators.cpp"
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(name, key, library) \
+  template <typename Library>                  \
+  void register_parts_operators(Library library)
+#include "../../cuda/parts_operators.cpp"
 #pragma pop_macro("TORCH_LIBRARY_IMPL")
 
 namespace {
@@ -36,4 +41,5 @@ struct AllButCopies {
 TORCH_LIBRARY_IMPL(regtopk, CPU, library) {
   regtopk::register_operators(AllButCopies{library});
   regtopk::register_lead_operators(AllButCopies{library});
+  regtopk::register_parts_operators(AllButCopies{library});
 }
