@@ -18,7 +18,8 @@
 namespace regtopk {
 
 inline void check_on_device(const char* who, const char* name, const at::Tensor& tensor, const at::Device& device) {
-  TORCH_CHECK_VALUE(tensor.device() == device, who, ": expected ", name, " on ", device, " like the gradient, got ", tensor.device());
+  TORCH_CHECK_VALUE(
+      tensor.device() == device, who, ": expected ", name, " on ", device, ", where the other tensors are, got ", tensor.device());
 }
 
 inline void check_aligned(const char* who, const char* name, const void* pointer) {
