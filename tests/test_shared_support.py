@@ -5,7 +5,6 @@ import re
 import late
 import pytest
 import torch
-import torch.distributed as dist
 from given import ENTRIES, Given, finite, held, integers, missing, register, seed_of, unit_sgd
 from processes import run_workers
 from torch.nn.parallel import DistributedDataParallel
@@ -203,32 +202,6 @@ def test_averages_that_are_none_are_an_error_that_names_their_rank_and_changes_n
 
 
 # Between processes
-
-
-def hook_does_not_wait(rank, steps):
-    """Rank 1 comes to its first bucket of a step once rank 0 has returned from its last: none waits for what the other does later."""
-    module = Given(*[300] * 6)
-    ddp = DistributedDataParallel(module, bucket_cap_mb=1e-3)
-    state = rt.TopKState(0.1, support="leader")
-    store, calls, step = dist.distributed_c10d._get_default_store(), [], 0
-
-    def hook(state, bucket):
-        if rank == 1 and step > 1 and bucket.index() == 0:
-            store.wait([f"done/{step}"])
-        future = rt.sparse_hook(state, bucket)
-        calls.append(bucket.index())
-        if rank == 0 and bucket.is_last():
-            store.set(f"done/{step}", "yes")
-        return future
-
-    ddp.register_comm_hook(state, hook)
-    for step in range(steps):
-        ddp(integers(*[300] * 6, seed=seed_of(rank, step))).backward()
-    return max(calls)
-
-
-def test_no_rank_waits_in_the_hook_whoever_leads():
-    assert run_workers(hook_does_not_wait, 2, 6) == [5, 5]
 
 
 def train_with_void_steps(rank, state, entry, sizes, steps, bucket_cap_mb, faulty):
