@@ -20,7 +20,7 @@ except ImportError as error:
         "or `pip install --no-build-isolation -e .` in the project's folder"
     ) from error
 
-from regtopk_torch import fake, presets  # noqa: F401  (fake registers the fake kernels)
+from regtopk_torch import fake, groups, presets  # noqa: F401  (fake registers the fake kernels)
 from regtopk_torch.directory import CheckpointError, load, save
 from regtopk_torch.hook import attach, sparse_hook
 from regtopk_torch.local import LocalExchange
@@ -36,5 +36,4 @@ has_cuda_kernels = _C.has_cuda_kernels
 # An instruction set that REGTOPK_CPU names in vain is an error now, not in the middle of a backward pass.
 _C.cpu_variant()
 
-# Before the interpreter ends, every exchange lets go of its thread: a pending future with a Python callback would hang it.
-atexit.register(_C.close_all)
+atexit.register(groups.close_all)

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from regtopk_torch import _C
 
+
+_is_ending = False  # the process is
 attached: weakref.WeakSet = weakref.WeakSet()  # models on which `attach` has registered a state
 
 
@@ -80,7 +83,7 @@ def open_groups(state, caller="sparse_hook"):
         shared.add(f"regtopk/opened/{rank}", -1)
         raise dist.DistBackendError(
             f"rank {rank}: {caller}: expected all {size} ranks to use their state within {limit.total_seconds():g} s, got none of "
-            f"rank {', '.join(map(str, missing))}; construct and register it on every rank of the group"
+            f"rank {', '.join(map(str, missing))}; {'construct and register it' if caller == 'sparse_hook' else 'call it'} on every rank of the group"
         ) from error
 
     def open_group(name, threads, rank_among=rank, among=size):
@@ -108,7 +111,7 @@ def open_groups(state, caller="sparse_hook"):
         ranks = known_ranks_of(model, f"rank {rank}: {caller}")
         mine = (ranks, ranks[host * levels : (host + 1) * levels], ranks[place::levels])[among]
         try:
-            opened.append(_new_group(model, mine, stream[1], limit))
+            opened.append(_new_group(model, mine, stream[1], limit, f"regtopk/{model.group_name}/{number}"))
         except RuntimeError as error:
             raise dist.DistBackendError(
                 f"rank {rank}: {caller}: expected to open a group of the ranks {mine} within {limit.total_seconds():g} s, got: {error}"
@@ -116,7 +119,7 @@ def open_groups(state, caller="sparse_hook"):
         return opened[-1][1]
 
     def close():
-        while opened:
+        while opened and not _is_ending:
             _give_back(opened.pop()[0])
 
     return payloads, control, store, limit.total_seconds(), stream and (*stream, open_among, close), open_stage
@@ -138,19 +141,38 @@ def known_ranks_of(group, who):
     return ranks
 
 
-def _new_group(model, ranks, device, limit):
+def _new_group(model, ranks, device, limit, name):
     """(group, its backend for that type of device) of these global ranks, of the model's kind. Each rank opens that of its host before that
-    of its place, so that none waits for one that waits for it; ranks that are in neither take no part."""
-    kinds = dict(kind.split(":") for kind in dist.get_backend_config(model).split(","))
-    group = dist.new_group(ranks, timeout=limit, backend=kinds[device], use_local_synchronization=True, group_desc="regtopk_levels")
+    of its place, so that none waits for one that waits for it; ranks that are in neither take no part.
+
+    Not by torch.distributed.new_group: it names groups by how many this rank has made, and members of one may have made different numbers.
+    """
+    c10d, kinds = dist.distributed_c10d, dict(kind.split(":") for kind in dist.get_backend_config(model).split(","))
+    world = c10d._get_default_group()
+    store = c10d._world.pg_map[world][1]
+    own = f"{name} of ranks {','.join(map(str, ranks))}"
+    group, _ = c10d._new_process_group_helper(
+        len(ranks), ranks.index(dist.get_rank()), ranks, kinds[device], store, own, timeout=limit, device_id=getattr(world, "bound_device_id", None),
+        group_desc="regtopk_levels",
+    )
+    c10d._world.pg_group_ranks[group] = {global_rank: rank for rank, global_rank in enumerate(ranks)}
     return group, group._get_backend(torch.device(device))
 
 
 def _give_back(group):
+    """As this rank does alone. Of NCCL's, which alone has it, by an abort: to destroy one waits for the other ranks on the host."""
     try:
-        dist.destroy_process_group(group)
+        is_nccl = dist.get_backend(group).startswith("nccl")
+        (dist.distributed_c10d._abort_process_group if is_nccl else dist.destroy_process_group)(group)
     except (AssertionError, RuntimeError, ValueError):  # with all the others, before the state was closed
         pass
+
+
+def close_all():
+    """Close every exchange before the interpreter ends: a pending future with a Python callback would hang it. Groups end with the process."""
+    global _is_ending
+    _is_ending = True
+    _C.close_all()
 
 
 def _stream_of(group):

@@ -53,8 +53,8 @@ def served_late(path, way, failing=-1):
         inner = dist.ProcessGroupGloo(store, group.rank(), group.size(), groups._options(groups.timeout_of(group), threads=2))
         return late_backend.make(inner, way, failing), "cpu"
 
-    def new_group(model, ranks, device, limit):
-        group, inner = of_any_kind(model, ranks, device, limit)
+    def new_group(model, ranks, device, limit, name):
+        group, inner = of_any_kind(model, ranks, device, limit, name)
         return group, late_backend.make(inner, way, failing)
 
     before, of_any_kind = groups._stream_of, groups._new_group

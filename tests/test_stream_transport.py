@@ -126,6 +126,8 @@ def known():
 def open_and_close(rank, path):
     """(groups with the state open, those with it closed, and with another one that is dropped; what a group that is not known, or not in order, is told)."""
     seen, tensors = [], [torch.arange(30.0)]
+    if rank in (0, 3):  # ranks may have made different numbers of groups
+        dist.new_group([0, 3], use_local_synchronization=True)
     with late.served_late(path, "late"):
         for ends in ("close", "drop"):
             state = rt.TopKState(0.5, levels=2)
@@ -147,7 +149,7 @@ def open_and_close(rank, path):
 def test_groups_of_hosts_are_opened_where_they_are_needed_and_given_back(backend):
     for rank, (seen, unknown, unordered) in enumerate(run_workers(open_and_close, 4, backend)):
         host, place = (0, 1) if rank < 2 else (2, 3), (rank % 2, rank % 2 + 2)
-        assert [set(groups) for groups in seen] == [{(0, 1, 2, 3), host, place}, {(0, 1, 2, 3)}] * 2
+        assert [set(groups) - {(0, 3)} for groups in seen] == [{(0, 1, 2, 3), host, place}, {(0, 1, 2, 3)}] * 2
         assert set(seen[0].values()) == {"gloo"}
         assert unknown[0] is ValueError and unknown[1].startswith(f"rank {rank}: average: expected a process group of torch.distributed's with levels= on a GPU, got one that it does not know")
         assert unordered[0] is ValueError and "expected a process group of ascending ranks with levels= on a GPU, got [3, 2, 1, 0]" in unordered[1]

@@ -52,6 +52,7 @@ void Clock::note_end(at::Device device, int64_t round) {
 }
 
 bool Clock::hear_ends() {
+  const std::lock_guard lock(hearing_);
   const Ends::News news = ends_.hear();
   for (const int64_t round : news.void_rounds) hear_void(round);
   return news.are_all;

@@ -50,6 +50,7 @@ class Clock {
   std::unordered_set<int64_t> begun_;  // workers that have begun a step in this round
   const at::Tensor verdict_;                    // of the host
   std::unordered_map<at::Device, at::Tensor> on_devices_;
+  std::mutex hearing_;  // until what was heard is in the verdict
   Ends ends_;
 };
 

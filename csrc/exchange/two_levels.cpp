@@ -87,6 +87,7 @@ Way way(
           plan->averages, average, plan->parts, worker->steps.clock().verdict(average.device()), optional(worker->report.status_in_host()),
           stamp);
     });
+    worker->steps.clock().note_end(average.device(), stamp.round);  // what all of the bucket says of the round
     worker->statistics.bytes_local += static_cast<double>(2 * (host_ranks - 1) * plan->slice.numel());
   };
   const auto fail = [=] {

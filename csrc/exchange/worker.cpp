@@ -255,12 +255,11 @@ void Worker::wait_for_report() const {
 }
 
 void Worker::wait_until(const std::function<bool()>& is_so) const {
-  constexpr std::chrono::minutes kLimit{10};
-  const auto deadline = std::chrono::steady_clock::now() + kLimit;
+  const auto deadline = std::chrono::steady_clock::now() + limit;
   while (!is_so()) {
     TORCH_CHECK(
-        std::chrono::steady_clock::now() < deadline, who, ": expected ", report.device(), " to end what it does within ", kLimit.count(),
-        " min, got no end; a rank that it waits for may be gone");
+        std::chrono::steady_clock::now() < deadline, who, ": expected ", report.device(), " to end what it does within ",
+        static_cast<double>(limit.count()) / 1000, " s, got no end; a rank that it waits for may be gone");
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }

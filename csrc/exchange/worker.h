@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -70,6 +71,7 @@ class Worker {
 
   const Options options;
   std::string who;  // begins messages
+  std::chrono::milliseconds limit = std::chrono::minutes(10);  // of all that waits: the transport's, where there is one
   int64_t rank = 0, workers = 1;  // among those who send each other payloads: hosts, where there are levels. Set before the first bucket
   int64_t place = 0;              // on the host
   int64_t ranks() const { return workers * options.host_ranks; }

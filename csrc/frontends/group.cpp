@@ -59,6 +59,7 @@ Transport& GroupExchange::transport() {
     if (!transport_) {
       transport_ = owner_.open(caller_, [worker = worker_] { return c10::str(describe_deed(worker->deed()), " of ", kDeeds); });
       const int64_t host_ranks = worker_->options.host_ranks;
+      worker_->limit = transport_->timeout();
       worker_->rank = transport_->rank() / host_ranks;
       worker_->place = transport_->rank() % host_ranks;
       worker_->workers = std::max<int64_t>(transport_->workers() / host_ranks, 1);  // the ranks compare it with their number

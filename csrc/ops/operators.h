@@ -54,7 +54,7 @@ void aggregate_(
     const at::Tensor& gradient, const at::Tensor& payloads, const std::optional<at::Tensor>& feedback, const Shared& shared,
     const std::optional<at::Tensor>& status, const Selection& selection, const Stamp& stamp, int64_t rank);
 // Writes to `squared_norm`, [1] of fp64, the squared 2-norm of a gradient that is 0 outside the entries of these payloads, which were
-// checked: the same bits on every device and for any number of threads, in time that follows k.
+// checked: the same bits on every device and for any number of threads. The bytes that it reads follow k.
 void measure_(const at::Tensor& gradient, const at::Tensor& payloads, const at::Tensor& squared_norm, int64_t k, int64_t spans);
 // Before compress_: writes to `given`, which may be the gradient, what is given instead of it. `velocity`, [J] of the
 // accumulate dtype, keeps what it had where that is not finite in the gradient's dtype, which then is infinite or NaN, and in parameters

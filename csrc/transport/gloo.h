@@ -49,13 +49,13 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
 
   int64_t rank() const override { return rank_; }
   int64_t workers() const override { return workers_; }
+  std::chrono::milliseconds timeout() const override { return timeout_; }
   FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override;
   void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) override;
   void announce_failure(const std::string& why) override { watch_->announce_failure(why); }
   void wait_idle() override;
   void close() override;
-  std::chrono::milliseconds timeout() const { return timeout_; }
 
  private:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;

@@ -137,11 +137,10 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
 }
 
 void StreamTransport::wait_for(const FuturePtr& future) const {
-  const auto deadline = std::chrono::steady_clock::now() + gloo_->timeout();
+  const auto deadline = std::chrono::steady_clock::now() + timeout();
   while (!future->completed()) {  // on a stream it is
     if (std::chrono::steady_clock::now() >= deadline) {
-      C10_THROW_ERROR(
-          DistBackendError, c10::str(who_, ": expected no pending exchange within ", gloo_->timeout().count() / 1000, " s, got one"));
+      C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout().count() / 1000, " s, got one"));
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -176,7 +175,8 @@ void StreamTransport::close() {
     pending.swap(pending_);
     close_groups.swap(close_);
   }
-  // Giving a group back waits for its collectives, which never end where a rank is gone: it is left to the end of the process then.
+  // Giving a group back waits for its collectives, which never end where a rank is gone: it is left to the end of the process then. No
+  // other rank is waited for.
   constexpr std::chrono::seconds kPatience{1};
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   const auto are_done = [&] { return std::all_of(last.begin(), last.end(), [](const auto& each) { return each.second->isCompleted(); }); };

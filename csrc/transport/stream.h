@@ -32,7 +32,8 @@ class StreamTransport final : public Transport {
   using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
   struct Groups {
     GroupPtr model;
-    // Of other ranks than all, where a bucket first needs it; waits for them. And what gives all of those back.
+    // Of other ranks than all, where a bucket first needs it; some kinds wait for them then, NCCL in the first collective. And what
+    // gives all of those back, as long as the process goes on.
     std::shared_ptr<const std::function<GroupPtr(int64_t among)>> open;
     std::shared_ptr<const std::function<void()>> close;
   };
@@ -41,6 +42,7 @@ class StreamTransport final : public Transport {
 
   int64_t rank() const override { return gloo_->rank(); }
   int64_t workers() const override { return gloo_->workers(); }
+  std::chrono::milliseconds timeout() const override { return gloo_->timeout(); }
   FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override {
     return gloo_->gather_texts(own, caller, activity);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -42,6 +43,7 @@ class Transport {
   virtual ~Transport() = default;
   virtual int64_t rank() const = 0;
   virtual int64_t workers() const = 0;
+  virtual std::chrono::milliseconds timeout() const = 0;  // of all that waits
 
   // Takes a bucket through its stages, all ranks through the same. The first collective is issued before this returns. What a `then`
   // throws is the future's error; what this rank would send afterwards is zeros then, which no other rank takes for a message: none waits
