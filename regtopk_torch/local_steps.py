@@ -1,8 +1,11 @@
 """Local steps: workers train by themselves for a while, and average what they did to their weights."""
 
 import collections
+import hashlib
 import itertools
 import numbers
+import warnings
+import weakref
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +15,8 @@ from regtopk_torch.average import _check_no_module
 from regtopk_torch.states import TopKState
 
 BUFFERS = ("keep", "average")
+VOID_ROUNDS = 3  # running, of a fragment, are more than an accident
+_served: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # state: the last LocalSteps made for it
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,7 +74,7 @@ class LocalSteps:
     def __init__(self, model, optimizer, state, every=1, outer="sgd", *, buffers="keep", fragments=1, delay=0):
         who = "LocalSteps"
         if not isinstance(model, torch.nn.Module) or isinstance(model, DistributedDataParallel):
-            raise TypeError(f"{who}: expected a torch.nn.Module that nothing averages already, got {type(model).__name__}")
+            raise TypeError(f"{who}: expected a torch.nn.Module that nothing averages already, got {type(model).__name__}; pass the model itself, and train without a wrapper")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{who}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(state, TopKState):
@@ -92,6 +97,7 @@ class LocalSteps:
             raise ValueError(f"{who}: expected an optimizer of the model's parameters, got one with {len(strangers)} others, of {len(named)}")
         if fragments > len(named):
             raise ValueError(f"{who}: expected at most one fragment for each of {len(named)} parameters, got fragments={fragments}")
+        _served[state] = weakref.ref(self)
         self.every, self.fragments, self.delay = int(every), int(fragments), int(delay)
         self._model, self._optimizer, self._state, self._buffers = model, optimizer, state, buffers
         self._names, self._own = list(named), list(named.values())
@@ -100,7 +106,8 @@ class LocalSteps:
         self._compared = False  # the ranks have, what must be equal
         self._pending: _Round | None = None  # the round that is not applied yet; the memory of the differences is its own
         if outer != "sgd" and not callable(outer):
-            raise TypeError(f"{who}: expected outer to be 'sgd' or what makes an optimizer, got {outer!r}")
+            found = repr(outer) if isinstance(outer, str) else type(outer).__name__
+            raise TypeError(f"{who}: expected outer to be 'sgd' or what makes an optimizer, got {found}; pass for example functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)")
         self.outer = None if outer == "sgd" else outer([weights.requires_grad_() for weights in self._common])
         ends = _cut([parameter.numel() for parameter in self._own], self.fragments)
         runs = [slice(*run) for run in itertools.pairwise(ends)]
@@ -137,6 +144,12 @@ class LocalSteps:
                 a model with other parameters than this object was made for.
             torch.distributed.DistBackendError: as `TopKState.average`.
         """
+        with torch.inference_mode(False):  # what is kept outlives the caller's mode
+            return self._step()
+
+    def _step(self):
+        if _served[self._state]() is not self:
+            self._fail("LocalSteps: expected a state of its own, got one for which other LocalSteps were made since; construct a state for each")
         if not self._compared:
             self._exchange.use("average")
             self._exchange.agree(self._terms(), "LocalSteps")
@@ -166,9 +179,17 @@ class LocalSteps:
         here = {checkpoint.plain_name(name): parameter for name, parameter in self._model.named_parameters()}
         for name, own, weights in zip(self._names, self._own, self._common, strict=True):
             if name not in here or here[name] is not own or own.shape != weights.shape:
-                why = f"LocalSteps: expected {name} to be the parameter that was there at first, of shape {list(weights.shape)}, got another or none"
-                self._exchange.announce_failure(f"rank {self._exchange.rank()}: {why}")
-                raise ValueError(f"rank {self._exchange.rank()}: {why}; construct other LocalSteps for a model that has changed")
+                self._fail(
+                    f"LocalSteps: expected {name} to be the parameter that was there at first, of shape {list(weights.shape)}, got another or none; "
+                    "construct other LocalSteps for a model that has changed"
+                )
+
+    def _fail(self, why):
+        """Raise ValueError, and tell the ranks that wait for this one."""
+        self._exchange.use("average")
+        message = f"rank {self._exchange.rank()}: {why}"
+        self._exchange.announce_failure(message)
+        raise ValueError(message)
 
     @torch.no_grad()
     def _apply(self, pending):
@@ -179,8 +200,9 @@ class LocalSteps:
             given = [before - here for before, here in zip(fragment.before, start, strict=True)]
             fragment.origin = [torch.where(d.isfinite(), here, before) for d, here, before in zip(given, start, fragment.before, strict=True)]
             self._void_rounds += 1
+            self._say_what_does_not_end(fragment)
             return False
-        fragment.origin = None
+        fragment.origin, fragment.void_in_a_row = None, 0
         if self.outer is None:
             torch._foreach_sub_(fragment.common, fragment.given)
         else:
@@ -197,6 +219,19 @@ class LocalSteps:
             self._average_buffers()
         return True
 
+    def _say_what_does_not_end(self, fragment):
+        """One that is not finite in a worker's weights makes its rounds void until they are: no average would bring that to an end."""
+        fragment.void_in_a_row += 1
+        if fragment.void_in_a_row != VOID_ROUNDS:
+            return
+        own = [name for name, weights in zip(fragment.names, fragment.own, strict=True) if not weights.isfinite().all()]
+        whose = f"{own[0]} is not finite on this rank" if own else "what is not finite is on another rank, which says so"
+        warnings.warn(
+            f"rank {self._exchange.rank()}: LocalSteps: expected finite weights, got {VOID_ROUNDS} rounds running that are void, in which every worker trains "
+            f"alone: {whose}; copy `common` into its model, or load a checkpoint on all ranks",
+            stacklevel=4,
+        )
+
     def _average_buffers(self):
         buffers = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
         if not buffers:
@@ -209,13 +244,16 @@ class LocalSteps:
 
     def _terms(self):
         """What must be equal on every rank, for the ranks to compare."""
-        checksum = 0
-        for weights in self._common:
+        checksum, forms = 0, hashlib.sha256()
+        for name, weights in self.common.items():
+            forms.update(f"{name} {list(weights.shape)} {weights.dtype};".encode())
             bits = weights.detach().flatten().view(BITS[weights.element_size()]).long()
             checksum = (31 * checksum + int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())) % 2**63
         outer = "sgd" if self.outer is None else " ".join(repr(self.outer).split())
         counts = [(name, str(getattr(self, name))) for name in ("every", "fragments", "delay", "steps")]
-        return [*counts, ("outer", outer), ("buffers", self._buffers), ("common weights (checksum)", f"{checksum:x}")]
+        of_parameters = f"{len(self._common)} (checksum of names, shapes and dtypes {forms.hexdigest()[:16]})"
+        common = ("common weights, of one seed, file or broadcast (checksum)", f"{checksum:x}")
+        return [*counts, ("outer", outer), ("buffers", self._buffers), ("parameters", of_parameters), common]
 
     def state_dict(self):
         """Return this rank's part of the run, for `torch.save` and `torch.load(weights_only=True)`: steps, common weights, the outer
@@ -279,7 +317,8 @@ class LocalSteps:
             for part in ("average", "start"):
                 _check_weights(f"{who}: {part}", pending[part], begun.names, begun.own)
         if (saved["outer"] is None) != (self.outer is None):
-            raise ValueError(f"{who}: expected the state of {'no' if self.outer is None else 'an'} outer optimizer, got the opposite")
+            here, there = (f"{'without' if outer is None else 'with'} an outer optimizer" for outer in (self.outer, saved["outer"]))
+            raise ValueError(f"{who}: expected LocalSteps {here}, got those of one {there}; construct it as it was when it was saved")
         optimizers = [(self.outer, saved["outer"]), (self._optimizer, saved.get("optimizer"))]
         for optimizer, state in optimizers:
             if state is not None and _group_sizes(state) != _group_sizes(optimizer.state_dict()):
@@ -320,6 +359,7 @@ class _Fragment:
         self.names, self.own, self.common = names, own, common
         self.given = given  # memory for the differences, and then their averages
         self.start = start  # and for the weights at the beginning of a round, where it is applied later
+        self.void_in_a_row = 0  # rounds
         self.origin = None  # where what was given so far has led, if the last round was void; per worker
 
     @property

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -302,6 +303,8 @@ def differ(rank, case):
     if odd and case == "weights":
         with torch.no_grad():
             model.scale.add_(1)
+    if odd and case == "shapes":
+        model.more = nn.Parameter(torch.ones(3))
     outer = functools.partial(NESTEROV, lr=0.5 + rank) if case == "outer" else "sgd"
     options = {"every": 120 if odd and case == "every" else 6, "fragments": 3 if odd and case == "fragments" else 2, "delay": int(odd and case == "delay")}
     options["buffers"] = "average" if odd and case == "buffers" else "keep"
@@ -324,7 +327,8 @@ def differ(rank, case):
         ("every", "same every on every rank, got 120 on rank 1 and 6 on rank 0"),
         ("fragments", "same fragments on every rank, got 2 on rank 0 and 3 on rank 1"),
         ("delay", "same delay on every rank, got 0 on rank 0 and 1 on rank 1"),
-        ("weights", "same common weights (checksum) on every rank"),
+        ("weights", "same common weights, of one seed, file or broadcast (checksum) on every rank"),
+        ("shapes", "same parameters on every rank, got "),
         ("outer", "same outer on every rank"),
         ("buffers", "same buffers on every rank, got average on rank 1 and keep on rank 0"),
     ],
@@ -349,18 +353,56 @@ def lone():
     dist.destroy_process_group()
 
 
+def test_a_state_serves_the_last_one_that_was_made_for_it(lone):
+    model, state = make_model(), rt.TopKState(0.1)
+    first, second = (rt.LocalSteps(model, make_inner(model), state) for _ in range(2))
+    with pytest.raises(ValueError, match="rank 0: LocalSteps: expected a state of its own, got one for which other LocalSteps were made since; construct a state for each"):
+        first.step()
+    assert second.step()
+
+
+def test_a_caller_in_inference_mode_leaves_nothing_of_it_behind(lone):
+    model = Weights([1.0, 2.0])
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), rt.TopKState(1.0), outer=NESTEROV)
+    for inside in (True, False):
+        with torch.inference_mode(inside):
+            assert local.step()
+
+
+def go_on_with_nan(rank):
+    model = Weights([0.0] * 4)
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), rt.TopKState(1.0))
+    said = []
+    for step in range(8):
+        with torch.no_grad():
+            model.values[1] = math.nan if rank == 1 and step < 6 else 1.0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            local.step()
+        said += [(step, str(each.message)) for each in caught if "LocalSteps" in str(each.message)]
+    return said, local.void_rounds
+
+
+def test_void_rounds_that_go_on_are_said_once_by_the_rank_whose_weights_are_not_finite_and_by_the_others():
+    for rank, (said, void_rounds) in enumerate(run_workers(go_on_with_nan, 2)):
+        ((step, message),) = said
+        assert void_rounds == 6 and step == 2 and message.startswith(f"rank {rank}: LocalSteps: expected finite weights, got 3 rounds running that are void")
+        assert ("values is not finite on this rank" if rank == 1 else "is on another rank, which says so") in message
+
+
 def test_bad_arguments_are_refused(lone):
     model = make_model()
     inner, state = make_inner(model), rt.TopKState(0.1)
     stranger = torch.optim.SGD(make_model().parameters(), lr=1.0)
     for arguments, kind, words in [
-        ((DistributedDataParallel(model), inner, state), TypeError, "that nothing averages already"),
+        ((DistributedDataParallel(model), inner, state), TypeError, "that nothing averages already, got DistributedDataParallel; pass the model itself"),
         ((model, model.parameters(), state), TypeError, "expected a torch.optim.Optimizer"),
         ((model, inner, 0.1), TypeError, "expected a TopKState"),
         ((model, inner, rt.TopKState(0.1, grad_scaler=torch.amp.GradScaler("cpu"))), ValueError, "without grad_scaler"),
         ((model, inner, state, 0), ValueError, "expected every to be an integer of at least 1, got 0"),
         ((model, inner, state, True), ValueError, "got True"),
-        ((model, inner, state, 1, "adam"), TypeError, "expected outer to be 'sgd'"),
+        ((model, inner, state, 1, "adam"), TypeError, "expected outer to be 'sgd' or what makes an optimizer, got 'adam'; pass for example functools.partial"),
+        ((model, inner, state, 1, inner), TypeError, f"got {type(inner).__name__}; pass"),
         ((model, stranger, state), ValueError, "expected an optimizer of the model's parameters"),
     ]:
         with pytest.raises(kind, match=words):
@@ -396,7 +438,7 @@ def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone, tmp
         (lambda d: d["pending"]["average"].pop("scale"), ValueError, "expected the fragments and the delay of the round that is not applied yet"),
         (lambda d: d["pending"].update(due=4), ValueError, "expected the fragments and the delay of the round that is not applied yet"),
         (lambda d: d["pending"]["start"].update(scale=torch.ones(2)), ValueError, "start: expected scale of dtype"),
-        (lambda d: d.update(outer=None), ValueError, "expected the state of an outer optimizer"),
+        (lambda d: d.update(outer=None), ValueError, "expected LocalSteps with an outer optimizer, got those of one without"),
         (lambda d: d["outer"]["param_groups"][0]["params"].pop(), ValueError, r"expected an optimizer of groups of \[9\] parameters, got \[8\]"),
         (lambda d: d.update(optimizer=d["outer"]), ValueError, r"expected an optimizer of groups of \[3, 6\] parameters, got \[9\]"),
         (lambda d: d.update(model={"scale": torch.ones(())}), ValueError, "expected a model of the same parameters and buffers, got another"),

@@ -73,7 +73,7 @@ def test_the_readme_s_sentences_are_what_the_committed_logs_show():
     assert len({run.options["model"] for _, (runs, _) in compared for run in runs}) >= 4
     for group, (regtopk, topk) in compared:
         assert not claims.compare(claims.values("accuracy", regtopk), claims.values("accuracy", topk)).shown, group
-    assert "at equal bytes, a hundredth and a half of dense training's, this, in two bits or one, came closest, and Top-k of the gradients was far behind " \
+    assert "At a hundredth and a half of dense training's bytes, with 4 workers and a small GPT, this came closest to it, in two bits or one; Top-k of the gradients was far behind " \
         "([three seeds]" in readme and "TopKState(0.19, decay=0.95, wire_dtype=\"2bit\")" in readme
     rows = claims.at_best_rate(claims.language_sweeps(committed())["800"])
     assert set(list(rows)[:3]) == {"dense", "h5-2bit-d95", "h5-sign-d95"} and {len(rows[row]) for row in ("dense", "h5-2bit-d95", "topk")} == {3}

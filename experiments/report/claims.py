@@ -8,6 +8,7 @@ from statistics import fmean
 
 from experiments.report.logs import BY_DENSITY, SCRIPT_MU, at_common_seeds, pair, select
 from experiments.report.paired_test import compare, describe_several, number, spread
+from regtopk_torch.options import COMMON
 from runlog.document import replace as replace_between
 
 STATED = 3  # cells of a row that the document itself states: claim, command, expected
@@ -230,7 +231,7 @@ def language_sweeps(evidence):
 
 def format_budgets(evidence):
     """Return a table of what came closest to dense training at each budget of bytes, and what came second."""
-    lines = ["| steps | of dense training's bytes | closest to it | second | s per step on a link of 100 Mbit/s (1 Gbit/s) | dense: s per step |", "|" + "---|" * 6]
+    lines = ["| steps | of dense training's bytes | closest to it | as a state, at a learning rate | second | s per step on a link of 100 Mbit/s (1 Gbit/s) | dense: s per step |", "|" + "---|" * 7]
 
     def link(run):
         return f"{run.value('bytes_per_step') * 8e-8:.2g} ({run.value('bytes_per_step') * 8e-9:.2g})"
@@ -239,9 +240,20 @@ def format_budgets(evidence):
         (dense, *_), least = rows.pop("dense"), min(own[0].value("of_dense") for own in rows.values())
         rows = {row: own for row, own in rows.items() if own[0].value("of_dense") < 1.1 * least}  # the others send more
         best, second = [f"{row}, {spread(values('loss', own), 3)}" for row, own in rows.items()][:2] + [""] * (len(rows) < 2)
-        cells = f"{dense.options['steps']:,}", f"{least:.3g}", best, second, link(next(iter(rows.values()))[0]), link(dense)
+        first = next(iter(rows.values()))[0]
+        cells = f"{dense.options['steps']:,}", f"{least:.2g}", best, state_of(first), second, link(first), link(dense)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines[:2], *sorted(lines[2:])])
+
+
+def state_of(run):
+    """Return what makes the exchange of a run of the language model, with the learning rate."""
+    from experiments.language_model import Row, make_model
+
+    row, numel = Row(run.options["row"]), sum(parameter.numel() for parameter in make_model(run.options["size"], 0).parameters())
+    density, given = row.options(numel, run.options["workers"], run.options.get("budget", USUAL_BUDGET))
+    parts = [f"{density:.2g}", *(f"{name}={value!r}" for name, value in given.items() if value != COMMON[name])]
+    return f"`TopKState({', '.join(parts)})`, `every={row.every}`, {run.options['learning_rate']:g}"
 
 
 def find_language(evidence, sweep):
