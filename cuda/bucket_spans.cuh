@@ -46,9 +46,8 @@ struct DeviceSpans {
     bool more = true;
     for (uint32_t span = first + warp.rank(); more; span += kWarpThreads) {
       uint32_t from = end_entry, to = end_entry;
-      const uint32_t span_end = span < count ? end(span + 1) : end_entry, before = __shfl_up_sync(kAllLanes, span_end, 1);
       if (span < count) {
-        const uint32_t span_begin = warp.rank() == 0 ? end(span) : before;
+        const uint32_t span_begin = end(span), span_end = end(span + 1);
         from = span_begin > begin ? span_begin : begin;
         to = span_end < end_entry ? span_end : end_entry;
       }

@@ -16,9 +16,9 @@ void no_cuda_kernels(const c10::OperatorHandle& operation, torch::jit::Stack*) {
 bool regtopk::has_cuda_kernels() { return false; }
 
 TORCH_LIBRARY_IMPL(regtopk, CUDA, library) {
-  for (const char* name :
-       {"compress_", "aggregate_", "measure_", "correct_", "mask_", "judge_", "settle_", "put_back_", "to_wire_", "from_wire_", "encode",
-        "decode", "take_", "average_slice_", "spread_", "feedback_", "split_", "mean_", "join_", "mark_unfilled_"}) {
+  for (const char* name : {"compress_", "aggregate_", "measure_",   "correct_", "mask_",  "judge_",        "settle_",
+                           "put_back_", "to_wire_",   "from_wire_", "encode",   "decode", "take_",         "average_slice_",
+                           "spread_",   "feedback_",  "split_",     "mean_",    "join_",  "mark_unfilled_"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernels>());
   }
 }

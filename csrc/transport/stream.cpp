@@ -109,6 +109,7 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
     return arrival->then(
         [take_in, course](c10::ivalue::Future& arrived) -> c10::IValue {
           const at::NoGradGuard no_grad;
+          course->groups.clear();  // while others hold them: this may be the thread of one of them, which could not wait for itself
           try {
             take_in(arrived);
             if (course->error) std::rethrow_exception(course->error);
