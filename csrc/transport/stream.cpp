@@ -25,7 +25,10 @@ struct StreamTransport::Course {
   std::shared_ptr<Ends> ends;
   std::exception_ptr error = nullptr;  // of a `then`
 
+  // While others hold them: this may be the thread of one of them, which could not wait for itself.
+  void let_go() { groups.clear(); }
   void fail() {
+    let_go();
     bucket.fail();
     const at::Device device = bucket.result.device();
     if (device.is_cpu()) return;
@@ -109,7 +112,7 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
     return arrival->then(
         [take_in, course](c10::ivalue::Future& arrived) -> c10::IValue {
           const at::NoGradGuard no_grad;
-          course->groups.clear();  // while others hold them: this may be the thread of one of them, which could not wait for itself
+          course->let_go();
           try {
             take_in(arrived);
             if (course->error) std::rethrow_exception(course->error);
