@@ -281,7 +281,7 @@ class LocalSteps:
         """Go on from a `state_dict` of the same rank: the bits are those of a run that never stopped.
 
         Raises:
-            TypeError, ValueError: of another model, rank, world size or outer optimizer, or, with a round that is not applied yet, of
+            TypeError, ValueError: of another model, rank, world size or kind of optimizer, or, with a round that is not applied yet, of
                 other fragments or another delay. Nothing is changed then.
         """
         self._loader(lambda rank: ("LocalSteps.load_state_dict", state_dict), self._state._checkpoint_header()["world_size"], None)()
@@ -323,6 +323,13 @@ class LocalSteps:
         for optimizer, state in optimizers:
             if state is not None and _group_sizes(state) != _group_sizes(optimizer.state_dict()):
                 raise ValueError(f"{who}: expected an optimizer of groups of {_group_sizes(optimizer.state_dict())} parameters, got {_group_sizes(state)}")
+            options, saved_options = (_options(each) for each in (optimizer.state_dict(), state or optimizer.state_dict()))
+            if not (options <= saved_options or saved_options <= options):  # another version has options more, another optimizer others
+                lack, more = sorted(options - saved_options), sorted(saved_options - options)
+                raise ValueError(
+                    f"{who}: expected the state of an optimizer as {type(optimizer).__name__} is, with {lack}, got one with {more}; "
+                    "construct the optimizer that was saved"
+                )
         model = saved.get("model")
         if model is not None and _shapes(model) != _shapes(self._model.state_dict()):
             raise ValueError(f"{who}: expected a model of the same parameters and buffers, got another")
@@ -425,6 +432,10 @@ def _check_weights(who, weights, names, own):
 
 def _group_sizes(state):
     return [len(group["params"]) for group in state["param_groups"]]
+
+
+def _options(state):
+    return {option for group in state["param_groups"] for option in group}
 
 
 def _shapes(model):

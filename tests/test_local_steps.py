@@ -455,6 +455,7 @@ def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone, tmp
     for other, words in [
         (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, NESTEROV), "expected the fragments and the delay of the round"),
         (rt.LocalSteps(twin, make_optimizer(twin), rt.TopKState(0.1), 2, NESTEROV, delay=1), r"expected an optimizer of groups of \[9\] parameters"),
+        (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, torch.optim.AdamW, delay=1), "state of an optimizer as AdamW is, with .'amsgrad'"),
         (rt.TopKState(0.1), "expected a state dict of regtopk_torch"),
     ]:
         with pytest.raises(rt.CheckpointError, match=words):
