@@ -12,11 +12,17 @@ queued behind a pause of the device, so that the host's work is not in it. `pyth
     regtopk            the same with the last step's feedback and recording the next one, mu = 1
     topk, 8 payloads   as topk, and aggregate_ adds 8 payloads
 
+With --wire, of a bucket of four workers in fp32 instead, and to which the ratios are is `offsets`:
+
+    offsets            compress_, and aggregate_ of four payloads: fp32 values, 16-bit offsets
+    TYPE, CODE         the same through the wire form: to_wire_ of this worker's payload, from_wire_ of four messages
+
 Every row has median, quartiles and n of the seconds, and of three ratios: to the floor, of the chain to the candidate, and to topk.
 """
 
 import argparse
 import copy
+import functools
 import random
 import statistics
 import time
@@ -24,9 +30,12 @@ import time
 import torch
 
 from regtopk_torch import _C, reference
+from regtopk_torch.options import CODES
 from runlog.record import Recorder
 
 ops = torch.ops.regtopk
+WIRE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, **CODES}
+WIRE_WORKERS = 4
 PAYLOADS = {"topk": 1, "regtopk": 1, "topk, 8 payloads": 8}
 # No score is this large: nothing lies in the bracket, and compress has to recover from it.
 MISSED_BRACKET = (0x7F800000, 0x7FFFFFFF)
@@ -108,6 +117,28 @@ class Bucket:
         exchanges = {name: lambda name=name: self.exchange(name) for name in PAYLOADS}
         return {"floor": self.floor, "chain": self.chain, "torch.topk": self.torch_topk} | exchanges
 
+    def wire_candidates(self):
+        candidates = {"offsets": self.exchange_messages}
+        for name, dtype in WIRE_TYPES.items():
+            for elias_fano in (False, True):
+                if (dtype, elias_fano) == (torch.float32, False):
+                    continue  # the payload itself
+                form = {"dtype": torch.float32, "wire_dtype": dtype, "elias_fano": elias_fano, "k": self.k}
+                message_bytes = _C.wire_bytes(len(self.gradient), self.k, torch.float32, 0, dtype, elias_fano)
+                messages = torch.empty(WIRE_WORKERS, message_bytes, dtype=torch.uint8, device=self.gradient.device)
+                for payload, message in zip(self.payloads[8], messages, strict=False):
+                    ops.to_wire_(self.residual.clone(), payload.clone(), message, **form)
+                candidates[f"{name}, {'Elias-Fano' if elias_fano else 'offsets'}"] = functools.partial(self.exchange_messages, messages, form)
+        return candidates
+
+    def exchange_messages(self, messages=None, form=None):
+        payloads = self.payloads[8][:WIRE_WORKERS]
+        ops.compress_(self.gradient, self.residual, payloads[0], self.sent[0], None, k=self.k)
+        if messages is not None:
+            ops.to_wire_(self.residual, payloads[0], messages[0], **form)
+            ops.from_wire_(messages, payloads, **form, numel=len(self.gradient))
+        ops.aggregate_(self.gradient, payloads, None, k=self.k)
+
 
 def seconds(function, device):
     if device == "cuda":
@@ -127,10 +158,10 @@ def seconds_on_cuda(function):
     return 1e-3 * first.elapsed_time(last)
 
 
-def time_rounds(bucket, device, seconds_per_case):
+def time_rounds(bucket, device, seconds_per_case, candidates_of=Bucket.candidates):
     """Return {candidate: [seconds of each round]}: 7 to 200 rounds after one that is thrown away."""
     buckets = [bucket] + [bucket.twin() for _ in range(2 if device == "cuda" else 0)]
-    candidates = [each.candidates() for each in buckets]
+    candidates = [candidates_of(each) for each in buckets]
     times = {name: [] for name in candidates[0]}
     turn = 0
     started, rounds = time.perf_counter(), 0
@@ -173,6 +204,18 @@ def run_case(recorder, options, variant, size, density, dtype, name):
         )
 
 
+def run_wire_case(recorder, options, variant, size, density, name):
+    bucket = Bucket(size, density, torch.float32, name, options.device)
+    times = time_rounds(bucket, options.device, options.seconds_per_case, Bucket.wire_candidates)
+    for candidate, taken in times.items():
+        to_offsets = ratios(taken, times["offsets"])
+        recorder.write(
+            "wire", device=options.device, variant=variant, size=size, density=density, k=bucket.k, input=name, candidate=candidate,
+            torch=torch.__version__, seconds=summarise(taken), to_offsets=to_offsets,
+        )  # fmt: skip
+        print(f"{variant} {size:>10} {density:g} {name}: {candidate:<20} {1e3 * statistics.median(taken):9.3f} ms, {to_offsets['median']:5.2f} x offsets, n={len(taken)}", flush=True)
+
+
 def numbers(text):
     return [float(part) for part in text.split(",")]
 
@@ -187,6 +230,7 @@ def parse():
     parser.add_argument("--variants", default=_C.cpu_variant(), help=f"CPU instruction sets, of {', '.join(_C.available_cpu_variants())}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds-per-case", type=float, default=20.0)
+    parser.add_argument("--wire", action="store_true", help="the forms in which values and places travel, in place of the candidates; of float32 alone")
     parser.add_argument("--out", required=True, help="JSON lines, a file that does not exist yet")
     return parser.parse_args()
 
@@ -203,8 +247,11 @@ def main():
             _C.set_cpu_variant(variant)
             for size in map(int, options.sizes):
                 for density in options.densities:
-                    for dtype in options.dtypes.split(","):
-                        for name in names:
+                    for name in names:
+                        if options.wire:
+                            run_wire_case(recorder, options, variant, size, density, name)
+                            continue
+                        for dtype in options.dtypes.split(","):
                             run_case(recorder, options, variant, size, density, dtype, name)
 
 

@@ -28,6 +28,16 @@ def test_a_run_is_recorded_tabled_and_drawn(tmp_path):
     assert Path(plot.draw(log, tmp_path / "ops.png")).stat().st_size > 10_000
 
 
+def test_every_form_on_the_wire_is_timed_against_payloads_as_they_are(tmp_path):
+    log = tmp_path / "wire.jsonl"
+    status, _, errors = run_module("benchmarks.ops", "--wire", "--sizes", "5e3", "--densities", "0.01", "--seconds-per-case", "0", "--out", str(log))
+    assert status == 0, errors
+    rows = [row for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if row["event"] == "wire"]
+    forms = {f"{values}, {code}" for values in ("float32", "bfloat16", "sign", "2bit") for code in ("offsets", "Elias-Fano")} - {"float32, offsets"}
+    assert {row["candidate"] for row in rows} == forms | {"offsets"}
+    assert all(row["to_offsets"]["median"] > 0 for row in rows)
+
+
 def test_the_tables_in_the_documents_are_those_of_the_logs():
     operators, readme = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
     made = table.format_tables([ROOT / "benchmarks/results/ops" / log for log in TABLED], operators.parent)
