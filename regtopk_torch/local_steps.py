@@ -274,6 +274,7 @@ class LocalSteps:
             "origin": origins,
             "pending": None if self._pending is None else self._pending.state_dict(),
             "outer": None if self.outer is None else self.outer.state_dict(),
+            "outer_kind": _kind(self.outer),
             "state": self._state.state_dict(None),
         }
 
@@ -293,7 +294,7 @@ class LocalSteps:
     def _saved(self, module):
         """What `rt.save` writes of this rank: all that a worker has."""
         _check_no_module(module)
-        return self.state_dict() | {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return self.state_dict() | {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "optimizer_kind": _kind(self._optimizer)}
 
     def _loader(self, read, saved_world_size, module):
         """As `TopKState._loader`."""
@@ -323,13 +324,9 @@ class LocalSteps:
         for optimizer, state in optimizers:
             if state is not None and _group_sizes(state) != _group_sizes(optimizer.state_dict()):
                 raise ValueError(f"{who}: expected an optimizer of groups of {_group_sizes(optimizer.state_dict())} parameters, got {_group_sizes(state)}")
-            options, saved_options = (_options(each) for each in (optimizer.state_dict(), state or optimizer.state_dict()))
-            if not (options <= saved_options or saved_options <= options):  # another version has options more, another optimizer others
-                lack, more = sorted(options - saved_options), sorted(saved_options - options)
-                raise ValueError(
-                    f"{who}: expected the state of an optimizer as {type(optimizer).__name__} is, with {lack}, got one with {more}; "
-                    "construct the optimizer that was saved"
-                )
+        for optimizer, kind in [(self.outer, saved.get("outer_kind")), (self._optimizer, saved.get("optimizer_kind"))]:
+            if kind not in (None, _kind(optimizer)):
+                raise ValueError(f"{who}: expected the state of an optimizer of the kind {_kind(optimizer)}, got that of {kind}; construct the optimizer that was saved")
         model = saved.get("model")
         if model is not None and _shapes(model) != _shapes(self._model.state_dict()):
             raise ValueError(f"{who}: expected a model of the same parameters and buffers, got another")
@@ -434,8 +431,8 @@ def _group_sizes(state):
     return [len(group["params"]) for group in state["param_groups"]]
 
 
-def _options(state):
-    return {option for group in state["param_groups"] for option in group}
+def _kind(optimizer):
+    return None if optimizer is None else type(optimizer).__name__
 
 
 def _shapes(model):

@@ -25,5 +25,10 @@ def sparse_loco(k=64, chunk=4096, decay=0.95, **options):
         k, chunk (int): entries that travel of so many.
         decay (float): of what is held back.
         options: further ones of TopKState, or others than these.
+
+    Raises:
+        ValueError: k or another option out of range.
     """
-    return TopKState(k / chunk, **{"decay": decay, "wire_dtype": "2bit", "chunk": chunk, **options})
+    if not 1 <= k <= chunk:
+        raise ValueError(f"sparse_loco: expected 1 <= k <= chunk={chunk}, got k={k}")
+    return TopKState(**{"density": k / chunk, "decay": decay, "wire_dtype": "2bit", "chunk": chunk, **options})

@@ -107,6 +107,9 @@ class TopKState(Averaging):
     _method = "topk"
 
     def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, **options):
+        for name in ("mu", "distortion"):
+            if name in options:
+                raise TypeError(f"TopKState: expected no {name}, got {name}={options[name]!r}; RegTopKState takes it")
         self._construct({"density": density, **options}, process_group, grad_scaler)
 
     def _construct(self, given, process_group, grad_scaler):

@@ -5,6 +5,7 @@ import datetime
 import math
 import pickle
 import re
+import time
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ def test_memory_that_was_let_go_of_is_used_again(alone):
         averages = alone.average([torch.ones(1000), torch.ones(24)])
         places.add(averages[0].data_ptr())
         del averages
+        time.sleep(0.01)  # the thread that has completed them lets go of them after the caller has them
     assert len(places) <= 2
 
 
@@ -297,6 +299,20 @@ def test_a_work_says_whether_its_step_is_void(alone):
     assert work.is_void()
 
 
+def test_an_average_of_nothing_is_a_step_of_its_own(alone):
+    """What an average before it has delivered is neither judged nor taken back by it."""
+    x = torch.arange(1.0, 9.0)
+    [first] = alone.average([x], ["x"])
+    alone.commit()
+    work = alone.average([torch.empty(0)], ["nothing"], async_op=True)
+    assert not work.is_void() and [part.shape for part in work.wait()] == [(0,)]
+    alone.abort()
+    [second] = alone.average([torch.full((8,), 2.0**-10)], ["x"])
+    assert first.nonzero().flatten().tolist() == [6, 7] and second.nonzero().flatten().tolist() == [4, 5] and alone.stats()["steps"] == 3
+    alone.average([torch.full((8,), math.inf)], ["x"])
+    assert not alone.average([torch.empty(0)], ["nothing"], async_op=True).is_void()
+
+
 def test_there_is_nothing_to_decide_before_an_average(alone):
     for call in (alone.commit, alone.abort):
         with pytest.raises(RuntimeError, match=f"{call.__name__}: expected an average"):
@@ -411,6 +427,8 @@ def disagree(rank, case, after):
         state._begin_averaging()  # it has forgotten what it averaged
     if odd and case == "shape":
         tensors = [torch.ones(6), torch.ones(3, 2)]
+    elif odd and case == "nothing":
+        tensors = [torch.ones(0), torch.ones(0, 3)]
     elif odd and case == "dtype":
         tensors = [torch.ones(6), torch.ones(2, 3, dtype=torch.bfloat16)]
     elif odd and case == "name":
@@ -435,6 +453,7 @@ def disagree(rank, case, after):
     [
         ("density", "expected the same density on every rank, got 0.25 on rank 0 and 0.5 on rank 1"),
         ("shape", r"expected the same tensor 1 on every rank, got b of shape \[2, 3\] and dtype Float on rank 0 and b of shape \[3, 2\]"),
+        ("nothing", r"expected the same tensor 0 on every rank, got a of shape \[0\] and dtype Float on rank 1 and a of shape \[6\]"),
         ("dtype", "expected the same tensor 1 on every rank, got b of shape .* and dtype BFloat16 on rank 1 and b of shape .* and dtype Float on rank 0"),
         ("name", "expected the same tensor 1 on every rank, got b of shape .* on rank 0 and c of shape .* on rank 1"),
         ("number", "expected the same number of tensors on every rank, got 1 on rank 1 and 2 on rank 0"),

@@ -178,4 +178,8 @@ def test_the_preset_of_sparse_loco_is_what_was_published():
     state = rt.presets.sparse_loco()
     assert repr(state) == "TopKState(density=0.015625, decay=0.95, wire_dtype='2bit', chunk=4096)"
     assert repr(rt.presets.sparse_loco(k=128, decay=0.9)) == "TopKState(density=0.03125, decay=0.9, wire_dtype='2bit', chunk=4096)"
+    for k in (0, 8192):
+        with pytest.raises(ValueError, match=f"sparse_loco: expected 1 <= k <= chunk=4096, got k={k}"):
+            rt.presets.sparse_loco(k=k)
+    assert rt.presets.sparse_loco(density=0.5).density == 0.5
     assert "2508.15706" in rt.presets.sparse_loco.__doc__ and "Deviations" in rt.presets.sparse_loco.__doc__

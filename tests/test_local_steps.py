@@ -441,6 +441,8 @@ def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone, tmp
         (lambda d: d.update(outer=None), ValueError, "expected LocalSteps with an outer optimizer, got those of one without"),
         (lambda d: d["outer"]["param_groups"][0]["params"].pop(), ValueError, r"expected an optimizer of groups of \[9\] parameters, got \[8\]"),
         (lambda d: d.update(optimizer=d["outer"]), ValueError, r"expected an optimizer of groups of \[3, 6\] parameters, got \[9\]"),
+        (lambda d: d.update(outer_kind="Adam"), ValueError, "expected the state of an optimizer of the kind SGD, got that of Adam"),
+        (lambda d: d.update(optimizer_kind="Adam"), ValueError, "expected the state of an optimizer of the kind AdamW, got that of Adam"),
         (lambda d: d.update(model={"scale": torch.ones(())}), ValueError, "expected a model of the same parameters and buffers, got another"),
         (lambda d: d["state"].update(world_size=2), ValueError, "expected a state dict of world_size 1"),
     ]
@@ -455,7 +457,7 @@ def test_a_state_dict_of_something_else_is_refused_and_changes_nothing(lone, tmp
     for other, words in [
         (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, NESTEROV), "expected the fragments and the delay of the round"),
         (rt.LocalSteps(twin, make_optimizer(twin), rt.TopKState(0.1), 2, NESTEROV, delay=1), r"expected an optimizer of groups of \[9\] parameters"),
-        (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, torch.optim.AdamW, delay=1), "state of an optimizer as AdamW is, with .'amsgrad'"),
+        (rt.LocalSteps(twin, make_inner(twin), rt.TopKState(0.1), 2, torch.optim.AdamW, delay=1), "expected the state of an optimizer of the kind AdamW, got that of SGD"),
         (rt.TopKState(0.1), "expected a state dict of regtopk_torch"),
     ]:
         with pytest.raises(rt.CheckpointError, match=words):

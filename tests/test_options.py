@@ -70,6 +70,13 @@ def test_a_group_without_this_rank_is_an_error():
     assert run_workers(construct_for_a_foreign_group, 2) == [[0], expected]
 
 
+@pytest.mark.parametrize("option", [{"mu": 5.0}, {"distortion": "current"}])
+def test_topk_takes_nothing_that_it_would_not_use(option):
+    [(name, value)] = option.items()
+    with pytest.raises(TypeError, match=f"TopKState: expected no {name}, got {name}={value!r}; RegTopKState takes it"):
+        rt.TopKState(0.1, **option)
+
+
 def test_local_exchange_names_what_does_not_fit():
     with pytest.raises(ValueError, match="LocalExchange: expected num_workers to be an integer of at least 1, got 0"):
         rt.LocalExchange(0)

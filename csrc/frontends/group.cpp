@@ -115,6 +115,10 @@ GroupExchange::FuturePtr GroupExchange::exchange(
   return exchange_in_parts(whole, dense, gradient, average, owners, describe_part, absent);
 }
 
+void GroupExchange::exchange_nothing(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe) {
+  enter(bucket, owners, describe);
+}
+
 GroupExchange::FuturePtr GroupExchange::exchange_in_parts(
     const Bucket& bucket, const std::vector<bool>& dense, const at::Tensor& gradient, const at::Tensor& average,
     const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe, bool absent) {
@@ -252,7 +256,7 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
     dense_step_ = worker_->is_dense_step();
     forget_agreements();
   }
-  if (plan != nullptr && worker_->options.host_ranks == 1) advise(*plan);
+  if (plan != nullptr && plan->numel > 0 && worker_->options.host_ranks == 1) advise(*plan);
   if (plan != nullptr && plan->agreed_version == options_version_) return;
   const int64_t hash = bucket.layout.hash() + (plan != nullptr ? 0 : 1);
   if (!agreed_.contains(hash)) {

@@ -41,6 +41,9 @@ class GroupExchange {
       const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
       const std::function<Fingerprint()>& describe, bool absent = false);
 
+  // A step of one bucket that has no entries: it is compared, counted and judged as others, and nothing travels.
+  void exchange_nothing(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe);
+
   // Dense all-reduce instead of payloads, and back; residuals stay. Takes effect at the next bucket, on all ranks or none.
   void set_dense(bool dense);
   // Says that the last step was not applied: what was sent in it returns.

@@ -138,14 +138,17 @@ std::shared_ptr<Average> TensorsExchange::average(
   exchange_->worker().steps.end();
   const auto result = std::make_shared<Average>();
   result->averages_.resize(tensors.size());
+  const auto owners_of = [](const Group& group) { return [count = group.places.size()] { return std::vector<Owner>(count); }; };
+  const auto has_none = [](const Group& group) { return group.bucket.layout.numel() == 0; };
+  if (std::all_of(groups.begin(), groups.end(), has_none))
+    exchange_->exchange_nothing(groups.front().bucket, owners_of(groups.front()), describe);
   for (size_t index = 0; index < groups.size(); ++index) {
     const auto& [bucket, places] = groups[index];
     const int64_t numel = bucket.layout.numel();
     const Memory memory = place(index, taken(tensors, places), taken(out, places));
     if (numel > 0) {
-      const auto owners = [&] { return std::vector<Owner>(places.size()); };
       try {
-        result->pending_.push_back(exchange_->exchange(bucket, memory.given, memory.average, owners, describe, absent));
+        result->pending_.push_back(exchange_->exchange(bucket, memory.given, memory.average, owners_of(groups[index]), describe, absent));
       } catch (...) {
         // What the other buckets have sent returns: the caller gets nothing for it.
         if (!result->pending_.empty()) worker.steps.clock().make_void(worker.steps.round());
