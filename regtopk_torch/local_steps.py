@@ -175,7 +175,7 @@ class LocalSteps:
         return _Round(fragment, self._steps + self.delay, self._state._average(fragment.given, fragment.names, fragment.given))
 
     def _check_model(self):
-        """What took a parameter's place would train by itself."""
+        """What took a parameter's place, or takes part since, would train by itself."""
         here = {checkpoint.plain_name(name): parameter for name, parameter in self._model.named_parameters()}
         for name, own, weights in zip(self._names, self._own, self._common, strict=True):
             if name not in here or here[name] is not own or own.shape != weights.shape:
@@ -183,6 +183,9 @@ class LocalSteps:
                     f"LocalSteps: expected {name} to be the parameter that was there at first, of shape {list(weights.shape)}, got another or none; "
                     "construct other LocalSteps for a model that has changed"
                 )
+        added = sorted({name for name, parameter in here.items() if parameter.requires_grad} - set(self._names))
+        if added:
+            self._fail(f"LocalSteps: expected {added[0]} to require no gradient, as at first, got one that does; construct other LocalSteps for a model that has changed")
 
     def _fail(self, why):
         """Raise ValueError, and tell the ranks that wait for this one."""

@@ -305,6 +305,8 @@ def differ(rank, case):
             model.scale.add_(1)
     if odd and case == "shapes":
         model.more = nn.Parameter(torch.ones(3))
+    if case == "unfrozen":
+        model.more = nn.Parameter(torch.ones(3), requires_grad=False)
     outer = functools.partial(NESTEROV, lr=0.5 + rank) if case == "outer" else "sgd"
     options = {"every": 120 if odd and case == "every" else 6, "fragments": 3 if odd and case == "fragments" else 2, "delay": int(odd and case == "delay")}
     options["buffers"] = "average" if odd and case == "buffers" else "keep"
@@ -315,6 +317,8 @@ def differ(rank, case):
             model.layers[2] = nn.Linear(24, 24)
         if odd and case == "resized" and step == 2:
             model.scale.data = torch.ones(1)
+        if odd and case == "unfrozen" and step == 2:
+            model.more.requires_grad_()
         result = error_of(local.step)
         if result[0] is not None:
             return step, result
@@ -339,11 +343,18 @@ def test_ranks_that_differ_are_an_error_on_every_rank_in_the_first_step(case, wo
         assert message.startswith(f"rank {rank}: LocalSteps: expected the ") and words in message, message
 
 
-@pytest.mark.parametrize(("case", "name"), [("replaced", "layers.2.weight"), ("resized", "scale")])
-def test_a_model_that_changes_is_an_error_on_every_rank(case, name):
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("replaced", "expected layers.2.weight to be the parameter that was there at first"),
+        ("resized", "expected scale to be the parameter that was there at first"),
+        ("unfrozen", "expected more to require no gradient, as at first, got one that does"),
+    ],
+)
+def test_a_model_that_changes_is_an_error_on_every_rank(case, words):
     for step, (kind, message, seconds) in run_workers(differ, 2, case):
         assert step == 2 and kind is not None and seconds < 10
-        assert f"rank 1: LocalSteps: expected {name} to be the parameter that was there at first" in message, message
+        assert f"rank 1: LocalSteps: {words}" in message, message
 
 
 @pytest.fixture
