@@ -99,7 +99,7 @@ def load_mnist(folder):
     try:
         parts = [import_torchvision().datasets.MNIST(str(folder), train=train) for train in (True, False)]
     except RuntimeError as error:
-        raise ValueError(f"--data: expected the four files of MNIST in {Path(folder) / 'MNIST' / 'raw'}, got others; unpack them there") from error
+        raise ValueError(f"--data: expected the four files of MNIST in {Path(folder) / 'MNIST' / 'raw'}, got others or none; put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte there") from error
     return Dataset(MNIST_NAME, *(tensor for part in parts for tensor in (part.data.unsqueeze(1), part.targets)))
 
 

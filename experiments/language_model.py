@@ -7,7 +7,7 @@
 
 A row is one of these and, behind hyphens, how entries travel: bf16, 2bit or sign, each with Elias-Fano's code of the places; d95, a decay
 of 0.95 of what is held back; chunk, where each 4,096 entries send their own share; and leader, where one worker after the other chooses for all. All but dense and diloco may send
-equal bytes, those of --budget of the entries per step at 6 bytes each, and less where that is enough for all entries.
+equal bytes: 6 for each of the entries of which --budget is the fraction, per step, and less where that is enough for all entries.
 
 Text is Python's own standard library, or --text. Alone it simulates the workers of every row, a sweep; under torchrun each process is a
 worker, of one row. Options that take several values make the sweep; with --out one that was killed goes on when the same command is given again.
