@@ -14,6 +14,7 @@ import torch.nn as nn
 from given import Given, held, integers, missing, register, seed_of, unit_sgd
 from hosts import Twin
 from processes import error_of, run_workers
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import regtopk_torch as rt
@@ -271,8 +272,14 @@ def test_ranks_that_differ_get_an_error_on_every_rank():
         assert all(error[2] < 10 for error in errors.values())
         assert all(error[0] is ValueError for error in errors.values()), errors
         assert "expected the same levels on every rank, got 2 ranks to a host on " in errors["levels"][1] and "none on rank 3;" in errors["levels"][1]
-        assert errors["number"][1] == f"rank {rank}: sparse_hook: expected a multiple of 3 ranks with levels of 3 ranks to a host, got 4; give every host as many, or take levels=None"
-        assert "expected the same numbering of a host's ranks on every rank, got " in errors["place"][1] and "LOCAL_RANK 0 at rank 1 on rank 1" in errors["place"][1]
+        assert (
+            errors["number"][1]
+            == f"rank {rank}: sparse_hook: expected a multiple of 3 ranks with levels of 3 ranks to a host, got 4; give every host as many, or take levels=None"
+        )
+        assert (
+            "expected the same numbering of a host's ranks on every rank, got " in errors["place"][1]
+            and "LOCAL_RANK 0 at rank 1 on rank 1" in errors["place"][1]
+        )
         # Those of its host, and those of its place on the other, hear of the call itself; the rest that these have an error.
         heard = "reset()" in errors["reset"][1]
         assert heard == (rank in (2, 3)), errors["reset"][1]
@@ -333,6 +340,44 @@ def test_an_error_of_one_rank_is_an_error_on_every_rank_and_what_others_sent_ret
         assert all(map(torch.equal, parameters, results[0][2]))
 
 
+def watch_a_resumed_step(rank):
+    """Of each step after a load: whether the history that compress was given is still there at the bucket's last operator, and a step later."""
+    sizes, there, given = (300, 41), [], []
+    module = Given(*sizes)
+    state, optimizer = rt.RegTopKState(0.1, levels=2), unit_sgd(module)
+    ddp = DistributedDataParallel(module)
+    register(ddp, state, "attach")
+
+    def compress(gradient, residual, payload, sent, feedback, *rest, **options):
+        given.append([StorageWeakRef(tensor.untyped_storage()) for tensor in (sent, feedback) if tensor is not None])
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.regtopk.compress_(gradient, residual, payload, sent, feedback, *rest, **options)
+
+    def join(*arguments, **options):
+        there.append([[not memory.expired() for memory in step] for step in given])
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.regtopk.join_(*arguments, **options)
+
+    for step in range(4):
+        if step == 2:
+            state.load_state_dict(state.state_dict(ddp), ddp)
+            watch = torch.library.Library("regtopk", "IMPL")
+            watch.impl("compress_", compress, "AutogradCPU")
+            watch.impl("join_", join, "AutogradCPU")
+        optimizer.zero_grad()
+        ddp(integers(*sizes, seed=seed_of(rank, step))).backward()
+        optimizer.step()
+    watch._destroy()
+    return there
+
+
+def test_what_a_step_lets_go_of_is_there_until_the_next_one_begins():
+    # On a stream compress may not have begun when the host is done with the bucket, and the memory's own stream would use it anew.
+    for there in run_workers(watch_a_resumed_step, 2):
+        first, second = there
+        assert first == [[True, True]] and second == [[False, False], [True, True]]
+
+
 def what_else(rank):
     """(gradients while paused, what flush hands out, residuals, errors)."""
     torch.manual_seed(0)
@@ -351,7 +396,9 @@ def what_else(rank):
     errors = [
         error_of(flat.load_state_dict, saved, ddp.module)[1],
         error_of(others.load_state_dict, [saved] * 2, ddp.module)[1],
-        error_of(others.load_state_dict, {**saved, "parameters": {k: {**v, "residual": torch.ones(v["shape"])} for k, v in saved["parameters"].items()}}, ddp.module)[1],
+        error_of(
+            others.load_state_dict, {**saved, "parameters": {k: {**v, "residual": torch.ones(v["shape"])} for k, v in saved["parameters"].items()}}, ddp.module
+        )[1],
         error_of(state.__getstate__)[1],
     ]
     state.flush(ddp)

@@ -112,7 +112,7 @@ std::shared_ptr<Plan> Worker::enter(const Bucket& bucket, const MakeOwners& owne
     plan->masks = options.mask_momentum;
     publish_counts();
   }
-  plan->round = steps.round();
+  plan->begin(steps.round());
   if (options.adaptive) plan->squared_norm.place_on(layout.device);
   if (plan->numel == 0) return plan;  // parameters of fewer entries than the host has ranks
   if (set_form(*plan, bucket.dense) || is_new) publish_dense();

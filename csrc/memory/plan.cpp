@@ -51,6 +51,8 @@ void Plan::set_applied(std::vector<uint8_t> flags) {
 }
 
 void Plan::remember(const at::Tensor& payload, const at::Tensor& feedback_of_payload, int64_t in_round) {
+  retire(sent);
+  retire(feedback);
   sent = payload;
   sent_k = k_;
   sent_all = is_dense();
@@ -69,9 +71,9 @@ int64_t Plan::forget() {
   in_vain = false;
   sent_round = -1;
   applied.reset();
-  feedback.reset();
+  retire(feedback);
   if (!sent.defined()) return 0;
-  sent.reset();
+  retire(sent);
   const int64_t entries = std::exchange(sent_k, 0);
   return std::exchange(sent_all, false) ? 0 : entries;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../ops/operators.h"
@@ -47,6 +48,11 @@ struct Plan {
   int64_t round = -1;     // of the last bucket exchanged on this plan
   int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
 
+  // A bucket comes, and all of the step before has been waited for, on its stream.
+  void begin(int64_t of_round) {
+    round = of_round;
+    retired_.clear();
+  }
   // Entries to send, and the form in which they travel, from now on.
   void set_message(int64_t k, const Wire& wire);
   int64_t k() const { return k_; }
@@ -99,6 +105,12 @@ struct Plan {
   std::vector<uint8_t> applied_flags_;  // of applied_, the same step after step as a rule
   at::Tensor applied_;
   bool to_mask_ = false;  // `sent` has not left the velocity yet
+  // What a step has let go of. It belongs to the stream of the hook's call, which would use its memory for something else, and one that
+  // works behind a collective may still have to read it.
+  std::vector<at::Tensor> retired_;
+  void retire(at::Tensor& tensor) {
+    if (tensor.defined()) retired_.push_back(std::exchange(tensor, {}));
+  }
 };
 
 // Nothing where it is undefined.
