@@ -82,7 +82,7 @@ def run_part(options):
         part.function(log)
     except log.NotRun as reason:
         log.write("not run", reason=str(reason))
-        return 3
+        return 1 if log.failures else 3  # what came before may have failed
     except Exception as error:
         log.fail(f"{type(error).__name__}: {str(error)[:2000]}")
         raise

@@ -73,8 +73,8 @@ def profile(log):
         if log.seconds_left() < 10:
             log.write("left out", numel=numel)
             break
-        # A step of two workers is 6 + 2 + 1 kernels; the second one is looked at, its put_back left out.
-        before = [tool, "--clock-control", "none", "--launch-skip", "9", "--launch-count", "8", *sections]
+        # A step of two workers is 6 + 2 + 1 + 1 kernels; of the second one the last worker's are looked at, and what follows but put_back.
+        before = [tool, "--clock-control", "none", "--launch-skip", "13", "--launch-count", "6", *sections]
         done = run_steps(log, numel, 1e-3, 1, steps=2, before=before, seconds=log.seconds_left())
         with open(log.folder / "profile.txt", "a", encoding="utf-8") as file:
             file.write(done.stdout)

@@ -94,7 +94,8 @@ int main(int count, char** words) {
   to_device(status, &valid, 8);
 
   CompressCall compress{};
-  compress.type = type, compress.numel = numel, compress.k = k, compress.mu = 1.0;
+  compress.type = type, compress.numel = numel, compress.k = k;
+  compress.choose = 1, compress.mu = compress.decay = compress.scale = 1.0;
   call_sampling(numel, k, &compress.sampling);
   if (std::atoi(words[5]) != 0) compress.sampling.rank_high = compress.sampling.rank_low = 1;
   compress.feedback = feedback;
