@@ -49,9 +49,8 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) bins[bin] = 0;
-  for (uint32_t run = blockIdx.x * kThreads + threadIdx.x; run < device.runs(); run += gridDim.x * kThreads) {
-    device.above_of_run.store(run, 0);
-    device.ties_of_run.store(run, 0);
+  for (uint32_t word = blockIdx.x * kThreads + threadIdx.x; word < 2 * device.items(); word += gridDim.x * kThreads) {
+    device.counts_of_item.store(word, 0);
   }
   if (thread_again() == 0) {
     sent_size = device.sent.history();

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulat
   if constexpr (kByWarp) compress(WarpGroup{}, threadIdx.x / kWarpThreads);
   else compress(BlockGroup<kThreads>{scratch}, 0);
   if (!is_last_block(device.counters, kAccumulateDone, last) || threadIdx.x != 0) return;
-  write_header(device);
+  write_header(device, device.sent.is_ours());
   for (unsigned counter = 0; counter < kCounters; ++counter) device.counters.store(counter, 0);
 }
 

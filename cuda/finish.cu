@@ -1,5 +1,6 @@
 // Finish: the exact choice among the listed entries, and the payload. Where the bracket missed or the list overflowed, the
 // same kernel finds the choice in the residual.
+#include "look_back.cuh"
 #include "phases.cuh"
 #include "selection.cuh"
 #include "settle.cuh"
@@ -33,6 +34,9 @@ class Finish {
     typename BlockGroup<kThreads>::Scratch scratch;
     Found<1> found;
     SentSize sent_size;
+    bool sent_is_ours;
+    typename LookBack<kThreads, 2>::Shared look_back;
+    uint32_t above[kFinishWarps], ties[kFinishWarps];  // of the warps' block tiles
   };
 
   __device__ Finish(const Device& device, Shared& shared)
@@ -41,7 +45,11 @@ class Finish {
         warp_(),
         sent_(shared.sent[threadIdx.x / kWarpThreads]),
         chosen_(shared.chosen[threadIdx.x / kWarpThreads]) {
-    if (threadIdx.x == 0) shared_.sent_size = device.sent.history();
+    if (threadIdx.x == 0) {
+      const SentSize ours = device.sent.ours();
+      shared_.sent_is_ours = !device.sent.bytes || ours.entries > 0;
+      shared_.sent_size = device.sent.is_void() ? SentSize{} : ours;
+    }
     __syncthreads();
   }
 
@@ -56,14 +64,8 @@ class Finish {
       for (; ticket < end; ticket = phases.draw(), ++items) {
         work(selection, ticket - selection.first_ticket);
       }
-      if (selection.task == Task::kCount) {  // what comes next is clear to every block, and last
-        phases.report(kItemsCounted, items);
-        selection.task = Task::kPack;
-        selection.first_ticket = end;
-        if (ticket - end >= selection.items) return;
-        phases.wait_for(kItemsCounted, selection.items);
-        for (items = 0; ticket - end < selection.items; ticket = phases.draw(), ++items) work(selection, ticket - end);
-        if (phases.finish_items(items, selection.items) && threadIdx.x == 0) write_header(device_);
+      if (selection.task == Task::kPack) {  // the last one
+        if (phases.finish_items(items, selection.items) && threadIdx.x == 0) write_header(device_, shared_.sent_is_ours);
         return;
       }
       if (items > 0 && selection.task == Task::kNarrow) add_bins();
@@ -96,14 +98,15 @@ class Finish {
       narrow_list(selection, item);
       return;
     }
-    for (uint32_t i = 0; i < device_.tiles_of_warp; ++i) {
-      const uint32_t block = (item * device_.tiles_of_warp + i) * kFinishWarps + threadIdx.x / kWarpThreads;
-      if (block >= device_.blocks) return;
-      if (selection.task == Task::kNarrow) visit(selection, block, Purpose::kNarrow);
-      else if (selection.task == Task::kCollect) collect(selection, block);
-      else if (selection.task == Task::kCount) count(selection, block);
-      else pack(selection, block);
-    }
+    if (selection.task == Task::kPack) pack(selection, item);
+    else if (selection.task == Task::kCollect) each_tile(item, [&](uint32_t block) { collect(selection, block); });
+    else each_tile(item, [&](uint32_t block) { visit(selection, block, Purpose::kNarrow); });
+  }
+  // The block tiles of an item that are this warp's.
+  template <typename Function>
+  __device__ void each_tile(uint32_t item, const Function& function) {
+    const uint32_t first = (item * kFinishWarps + threadIdx.x / kWarpThreads) * device_.tiles_of_warp;
+    for (uint32_t block = first; block < first + device_.tiles_of_warp && block < device_.blocks; ++block) function(block);
   }
 
   struct Entry {
@@ -252,41 +255,6 @@ class Finish {
     }
   }
 
-  // Entries above the k-th score and at it, of one block tile.
-  __device__ void count(const Selection<Bits>& selection, uint32_t block) {
-    const Counts counts = visit(selection, block, Purpose::kCount);
-    const uint32_t above = warp_.sum(counts.above), ties = warp_.sum(counts.ties);
-    if (warp_.rank() == 0) {
-      device_.counts.store(block, above | ties << 16);
-      if (above > 0) device_.above_of_run.add(block / kBlocksOfRun, above);
-      if (ties > 0) device_.ties_of_run.add(block / kBlocksOfRun, ties);
-    }
-  }
-
-  // The entries of the block tiles before this one.
-  __device__ Counts counts_before(uint32_t block) const {
-    Counts before;
-    for (uint32_t run = warp_.rank(); run < block / kBlocksOfRun; run += kWarpThreads) {
-      before.above += device_.above_of_run.load(run);
-      before.ties += device_.ties_of_run.load(run);
-    }
-    constexpr uint32_t kVectors = kBlocksOfRun / (kWarpThreads * kVectorEntries);
-#pragma unroll 2
-    for (uint32_t v = 0; v < kVectors; ++v) {
-      const uint32_t at = block / kBlocksOfRun * kBlocksOfRun + (v * kWarpThreads + warp_.rank()) * kVectorEntries;
-      const Vector<uint32_t> counts = at < block ? device_.counts.load_vector(at) : Vector<uint32_t>{};
-#pragma unroll
-      for (uint32_t i = 0; i < kVectorEntries; ++i) {
-        if (at + i >= block) continue;
-        before.above += counts.entry[i] & 0xffff;
-        before.ties += counts.entry[i] >> 16;
-      }
-    }
-    before.above = warp_.sum(before.above);
-    before.ties = warp_.sum(before.ties);
-    return before;
-  }
-
   // One past the offset of the last tie that is sent. Ties are sent in index order until k entries are: all of this block
   // tile's, none, or, in the one tile where they run out, those up to an offset.
   __device__ uint32_t end_of_ties(const Selection<Bits>& selection, uint32_t block, uint32_t before, uint32_t wanted) {
@@ -298,13 +266,42 @@ class Finish {
     return chosen_.member(wanted - before - 1) + 1;
   }
 
-  __device__ void pack(const Selection<Bits>& selection, uint32_t block) {
-    warp_.sync();  // chosen_ may still be read for the tile before
+  // The entries of an item that are sent, behind those of all items before it.
+  __device__ void pack(const Selection<Bits>& selection, uint32_t item) {
+    const unsigned own = threadIdx.x / kWarpThreads;
+    Counts of_warp;
+    each_tile(item, [&](uint32_t block) {
+      const Counts counts = visit(selection, block, Purpose::kCount);
+      const uint32_t above = warp_.sum(counts.above), ties = warp_.sum(counts.ties);
+      if (warp_.rank() == 0) device_.counts.store(block, above | ties << 16);
+      of_warp.above += above;
+      of_warp.ties += ties;
+    });
+    if (warp_.rank() == 0) shared_.above[own] = of_warp.above, shared_.ties[own] = of_warp.ties;
+    __syncthreads();
+    Counts before;
+    typename LookBack<kThreads, 2>::Sums all;  // above and ties
+#pragma unroll
+    for (unsigned warp = 0; warp < kFinishWarps; ++warp) {
+      if (warp == own) before.above = static_cast<uint32_t>(all.of[0]), before.ties = static_cast<uint32_t>(all.of[1]);
+      all.of[0] += shared_.above[warp];
+      all.of[1] += shared_.ties[warp];
+    }
+    const auto of_items = LookBack<kThreads, 2>{device_.counts_of_item, shared_.look_back}.before(item, all);
+    before.above += static_cast<uint32_t>(of_items.of[0]);
+    before.ties += static_cast<uint32_t>(of_items.of[1]);
     const uint32_t wanted = static_cast<uint32_t>(device_.layout.k) - selection.above;
-    const Counts before = counts_before(block);
-    const uint32_t first = before.above + (before.ties < wanted ? before.ties : wanted);
-    const uint32_t ties_end = end_of_ties(selection, block, before.ties, wanted);
+    each_tile(item, [&](uint32_t block) {
+      const uint32_t counts = device_.counts.load_uniform(block);
+      const uint32_t first = before.above + (before.ties < wanted ? before.ties : wanted);
+      pack(selection, block, first, end_of_ties(selection, block, before.ties, wanted));
+      before.above += counts & 0xffff;
+      before.ties += counts >> 16;
+    });
+  }
 
+  // A block tile, whose first entry in the payload is number `first`.
+  __device__ void pack(const Selection<Bits>& selection, uint32_t block, uint32_t first, uint32_t ties_end) {
     warp_.sync();
     chosen_.clear(warp_);
     const Counts counts = visit(selection, block, Purpose::kChoose, ties_end);

@@ -57,6 +57,11 @@ class Global {
     count(index, 1, Kind::kStore);
     pointer_[index] = value;
   }
+  // For whoever loads so.
+  __device__ void store_fresh(size_t index, Value value) const {
+    count(index, 1, Kind::kStore);
+    *static_cast<volatile Value*>(pointer_ + index) = value;
+  }
   // index is a multiple of kVectorEntries.
   __device__ Vector<Value> load_vector(size_t index) const {
     count(index, kVectorEntries, Kind::kLoad);

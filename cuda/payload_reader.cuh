@@ -160,6 +160,8 @@ struct SentPayload {
   int64_t round = -1;
 
   __device__ bool is_void() const { return verdict && verdict.load_uniform(0) == round; }
+  // Or there is none.
+  __device__ bool is_ours() const { return !bytes || ours().entries > 0; }
   // What of it a selection looks at: nothing after a void round.
   __device__ SentSize history() const { return is_void() ? SentSize{} : ours(); }
   // No entries where none was given, or its header is that of another bucket's payload.

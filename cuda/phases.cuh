@@ -44,21 +44,6 @@ struct Phases {
     __syncthreads();
     return shared.last;
   }
-  // As finish_items, where every block can say by itself what comes next: reports to `counter`, and none decides.
-  __device__ void report(Counter counter, uint32_t items) const {
-    __syncthreads();
-    if (threadIdx.x == 0 && items > 0) {
-      __threadfence();
-      counters.add(counter, items);
-    }
-  }
-  __device__ void wait_for(Counter counter, uint32_t items) const {
-    if (threadIdx.x == 0) {
-      while (counters.load_fresh(counter) < items) __nanosleep(32);
-      __threadfence();
-    }
-    __syncthreads();
-  }
   // Ends a phase, after its last block has written what the next one reads.
   __device__ void publish() const {
     __syncthreads();

@@ -9,8 +9,7 @@
 
 namespace regtopk {
 
-// One item of work of a block of finish: block tiles to each of its warps, or so many entries of the list.
-inline constexpr unsigned kFinishWarps = 8, kFinishBlocks = 3;  // of a block, of a multiprocessor
+// Entries of the list that are an item of work of a block of finish.
 inline constexpr unsigned kListChunk = 2048;
 
 struct Bin {
@@ -94,11 +93,10 @@ __device__ void choose_task(Selection<typename Traits<T>::Bits>& selection, cons
   selection.shift = shift_of(selection.low, selection.high);
   const bool fits = uint64_t{selection.above} + selection.inside <= static_cast<uint64_t>(device.sampling.list_capacity);
   if (selection.from_residual && !selection.collected && fits) selection.task = Task::kCollect;
-  else selection.task = selection.low == selection.high ? Task::kCount : Task::kNarrow;
+  else selection.task = selection.low == selection.high ? Task::kPack : Task::kNarrow;
   const bool by_list = selection.task == Task::kNarrow && !selection.from_residual;
   const uint32_t list_size = device.counters.load_uniform(kListSize);
-  selection.items = by_list ? static_cast<uint32_t>((uint64_t{list_size} + kListChunk - 1) / kListChunk)
-                            : (device.blocks + kFinishWarps * device.tiles_of_warp - 1) / (kFinishWarps * device.tiles_of_warp);
+  selection.items = by_list ? static_cast<uint32_t>((uint64_t{list_size} + kListChunk - 1) / kListChunk) : device.items();
 }
 
 // Where accumulate left it: hits above the bracket, a histogram inside it, and a list of at least both if it fits.

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 4) whole_kernel(const __grid_constan
   if (__syncthreads_or(!finite) && threadIdx.x == 0) device.counters.store(kNonFinite, 1);
   if (!is_last_block(device.counters, kAccumulateDone, last) || threadIdx.x != 0) return;
   if (kSends && device.sent.bytes) device.counters.store(kRepeated, device.sent.history().entries);
-  write_header(device);
+  write_header(device, device.sent.is_ours());
   for (unsigned counter = 0; counter < kCounters; ++counter) device.counters.store(counter, 0);
 }
 

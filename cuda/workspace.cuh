@@ -30,7 +30,6 @@ enum Counter : unsigned {
   kNonFinite,
   kTicket,          // of finish: the next one to give out
   kItemsDone,       // of the current phase of finish
-  kItemsCounted,    // of the phase that counts
   kPhase,           // of finish
   kRepeated,
   kDisplaced,
@@ -38,7 +37,7 @@ enum Counter : unsigned {
   kCounters = 16
 };
 
-enum class Task : uint32_t { kNarrow, kCollect, kCount, kPack };
+enum class Task : uint32_t { kNarrow, kCollect, kPack };
 
 // What is known of the k-th score: it lies in [low, high], `above` entries score more than high, `inside` lie in the range.
 // low == high says all. And what finish does next, over the list or over the residual.
@@ -54,11 +53,10 @@ struct alignas(16) Selection {
 };
 
 // The bracket and the phases of finish. Narrowing gains 11 bits each time: at most 6 times over the residual and 6 over the
-// list in fp64, and collect, count and pack.
+// list in fp64, and collect and pack.
 inline constexpr unsigned kSelections = 20;
 
-// Block tiles whose counts are added up together: about the root of how many a large bucket has.
-inline constexpr uint32_t kBlocksOfRun = 512;
+inline constexpr unsigned kFinishWarps = 8, kFinishBlocks = 3;  // of a block, of a multiprocessor
 
 template <typename T>
 struct CompressDevice {
@@ -98,7 +96,7 @@ struct CompressDevice {
   Global<Bits> samples;
   Global<uint32_t> list_begin, list_entries;    // by block tile
   Global<uint32_t> counts;                      // by block tile: entries above the k-th score, and from bit 16 on those at it
-  Global<uint32_t> above_of_run, ties_of_run;   // the same of kBlocksOfRun block tiles together; zeroed by accumulate
+  Global<uint64_t> counts_of_item;              // of finish, the same for those after it: look_back.cuh; zeroed by accumulate
   Global<uint32_t> non_finite;                  // a bit per entry, of the block tiles marked kHasNonFinite
   Global<Accumulate> list_values;
   Global<Bits> list_keys;                       // only with feedback: otherwise the value says it
@@ -108,7 +106,11 @@ struct CompressDevice {
     const uint32_t first = block * kEntries, numel = static_cast<uint32_t>(layout.numel);
     return numel - first < kEntries ? numel - first : kEntries;
   }
-  REGTOPK_HOST_DEVICE uint32_t runs() const { return (blocks + kBlocksOfRun - 1) / kBlocksOfRun; }
+  // Of finish: to each warp of a block as many block tiles.
+  REGTOPK_HOST_DEVICE uint32_t items() const {
+    const uint32_t tiles = kFinishWarps * tiles_of_warp;
+    return (blocks + tiles - 1) / tiles;
+  }
   __device__ bool has_idle() const { return spans && any_idle.load_uniform(0) != 0; }
   // Of 32 entries of a block tile, those of idle spans; all lanes of a warp call it together.
   __device__ uint32_t idle_word(uint32_t block, uint32_t word) const {
@@ -152,8 +154,7 @@ int64_t place_workspace(CompressDevice<T>& device, uint8_t* workspace, bool has_
   place(device.list_begin, device.blocks);
   place(device.list_entries, device.blocks);
   place(device.counts, device.blocks);  // read by whole vectors
-  place(device.above_of_run, device.runs());
-  place(device.ties_of_run, device.runs());
+  place(device.counts_of_item, 2 * ((device.blocks + kFinishWarps - 1) / kFinishWarps));
   place(device.non_finite, int64_t{device.blocks} * Device::Set::kWords);
   if (device.layout.spans > 0) {
     place(device.any_idle, 1);
@@ -182,8 +183,7 @@ __device__ inline bool is_last_block(Global<uint32_t> counters, Counter done, ui
 
 // The header of what the kernels have packed; by one thread.
 template <typename T>
-__device__ void write_header(const CompressDevice<T>& device) {
-  const bool sent_is_ours = !device.sent.bytes || device.sent.ours().entries > 0;
+__device__ void write_header(const CompressDevice<T>& device, bool sent_is_ours) {
   const uint32_t repeated = device.counters.load(kRepeated), displaced = device.counters.load(kDisplaced);
   DevicePayloadWriter<T>(device.payload, device.layout)
       .store_header(device.step, device.plan, repeated, displaced, device.counters.load(kNonFinite) != 0, sent_is_ours);

@@ -131,8 +131,8 @@ def test_steps_of_three_workers_equal_the_reference(kernels, numel, density, mu,
         assert messages[0].repeated + messages[0].displaced > 0  # or the merge of last step's entries is not seen
 
 
-def test_a_bucket_of_many_block_tiles_is_counted_run_by_run(kernels):
-    # 520 block tiles of 4,096: more than a run of 512, and several to each item of finish; ties at the k-th score in all of them.
+def test_a_bucket_of_many_block_tiles_is_counted_item_by_item(kernels):
+    # 520 block tiles of 4,096, several to each item of finish; ties at the k-th score in all of them.
     numel = 520 * 4096 + 3
     gradient = (torch.randn(numel, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 50).round()
     with kernels.schedule(multiprocessors=1):
@@ -516,6 +516,14 @@ def test_the_emulation_notices_what_a_device_would_not_forgive(kernels):
     with kernels.schedule(resident_blocks=2):
         assert "waits for another" in kernels.fault("wait_for_nothing")
     assert kernels.fault("unwritten_shared_memory") != 0
+
+
+@emulation_alone
+@pytest.mark.parametrize("schedule", [dict(order="ascending"), *SCHEDULES])
+def test_what_comes_before_an_item_is_summed_up_while_it_is_counted(kernels, schedule):
+    # Several looks back, of 64 items each, and blocks that wait for others.
+    with kernels.schedule(**schedule):
+        assert [kernels.fault("sums_before", items, blocks) for items, blocks in ((1, 1), (64, 3), (65, 7), (300, 12))] == [0] * 4
 
 
 @emulation_alone

@@ -1,4 +1,6 @@
-// Kernels that are wrong, each in one way, so that a test can see the emulation notice it.
+// Kernels that are wrong, each in one way, so that a test can see the emulation notice it; and parts of kernels by themselves, at sizes
+// that a bucket would need billions of entries for.
+#include "../../cuda/look_back.cuh"
 #include "simt.h"
 
 namespace {
@@ -49,6 +51,34 @@ uint32_t fault_last_block_wins() {
   uint32_t last = 0;
   run(8, 32, [&] { last = blockIdx.x; });
   return last;
+}
+
+// Items of `blocks` blocks, each of which draws one after the other: 0, or one more than the first that got another sum than it has before
+// it. Item i has i % 7 and 3 i.
+uint32_t fault_sums_before(uint32_t items, uint32_t blocks) {
+  using Sums = regtopk::LookBack<64, 2>;
+  std::vector<uint64_t> words(2 * items);
+  uint32_t tickets = 0, wrong = 0;
+  simt::error.clear();
+  simt::buffers.push_back({reinterpret_cast<uint8_t*>(words.data()), reinterpret_cast<uint8_t*>(words.data() + words.size()), true});
+  simt::launch("sums_before", blocks, 64, [&] {
+    static const char key_of_room = 0, key_of_item = 0;
+    auto& room = *static_cast<Sums::Shared*>(simt::shared(&key_of_room, sizeof(Sums::Shared)));
+    auto& item = *static_cast<uint32_t*>(simt::shared(&key_of_item, sizeof(uint32_t)));
+    for (;;) {
+      __syncthreads();
+      if (threadIdx.x == 0) item = tickets++;
+      __syncthreads();
+      const uint32_t own = item;
+      if (own >= items) return;
+      const auto before = Sums{regtopk::Global<uint64_t>(words.data()), room}.before(own, {{own % 7, 3 * uint64_t{own}}});
+      uint64_t first = 0;
+      for (uint32_t i = 0; i < own; ++i) first += i % 7;
+      if (before.of[0] != first || before.of[1] != 3 * (uint64_t{own} * (own - (own > 0)) / 2)) wrong = wrong == 0 ? own + 1 : wrong;
+    }
+  });
+  simt::buffers.clear();
+  return simt::error.empty() ? wrong : ~0u;
 }
 
 }  // extern "C"

@@ -233,11 +233,11 @@ class Kernels:
             kernel, loaded, stored = line.split()
             result[kernel] = (int(loaded), int(stored))
 
-    def fault(self, name):
-        """Run a kernel that is wrong on purpose (faults.cpp); return the error's text, or the number it gives."""
+    def fault(self, name, *numbers):
+        """Run a kernel that is wrong on purpose, or a part of one (faults.cpp); return the error's text, or the number it gives."""
         function = getattr(self._library, f"fault_{name}")
-        function.restype = ctypes.c_uint32 if name in ("unwritten_shared_memory", "last_block_wins") else ctypes.c_char_p
-        result = function()
+        function.restype = ctypes.c_uint32 if name in ("unwritten_shared_memory", "last_block_wins", "sums_before") else ctypes.c_char_p
+        result = function(*map(ctypes.c_uint32, numbers))
         return result.decode() if isinstance(result, bytes) else result
 
     def sampling(self, numel, k):
