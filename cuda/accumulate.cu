@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreadsOf<T>, kBlocksOfMultiprocessor<T>)
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) bins[bin] = 0;
+  wait_for_stream();
   for (uint32_t word = blockIdx.x * kThreads + threadIdx.x; word < 2 * device.items(); word += gridDim.x * kThreads) {
     device.counts_of_item.store(word, 0);
   }
@@ -228,8 +229,8 @@ void launch_accumulate(const CompressDevice<T>& device, bool has_feedback, cudaS
   constexpr unsigned kThreads = kThreadsOf<T>;
   const unsigned most = static_cast<unsigned>(multiprocessors()) * kBlocksOfMultiprocessor<T>;
   const unsigned blocks = device.blocks < most ? device.blocks : most;
-  if (has_feedback) REGTOPK_LAUNCH((accumulate_kernel<T, true>), blocks, kThreads, stream, device);
-  else REGTOPK_LAUNCH((accumulate_kernel<T, false>), blocks, kThreads, stream, device);
+  if (has_feedback) REGTOPK_LAUNCH_EARLY((accumulate_kernel<T, true>), blocks, kThreads, stream, device);
+  else REGTOPK_LAUNCH_EARLY((accumulate_kernel<T, false>), blocks, kThreads, stream, device);
 }
 template void launch_accumulate<double>(const CompressDevice<double>&, bool, cudaStream_t);
 template void launch_accumulate<float>(const CompressDevice<float>&, bool, cudaStream_t);

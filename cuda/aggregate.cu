@@ -62,12 +62,13 @@ class Aggregate {
   __device__ Aggregate(const Device& device, Shared& shared, uint32_t block)
       : device_(device), shared_(shared), group_{shared.scratch}, block_(block) {}
 
-  // Both are the same for all threads of all blocks; contributing as contributors() in csrc/core/aggregate.h.
+  __device__ void clear() {
+    for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
+  }
+  // Behind a barrier after clear(). Both are the same for all threads of all blocks; contributing as contributors() in csrc/core/aggregate.h.
   __device__ void run(bool has_idle, uint32_t contributing) {
     has_idle_ = has_idle;
     if (has_idle_) load_idle_words();
-    for (unsigned i = threadIdx.x * kVectorEntries; i < kEntries; i += kThreads * kVectorEntries) vector_of_sums(i) = {};
-    __syncthreads();
     const auto feed_back = [&](uint32_t row, uint32_t offset, T value, uint32_t entry) {
       const Accumulate sent = Traits<T>::load(value);
       device_.feedback.store(
@@ -271,10 +272,12 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Traits<T>::Accumulate) == 8 ? 4 : 5)
     aggregate_kernel(const __grid_constant__ AggregateDevice<T> device) {
   REGTOPK_SHARED(typename Aggregate<T>::Shared, shared);
+  Aggregate<T> work(device, shared, blockIdx.x);
+  work.clear();
+  wait_for_stream();
   const unsigned long long status = ~device.status.load_uniform(0);
   const uint32_t contributing = device.workers - device.absent.load_uniform(0);
   const bool has_idle = device.spans && device.any_idle.load_uniform(0) != 0;
-  Aggregate<T> work(device, shared, blockIdx.x);
   if (!__syncthreads_or(status != kPayloadsValid)) {  // a barrier too: the whole block has read the status
     work.run(has_idle, contributing > 0 ? contributing : 1);
     const uint32_t step = gridDim.x * kThreads;
@@ -332,7 +335,7 @@ cudaError_t launch_aggregate(const AggregateLaunch& arguments, cudaStream_t stre
     device.worst_status = Global(arguments.worst_status);
     launch_check<T>(device, stream);
     if (const cudaError_t error = launch_error(); error != cudaSuccess) return error;
-    REGTOPK_LAUNCH((aggregate_kernel<T>), device.blocks, kThreads, stream, device);
+    REGTOPK_LAUNCH_EARLY((aggregate_kernel<T>), device.blocks, kThreads, stream, device);
     return launch_error();
   });
 }

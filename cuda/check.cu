@@ -31,6 +31,7 @@ __device__ void find_idle(const CheckDevice& device, uint32_t word) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ CheckDevice device) {
   constexpr uint32_t kWarps = kThreads / kWarpThreads;
+  wait_for_stream();
   const WarpGroup warp;
   const PayloadLayout& layout = device.layout;
   const uint32_t tiles = static_cast<uint32_t>(layout.tiles);
@@ -119,7 +120,7 @@ void launch_check(const CheckDevice& device, cudaStream_t stream) {
   const int64_t warps = device.layout.tiles * device.workers + (static_cast<int64_t>(device.spans.count) + 31) / 32,
                 most = int64_t{multiprocessors()} * 8;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((warps + kThreads / kWarpThreads - 1) / (kThreads / kWarpThreads), most));
-  REGTOPK_LAUNCH((check_kernel<T>), blocks, kThreads, stream, device);
+  REGTOPK_LAUNCH_EARLY((check_kernel<T>), blocks, kThreads, stream, device);
 }
 template void launch_check<double>(const CheckDevice&, cudaStream_t);
 template void launch_check<float>(const CheckDevice&, cudaStream_t);

@@ -379,6 +379,7 @@ __global__ void __launch_bounds__(
   using Work = Finish<T, kHasFeedback>;
   REGTOPK_SHARED(typename Work::Shared, shared);
   REGTOPK_SHARED(Phases::Shared, phases);
+  wait_for_stream();
   const Phases together{device.counters, phases};
   Work(device, shared).run(together);
   together.leave();
@@ -390,8 +391,8 @@ template <typename T>
 void launch_finish(const CompressDevice<T>& device, bool has_feedback, cudaStream_t stream) {
   const unsigned tiles = kFinishWarps * device.tiles_of_warp, items = (device.blocks + tiles - 1) / tiles;
   const unsigned most = static_cast<unsigned>(multiprocessors()) * kFinishBlocks, blocks = items < most ? items : most;
-  if (has_feedback) REGTOPK_LAUNCH((finish_kernel<T, true>), blocks, kThreads, stream, device);
-  else REGTOPK_LAUNCH((finish_kernel<T, false>), blocks, kThreads, stream, device);
+  if (has_feedback) REGTOPK_LAUNCH_EARLY((finish_kernel<T, true>), blocks, kThreads, stream, device);
+  else REGTOPK_LAUNCH_EARLY((finish_kernel<T, false>), blocks, kThreads, stream, device);
 }
 template void launch_finish<double>(const CompressDevice<double>&, bool, cudaStream_t);
 template void launch_finish<float>(const CompressDevice<float>&, bool, cudaStream_t);

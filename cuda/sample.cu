@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CompressDevice<T> d
   const BlockGroup<kThreads> group{scratch};
 
   for (unsigned bin = threadIdx.x; bin < kHistogramBins; bin += kThreads) high_bins[bin] = low_bins[bin] = 0;
+  wait_for_stream();
   if (threadIdx.x == 0) sent = kHasFeedback ? device.sent.history() : SentSize{};
   __syncthreads();
   const bool has_idle = device.has_idle();
@@ -185,8 +186,8 @@ void launch_sample(const CompressDevice<T>& device, bool has_feedback, cudaStrea
   constexpr int64_t kSectorsOfBlock = kSectorsOfWarp * (kThreads / kWarpThreads);
   const unsigned blocks =
       static_cast<unsigned>(device.sampling.sectors == 0 ? 1 : (device.sampling.sectors + kSectorsOfBlock - 1) / kSectorsOfBlock);
-  if (has_feedback) REGTOPK_LAUNCH((sample_kernel<T, true>), blocks, kThreads, stream, device);
-  else REGTOPK_LAUNCH((sample_kernel<T, false>), blocks, kThreads, stream, device);
+  if (has_feedback) REGTOPK_LAUNCH_EARLY((sample_kernel<T, true>), blocks, kThreads, stream, device);
+  else REGTOPK_LAUNCH_EARLY((sample_kernel<T, false>), blocks, kThreads, stream, device);
 }
 template void launch_sample<double>(const CompressDevice<double>&, bool, cudaStream_t);
 template void launch_sample<float>(const CompressDevice<float>&, bool, cudaStream_t);

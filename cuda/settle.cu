@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) settle_kernel(const __grid_consta
   REGTOPK_SHARED(Set[kWarps], sets);
   REGTOPK_SHARED(uint32_t[kWarps], smallest);
   REGTOPK_SHARED(uint32_t, last);
+  wait_for_stream();
   const unsigned w = threadIdx.x / kWarpThreads;
   const uint32_t block = blockIdx.x * kWarps + w;
   if (uint64_t{block} * PayloadReader<T>::kEntries < static_cast<uint64_t>(device.sent.numel))
@@ -130,7 +131,7 @@ template <typename T>
 void launch_settle(const SettleDevice<T>& device, cudaStream_t stream) {
   constexpr int64_t kEntriesOfBlock = int64_t{PayloadReader<T>::kEntries} * kWarps;
   const unsigned blocks = static_cast<unsigned>((device.sent.numel + kEntriesOfBlock - 1) / kEntriesOfBlock);
-  REGTOPK_LAUNCH((settle_kernel<T>), blocks, kThreads, stream, device);
+  REGTOPK_LAUNCH_EARLY((settle_kernel<T>), blocks, kThreads, stream, device);
 }
 template void launch_settle<double>(const SettleDevice<double>&, cudaStream_t);
 template void launch_settle<float>(const SettleDevice<float>&, cudaStream_t);

@@ -82,6 +82,20 @@ MAY_IMPORT = {
 TESTS = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
 
 
+def test_a_kernel_that_comes_early_waits_for_those_before_it():
+    early, kernels = set(), {}
+    for path in (ROOT / "cuda").glob("*.cu"):
+        text = path.read_text()
+        early |= {(path.name, name) for name in re.findall(r"REGTOPK_LAUNCH_EARLY\(\(?(\w+)", text)}
+        for name, body in re.findall(r"\b(\w+_kernel)\((?:const )?[^{;]*\) \{\n(.*?)\n\}\n", text, flags=re.DOTALL):
+            kernels[path.name, name] = body
+    assert len(early) > 5
+    for kernel in early:
+        before = kernels[kernel].partition("  wait_for_stream();\n")
+        # Until then there are the block's own memory and arguments alone.
+        assert before[1] and not re.search(r"\.(load|store|add|take|set)\w*\(", before[0]), kernel
+
+
 @pytest.mark.parametrize("path", [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path):
     folder = path.relative_to(ROOT).parts[0]
