@@ -175,15 +175,19 @@ GroupExchange::FuturePtr GroupExchange::exchange_in_parts(
     }
     return average;
   };
-  if (pending.size() == 1) return pending.front()->then(put_together, c10::TensorType::get());
+  const auto whole = [this](FuturePtr future) {
+    transport_->also_wait_for(future);
+    return future;
+  };
+  if (pending.size() == 1) return whole(pending.front()->then(put_together, c10::TensorType::get()));
   // Not collectAll, whose future knows no streams: on a device what is put together runs on one that waits for both parts, for the second
   // because it follows it, for the first by wait(), which does not hold up the host.
-  return pending.front()->thenAsync(
+  return whole(pending.front()->thenAsync(
       [put_together, second = pending.back()](c10::ivalue::Future& done) {
         done.value();
         return second->then(put_together, c10::TensorType::get());
       },
-      c10::TensorType::get());
+      c10::TensorType::get()));
 }
 
 GroupExchange::FuturePtr GroupExchange::exchange_as_one(

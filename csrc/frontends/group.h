@@ -55,6 +55,7 @@ class GroupExchange {
   // The worker, once no bucket is pending.
   Worker& idle_worker();
   Worker& worker() const { return *worker_; }
+  std::shared_ptr<Worker> keep_worker() const { return worker_; }
   bool is_open() const { return transport_ != nullptr; }
 
   // Fails what is pending, gives the groups back and refuses further buckets. The GIL must not be held. Idempotent.

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
@@ -99,7 +100,12 @@ std::vector<at::Tensor> Average::wait() {
   const at::NoGradGuard no_grad;
   // Versions count the caller's memory, and have been counted.
   const at::AutoDispatchBelowADInplaceOrView no_versions;
-  for (const auto& [from, to] : std::exchange(to_copy_, {})) to.copy_(from);
+  for (const auto& [from, to] : std::exchange(to_copy_, {})) {
+    to.copy_(from);
+    if (to.is_cpu()) continue;
+    const c10::impl::VirtualGuardImpl device(to.device().type());
+    device.recordDataPtrOnStream(to.storage().data_ptr(), device.getStream(to.device()));  // it was made on another, perhaps
+  }
   return averages_;
 }
 
@@ -175,6 +181,7 @@ std::shared_ptr<Average> TensorsExchange::average(
   }
   result->verdict_ = exchange_->worker().steps.clock().verdict(tensors.front().device());
   result->round_ = worker.steps.round();
+  result->worker_ = exchange_->keep_worker();
   return result;
 }
 

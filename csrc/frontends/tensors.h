@@ -27,6 +27,7 @@ class Average {
   std::vector<std::pair<at::Tensor, at::Tensor>> to_copy_;
   at::Tensor verdict_;
   int64_t round_ = -1;
+  std::shared_ptr<Worker> worker_;  // whose memory a device may still have to read, whatever becomes of the exchange
 };
 
 class TensorsExchange {

@@ -110,6 +110,10 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
     course->bucket.fail();
     throw;
   }
+  if (!device.is_cpu()) {
+    const std::lock_guard lock(pending_mutex_);
+    pending_.push_back(course->result);
+  }
   return course->result;
 }
 
@@ -263,8 +267,16 @@ void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, 
 }
 
 void GlooTransport::wait_idle() {
-  if (completer_.wait_idle(Completer::Clock::now() + timeout_)) return;
-  C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
+  if (!completer_.wait_idle(Completer::Clock::now() + timeout_))
+    C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
+  std::vector<FuturePtr> pending;
+  {
+    const std::lock_guard lock(pending_mutex_);
+    pending.swap(pending_);
+  }
+  for (const FuturePtr& future : pending) {
+    if (future->completed()) future->wait();  // the current stream waits, the host does not
+  }
 }
 
 void GlooTransport::close() {

@@ -21,6 +21,7 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "completer.h"
 #include "transport.h"
@@ -92,6 +93,9 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   void refuse_if_failed() const;
   static void note(Failure& failure, const std::string& why);
   const std::shared_ptr<Failure> failure_ = std::make_shared<Failure>();
+  std::mutex pending_mutex_;
+  std::vector<FuturePtr>
+      pending_;  // of a device's buckets since the last wait: what was done to them follows on the device's default stream
   Completer completer_;
 };
 

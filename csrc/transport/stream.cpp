@@ -152,11 +152,14 @@ void StreamTransport::wait_for(const FuturePtr& future) const {
 
 void StreamTransport::wait_idle() {
   std::vector<FuturePtr> pending;
+  bool is_closed = false;
   {
     const std::lock_guard lock(mutex_);
     pending.swap(pending_);
+    is_closed = groups_.empty();
   }
   for (const FuturePtr& future : pending) {
+    if (is_closed && !future->completed()) continue;  // it may never be
     wait_for(future);
     future->wait();  // the current stream waits for what it holds, the host does not
   }
@@ -170,13 +173,11 @@ void StreamTransport::wait_idle() {
 void StreamTransport::close() {
   std::map<Among, GroupPtr> groups;
   std::map<Among, WorkPtr> last;
-  std::vector<FuturePtr> pending;
   std::shared_ptr<const std::function<void()>> close_groups;
   {
     const std::lock_guard lock(mutex_);
     groups.swap(groups_);
     last.swap(last_);
-    pending.swap(pending_);
     close_groups.swap(close_);
   }
   // Giving a group back waits for its collectives, which never end where a rank is gone: it is left to the end of the process then. No

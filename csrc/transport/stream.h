@@ -44,6 +44,10 @@ class StreamTransport final : public Transport {
   int64_t workers() const override { return gloo_->workers(); }
   std::chrono::milliseconds timeout() const override { return gloo_->timeout(); }
   FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
+  void also_wait_for(const FuturePtr& future) override {
+    const std::lock_guard lock(mutex_);
+    pending_.push_back(future);
+  }
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override {
     return gloo_->gather_texts(own, caller, activity);
   }

@@ -50,6 +50,9 @@ class Transport {
   // for it in vain, and each has an error of its own.
   virtual FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) = 0;
 
+  // What follows a bucket's future is a part of the bucket to whoever waits for all of them.
+  virtual void also_wait_for(const FuturePtr& /*future*/) {}
+
   // These wait. `caller` is who a message is from; `activity` says what is waited for, in words that are the same on every rank.
   virtual std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) = 0;
   virtual void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) = 0;

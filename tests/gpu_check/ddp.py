@@ -49,6 +49,14 @@ def refusing_to_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@contextlib.contextmanager
+def on_another_stream():
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+        torch.cuda.synchronize()
+
+
 def finite(tensors):
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
@@ -59,7 +67,7 @@ MOMENTUM = {"momentum": 0.9, "mask_momentum": True, "clip_norm": 5.0, "chunk": 1
 FORMS = {
     "": ({}, "hook"), "2 bits": (WIRE, "hook"), "momentum, chunks": (MOMENTUM, "hook"), "scaled": ({}, "scaler"), "attached": ({}, "attach"),
     "led": ({"support": "leader"}, "hook"), "adaptive": ({"adaptive": (DENSITY, 2)}, "hook"), "dense in part": ({"dense": lambda name, numel: numel < 40_000}, "hook"),
-    "levels": ({"levels": 2}, "hook"),
+    "levels": ({"levels": 2}, "hook"), "another stream": ({}, "stream"),
 }  # fmt: skip
 
 
@@ -103,23 +111,24 @@ def train(rank, backend, device, method, view, form):
     else:
         ddp.register_comm_hook(state, hook)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    for step in range(STEPS):
-        layouts.append([])
-        optimizer.zero_grad()
-        loss = ddp(gradients_of(rank, step, device))
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        if step == 2:
-            copied = state.state_dict(ddp)
-        if step == 3:  # as if it had been stopped: what was saved, loaded and gone on with
-            state.load_state_dict(state.state_dict(ddp), ddp)
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        elif finite(parameter.grad for parameter in module.parameters()):
-            optimizer.step()
-    state.check()
-    assert copied["step"] == 2
-    saved = state.state_dict(ddp)
+    with on_another_stream() if entry == "stream" and device == "cuda" else contextlib.nullcontext():
+        for step in range(STEPS):
+            layouts.append([])
+            optimizer.zero_grad()
+            loss = ddp(gradients_of(rank, step, device))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if step == 2:
+                copied = state.state_dict(ddp)
+            if step == 3:  # as if it had been stopped: what was saved, loaded and gone on with
+                state.load_state_dict(state.state_dict(ddp), ddp)
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            elif finite(parameter.grad for parameter in module.parameters()):
+                optimizer.step()
+        state.check()
+        assert copied["step"] == 2
+        saved = state.state_dict(ddp)
     residuals = {name: entry["residual"] for name, entry in saved["parameters"].items()}
     counted = {name: value for name, value in state.stats().items() if not name.endswith("_seconds")}
     parameters, measured = [parameter.detach().cpu() for parameter in module.parameters()], saved.get("density_state", [])

@@ -21,7 +21,7 @@ PARTS = [
     Part("operators", "bytes equal to the CPU's: types, sizes, densities, hard inputs", correctness.operators, 90),
     Part("spans", "bytes equal to the CPU's for buckets with parameters: idle, void, applied", correctness.spans, 30),
     Part("led", "bytes equal to the CPU's where ranks share a support: a leader's, or all entries", correctness.led, 25),
-    Part("hosts", "bytes equal to the CPU's: parts of parameters between the ranks of a host", correctness.hosts, 20),
+    Part("hosts", "bytes equal to the CPU's: parts of parameters between the ranks of a host", correctness.hosts, 45),
     Part("misses", "bytes equal to the CPU's whatever the bracket", correctness.misses, 40),
     Part("graph", "no synchronisation; capture and replay", correctness.graph, 30, gpu_alone=True),
     Part("races", "300 calls beside a loaded stream give one result", correctness.races, 40),
