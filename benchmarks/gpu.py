@@ -36,12 +36,12 @@ def format_parts(logs):
 
 
 def format_times(logs):
-    """Microseconds of compress and aggregate of 8 workers, and how many times the copy of equal bytes; then what the last commit's consist of."""
+    """Microseconds of compress and aggregate of 8 workers, and how many times the copy of equal bytes."""
     timed = [(commit, {(row["numel"], row["density"], row["dtype"]): row for row in lines if row["event"] == "times"}) for commit, lines in logs]
     last = timed[-1][1]
     cases = sorted((case for case in last if case[2] == "float32" or case[1] == 1e-3), key=lambda case: (case[2] != "float32", case[1], case[0]))
     names = [f"{commit}: us (x copy)" for commit, _ in timed]
-    rows = [f"| entries | density | dtype | {' | '.join(names)} | RegTop-k / Top-k | chain / Top-k | {' | '.join(KERNELS)} |", "|" + "---|" * (len(names) + 5 + len(KERNELS))]
+    rows = [f"| entries | density | dtype | {' | '.join(names)} | RegTop-k / Top-k | chain / Top-k |", "|" + "---|" * (len(names) + 5)]
     for case in cases:
         cells = [f"{case[0]:,}", f"{case[1]:g}", case[2]]
         for _, found in timed:
@@ -49,19 +49,37 @@ def format_times(logs):
             cells.append("" if row is None else f"{1e6 * row['seconds']['topk']['median']:,.0f} ({row['to_copy']['topk']:.2f})")
         of = {name: last[case]["seconds"][name]["median"] for name in ("topk", "regtopk", "chain")}
         cells += [f"{of['regtopk'] / of['topk']:.2f}", f"{of['chain'] / of['topk']:.1f}"]
-        rows.append("| " + " | ".join([*cells, *(f"{1e6 * last[case]['kernels'][name]:,.1f}" for name in KERNELS)]) + " |")
+        rows.append("| " + " | ".join(cells) + " |")
     return rows
 
 
+def format_profile(logs):
+    """Microseconds of each kernel of the last commit that was profiled, RegTop-k of two workers, and its share of the memory's rate."""
+    rows = [line for line in next((lines for _, lines in reversed(logs) if any(line["event"] == "profiled" for line in lines)), []) if line["event"] == "profiled"]
+    table = [f"| entries | {' | '.join(KERNELS)} |", "|" + "---|" * (1 + len(KERNELS))]
+    for numel in sorted({row["numel"] for row in rows}):
+        of = {row["kernel"]: row for row in rows if row["numel"] == numel}
+        table.append(f"| {numel:,} | " + " | ".join(f"{of[name]['us']:.1f} ({100 * of[name]['dram']:.0f} %)" for name in KERNELS) + " |")
+    return table
+
+
+def format_targets(logs):
+    """What was asked for of the last commit, and what was found."""
+    table = ["| entries | asked for | found | |", "|---|---|---|---|"]
+    for line in sorted((line for line in logs[-1][1] if line["event"] == "times" and line["targets"]), key=lambda line: line["numel"]):
+        for name, target in line["targets"].items():
+            bound = "at least" if name == "x faster than the chain" else "at most"
+            table.append(f"| {line['numel']:,} | {bound} {target['target']:g} {name} | {target['value']:.2f} | {'met' if target['met'] else '**missed**'} |")
+    for line in logs[-1][1]:
+        if line["event"] == "share":
+            table.append(f"| ResNet-50 | {line['method']} at most {100 * line['target']:g} % of a step | {100 * line['share']:.1f} | {'met' if line['share'] <= line['target'] else '**missed**'} |")
+    return table
+
+
 def format_rest(logs):
-    """What the hook adds to a step, the rate of 8 workers in one process, and the memory that the operators need."""
-    lines = [line for _, of_commit in logs for line in of_commit]
+    """The rate of 8 workers in one process, and the memory that the operators need: of the last commit."""
+    lines = logs[-1][1]
     found = [
-        f"* ResNet-50, batch {line['batch']} in bf16 autocast, one rank over NCCL: {line['method']} adds {100 * line['share']:.1f} % to a step "
-        f"(alone {' and '.join(f'{1e3 * seconds:.1f}' for seconds in line['alone_seconds'])} ms)"
-        for line in lines if line["event"] == "share"
-    ]  # fmt: skip
-    found += [
         f"* {line['workers']} workers of {line['network']} in one process, {line['method']}: {line['steps_per_second']:.1f} steps a second"
         for line in lines if line["event"] == "workers"
     ]  # fmt: skip
@@ -76,7 +94,7 @@ def format_gpu(folder=LOGS):
     logs = read(folder)
     cards = {(line["card"], line["torch"], line["cuda"]) for _, lines in logs for line in lines if line["card"] != "none"}
     made = "; ".join(f"{card}, torch {torch}, CUDA {cuda}" for card, torch, cuda in sorted(cards))
-    return "\n".join([*format_parts(logs), "", *format_times(logs), "", *format_rest(logs), "", f"{made}; [logs](results/gpu) by commit, one run each."])
+    return "\n".join([*format_parts(logs), "", *format_times(logs), "", *format_profile(logs), "", *format_targets(logs), "", *format_rest(logs), "", f"{made}; [logs](results/gpu) by commit, one run each."])
 
 
 def main():

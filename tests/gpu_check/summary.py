@@ -13,15 +13,14 @@ def times_table(lines):
     if not rows:
         return []
     text = ["", "us, medians; x: against the copy of equal bytes"]
-    text.append(f"{'entries':>13} {'density':>8} {'dtype':>9} {'Top-k':>9} {'x':>5} {'RegTop-k':>9} {'copy':>9} {'floor':>9} {'topk()':>9} {'chain':>9}  n  kernels (us)")
+    text.append(f"{'entries':>13} {'density':>8} {'dtype':>9} {'Top-k':>9} {'x':>5} {'RegTop-k':>9} {'copy':>9} {'floor':>9} {'topk()':>9} {'chain':>9}  n")
     for row in rows:
         of = {name: value["median"] for name, value in row["seconds"].items()}
         cells = [microseconds(of[name]) if name in of else "-" for name in ("topk", "regtopk", "copy", "floor", "torch.topk", "chain")]
         cells.insert(1, f"{row['to_copy']['topk']:.2f}")
-        kernels = ", ".join(f"{name} {microseconds(value)}" for name, value in row["kernels"].items())
         text.append(
             f"{row['numel']:>13,} {row['density']:>8g} {row['dtype']:>9} {cells[0]:>9} {cells[1]:>5} "
-            + " ".join(f"{cell:>9}" for cell in cells[2:]) + f" {row['seconds']['topk']['n']:>2}  {kernels}"
+            + " ".join(f"{cell:>9}" for cell in cells[2:]) + f" {row['seconds']['topk']['n']:>2}"
         )  # fmt: skip
     targets = [(row, name, target) for row in rows for name, target in row["targets"].items()]
     if targets:
@@ -47,7 +46,7 @@ def of(path):
                 continue
             if line["event"] == "failure":
                 text.append(f"    - {line['what'][:300]}")
-            if line["event"] in ("left out", "note", "compared", "pytest", "repeated", "replayed", "sanitized", "memory", "variants", "built", "trained", "share", "workers"):
+            if line["event"] in ("left out", "note", "compared", "pytest", "repeated", "replayed", "sanitized", "memory", "variants", "built", "trained", "share", "workers", "profiled"):
                 values = {key: value for key, value in line.items() if key not in ("event", "part", "card", "torch", "cuda", "commit", "sources")}
                 text.append(f"    {line['event']}: " + ", ".join(f"{key} {shown(value)}" for key, value in values.items()))
     text += times_table(lines)

@@ -143,27 +143,6 @@ class Case:
         return two - one if self.log.emulated else 1e-3 * one.elapsed_time(two)
 
 
-def kernel_times(log, case):
-    """{kernel: median seconds} of a step of RegTop-k, from the profiler; empty where it does not work."""
-    if log.emulated:
-        return {}
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for bucket in case.buckets * 2:
-                case.compress(bucket, mode="regtopk")
-                case.aggregate(bucket, mode="regtopk")
-            torch.cuda.synchronize()
-        taken = {}
-        for event in profiler.events():
-            for name in ("sample_kernel", "accumulate_kernel", "finish_kernel", "check_kernel", "aggregate_kernel"):
-                if name in event.name:
-                    taken.setdefault(name.removesuffix("_kernel"), []).append(1e-6 * event.device_time_total)
-        return {name: statistics.median(values) for name, values in taken.items()}
-    except (RuntimeError, AttributeError) as error:
-        log.write("note", what=f"no times of kernels: {error}")
-        return {}
-
-
 def spread(values):
     if len(values) < 2:
         return {"median": values[0], "quartiles": [values[0]] * 2, "n": len(values)}
@@ -192,7 +171,7 @@ def time_case(log, kernels, numel, density, dtype):
     }  # fmt: skip
     log.write(
         "times", numel=numel, density=density, k=case.k, dtype=str(dtype).removeprefix("torch."), workers=WORKERS, seconds=rows,
-        kernels=kernel_times(log, case), to_copy={name: value / times["copy"] for name, value in times.items()},
+        to_copy={name: value / times["copy"] for name, value in times.items()},
         copy_bytes=2 * case.buckets[0].memory.numel(), targets=targets,
     )  # fmt: skip
 
