@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
 from tests.gpu_check import __main__ as main  # noqa: E402
-from tests.gpu_check import summary  # noqa: E402
+from tests.gpu_check import sanitize, summary  # noqa: E402
 from tests.gpu_check.log import Log  # noqa: E402
 from tests.gpu_check.parts import PARTS, Part  # noqa: E402
 
@@ -34,7 +34,7 @@ def run_forked(part, options, seconds):
     """As main.run_in_process, in a process that need not import torch for seconds."""
     options = SimpleNamespace(**vars(options) | {"part": part.name, "seconds": seconds})
     # What starts processes itself starts them from here, for the same reason.
-    status, *output = (main.run_part(options), "", "") if part.name == "gloo" else run_alone(run_part, options, seconds=seconds)
+    status, *output = (main.run_part(options), "", "") if part.name in ("gloo", "lost") else run_alone(run_part, options, seconds=seconds)
     with open(options.out / "gpu-check.log", "a", encoding="utf-8") as log:
         log.writelines([f"== {part.name}\n", *output])
     return {0: ("passed", ""), 3: ("not run", "")}.get(status, ("failed", ""))
@@ -54,6 +54,29 @@ def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_pat
     assert printed.rstrip().endswith(text.rstrip())
     with pytest.raises(SystemExit, match="expected a folder without gpu-check.jsonl"):
         main.run_all(options)
+
+
+def test_what_ncu_prints_of_kernels_is_read():
+    text = """
+  void unnamed>::sample_kernel<float, 1>(CompressDevice<T1>) (8, 1, 1)x(512, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    DRAM Throughput                   %         0.52
+    Duration                         us        13.76
+    Achieved Occupancy                        %        24.93
+  void unnamed>::accumulate_kernel<float, 1>(CompressDevice<T1>) (264, 1, 1)x(512, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         ms        1,050.50
+"""
+    first, second = sanitize.kernels_in(text)
+    assert first == {"kernel": "sample", "dram": pytest.approx(0.0052), "us": 13.76, "warps": pytest.approx(0.2493)}
+    assert second == {"kernel": "accumulate", "us": 1050500.0}
+
+
+def test_a_part_that_failed_before_it_said_that_it_does_not_run_has_failed(tmp_path, monkeypatch):
+    def part(log):
+        log.fail("something")
+        raise log.NotRun("the rest")
+
+    monkeypatch.setattr(main, "PARTS", [SimpleNamespace(name="build", function=part)])
+    assert main.run_part(SimpleNamespace(part="build", out=tmp_path, device="emulated", commit="abc", seconds=5)) == 1
 
 
 def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ rank uses, and one that overflows on one rank and that nobody applies.
 """
 
 import contextlib
+import datetime
 import os
+import signal
 import statistics
 import sys
 import time
@@ -205,6 +207,48 @@ def nccl(log):
     for form in FORMS:
         if form:
             compare(log, world, "nccl", method, view, form, layouts)
+
+
+LOST_AT, PATIENCE = 3, 10  # the step in which rank 1 is gone, and the group's timeout in seconds
+
+
+def go_on_alone(rank, backend, device):
+    """What rank 0 hears of it, with which it can save what it holds."""
+    import regtopk_torch as rt
+    from given import Given
+
+    if backend == "nccl":
+        os.environ.update(ON_ONE_GPU, NCCL_HOSTID=f"host{rank}")
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    group = dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=PATIENCE))
+    ddp = DistributedDataParallel(Given(*SIZES).to(device), process_group=group)
+    state = rt.RegTopKState(DENSITY, process_group=group)
+    ddp.register_comm_hook(state, rt.sparse_hook)
+    try:
+        for step in range(LOST_AT + 2):
+            if rank == 1 and step == LOST_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ddp.zero_grad()
+            ddp(gradients_of(rank, 0, device)).backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def lost(log):
+    """A rank is killed: the other has an error, or over NCCL is ended by that library, and does not hang."""
+    from processes import run_workers_and_report
+
+    for backend in ("gloo",) if log.emulated else ("gloo", "nccl"):
+        started = time.monotonic()
+        (succeeded, heard), _ = run_workers_and_report(go_on_alone, 2, backend, "cpu" if log.emulated else "cuda", seconds=6 * PATIENCE)
+        seconds = time.monotonic() - started
+        log.write("lost", backend=backend, seconds=round(seconds, 1), heard=str(heard)[:500])
+        log.check(seconds < 5 * PATIENCE, f"{backend}: expected rank 0 to hear of the loss within {5 * PATIENCE} s, got {heard} after {seconds:.0f} s")
+        log.check(backend == "nccl" or (succeeded and "Error: " in heard), f"{backend}: expected an error on rank 0, got {heard}")
 
 
 WARM, TIMED = 8, 25

@@ -27,6 +27,7 @@ PARTS = [
     Part("races", "300 calls beside a loaded stream give one result", correctness.races, 40),
     Part("gloo", "DDP, 2 and 4 ranks over gloo, equal to the simulation", ddp.gloo, 60),
     Part("nccl", "DDP over NCCL, 1, 2 and 4 ranks, equal to the simulation, no synchronisation", ddp.nccl, 90, gpu_alone=True),
+    Part("lost", "a rank that is killed: an error on the other, or its end", ddp.lost, 90),
     Part("times", "time against a copy of equal bytes, the torch chain and torch.topk", timing.times, 130),
     Part("share", "what the hook adds to a step of ResNet-50", ddp.share_of_a_step, 90, gpu_alone=True),
     Part("workers", "8 workers of ResNet-18 in one process", ddp.workers, 40),
