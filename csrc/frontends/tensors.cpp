@@ -103,8 +103,7 @@ std::vector<at::Tensor> Average::wait() {
   for (const auto& [from, to] : std::exchange(to_copy_, {})) {
     to.copy_(from);
     if (to.is_cpu()) continue;
-    const c10::impl::VirtualGuardImpl device(to.device().type());
-    device.recordDataPtrOnStream(to.storage().data_ptr(), device.getStream(to.device()));  // it was made on another, perhaps
+    to.record_stream(c10::impl::VirtualGuardImpl(to.device().type()).getStream(to.device()));  // it was made on another, perhaps
   }
   return averages_;
 }
