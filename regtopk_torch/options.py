@@ -73,7 +73,7 @@ def check_options(who, names_of, *, method, density, mu, distortion, **common):
     host_ranks, local_rank = _ranks_of_a_host(who, levels)
     for name, excluded in (("support='leader'", support == "leader"), ("an AdaptiveDensity", adaptive), ("momentum=", momentum > 0), ("clip_norm=", clip_norm is not None), ("dense=", dense != "never")):
         if excluded and host_ranks > 1:
-            raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; hosts send entries of their own choice, at a density that all ranks know")
+            raise ValueError(f"{who}: expected levels=None with {name}, got levels={levels!r}; between hosts go entries of each place's own choice, at a density that all ranks know, of gradients as they are")
     return _C.Options(
         regularised=method == "regtopk", density=1.0 if callable(density) or adaptive else float(density), mu=float(mu), distortion=distortion,
         decay=float(decay), dense_steps=int(dense_steps), wire_dtype=CODES.get(wire_dtype, wire_dtype), elias_fano=index_code == "elias-fano", leader=support == "leader", chunk=int(chunk or 0), schedule=_checked(who, density) if callable(density) else None,
