@@ -172,7 +172,13 @@ class LocalSteps:
             now = fragment.start
         for before, here, given in zip(fragment.before, now, fragment.given, strict=True):
             torch.sub(before, here, out=given)
-        return _Round(fragment, self._steps + self.delay, self._state._average(fragment.given, fragment.names, fragment.given))
+        given_before = self._exchange.times_given()
+        try:
+            work = self._state._average(fragment.given, fragment.names, fragment.given)
+        except Exception:
+            self._return(fragment, given_before)
+            raise
+        return _Round(fragment, self._steps + self.delay, work, given_before=given_before)
 
     def _check_model(self):
         """What took a parameter's place, or takes part since, would train by itself."""
@@ -196,12 +202,15 @@ class LocalSteps:
 
     @torch.no_grad()
     def _apply(self, pending):
-        self._pending = None
-        fragment, is_void = pending.fragment, pending.wait()
+        self._pending, fragment = None, pending.fragment
+        try:
+            is_void = pending.wait()
+        except Exception:
+            self._return(fragment, pending.given_before)
+            raise
         start = fragment.start if self.delay else fragment.own
         if is_void:
-            given = [before - here for before, here in zip(fragment.before, start, strict=True)]
-            fragment.origin = [torch.where(d.isfinite(), here, before) for d, here, before in zip(given, start, fragment.before, strict=True)]
+            self._move_origin(fragment)
             self._void_rounds += 1
             self._say_what_does_not_end(fragment)
             return False
@@ -221,6 +230,17 @@ class LocalSteps:
         if self._buffers == "average" and fragment is self._fragments[-1]:
             self._average_buffers()
         return True
+
+    def _move_origin(self, fragment):
+        """What was given is held back by the state: the next round gives what comes from here on. But for what is not finite, which nothing holds."""
+        start = fragment.start if self.delay else fragment.own
+        given = [before - here for before, here in zip(fragment.before, start, strict=True)]
+        fragment.origin = [torch.where(d.isfinite(), here, before) for d, here, before in zip(given, start, fragment.before, strict=True)]
+
+    def _return(self, fragment, given_before):
+        """After an error, whose round comes to nobody: what the state had taken by then it holds, else it is still to be given."""
+        if self._exchange.times_given() != given_before:
+            self._move_origin(fragment)
 
     def _say_what_does_not_end(self, fragment):
         """One that is not finite in a worker's weights makes its rounds void until they are: no average would bring that to an end."""
@@ -266,6 +286,13 @@ class LocalSteps:
         The model, which is a worker's own between rounds, and its optimizer are saved beside it, on each rank; or
         `rt.save(local, None, directory)` saves all of that for all ranks. Call it between steps, on every rank; no collective.
         """
+        pending = None
+        if self._pending is not None:
+            try:
+                pending = self._pending.state_dict()
+            except Exception:  # its round came to nobody, as an error has said or will say: what there is can be saved all the same
+                self._return(self._pending.fragment, self._pending.given_before)
+                self._pending = None
         origins: dict[str, torch.Tensor] = {}
         for fragment in self._fragments:
             if fragment.origin is not None:
@@ -275,7 +302,7 @@ class LocalSteps:
             "void_rounds": self._void_rounds,
             "common": _clones(self._names, self._common),
             "origin": origins,
-            "pending": None if self._pending is None else self._pending.state_dict(),
+            "pending": pending,
             "outer": None if self.outer is None else self.outer.state_dict(),
             "outer_kind": _kind(self.outer),
             "state": self._state.state_dict(None),
@@ -377,8 +404,8 @@ class _Fragment:
 class _Round:
     """A round that has begun."""
 
-    def __init__(self, fragment, due, work, is_void=None):
-        self.fragment, self.due = fragment, due
+    def __init__(self, fragment, due, work, is_void=None, given_before=0):
+        self.fragment, self.due, self.given_before = fragment, due, given_before
         self._work, self._is_void = work, is_void
 
     def wait(self):

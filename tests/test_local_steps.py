@@ -490,3 +490,44 @@ def test_local_steps_of_another_number_of_ranks_are_refused(tmp_path, lone):
     run_workers(save_local_steps, 2, tmp_path)
     with pytest.raises(rt.CheckpointError, match="expected LocalSteps of 1 ranks, as there are now, got those of 2"):
         rt.load(make_local_steps(), None, tmp_path)
+
+
+def lose_a_round(rank, by):
+    """(common weights, own, error) where a round that is under way comes to nobody and training goes on from what was saved."""
+
+    def broken(*arguments, **options):
+        raise RuntimeError("something of this machine")
+
+    def make():
+        model = nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model, rt.LocalSteps(model, torch.optim.SGD(model.parameters(), 1.0), rt.TopKState(1.0), every=2, delay=1)
+
+    def train(model):
+        with torch.no_grad():
+            model.weight += 1
+
+    model, local = make()
+    train(model)
+    local.step()
+    train(model)
+    broke = torch.library.Library("regtopk", "IMPL")
+    broke.impl("aggregate_", broken, "CPU", allow_override=True)
+    local.step()  # begins the round
+    error = error_of(local.step)[1] if by == "step" else ""
+    saved = local.state_dict()
+    broke._destroy()
+    other, resumed = make()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    train(other)
+    for _ in range(4):
+        resumed.step()
+    return resumed.common["weight"].tolist(), other.weight.tolist(), error
+
+
+@pytest.mark.parametrize("by", ["step", "state_dict"])
+def test_what_a_lost_round_was_given_is_given_once(by):
+    for common, own, error in run_workers(lose_a_round, 2, by):
+        assert common == own == [[3.0] * 4]
+        assert ("something of this machine" in error) == (by == "step")

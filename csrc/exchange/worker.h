@@ -116,6 +116,10 @@ class Worker {
   void replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state);
   void clear(const std::vector<ParameterKey>& keys);
 
+  // Of a bucket, what a step gives is in the residual from here on, whatever becomes of the bucket. Any thread.
+  void note_given() { ++times_given_; }
+  int64_t times_given() const { return times_given_; }
+
   // What this rank alone did, for its messages.
   void did(Deed deed) { deed_ = next_deed(deed_, deed); }
   uint64_t deed() const { return deed_; }
@@ -157,6 +161,7 @@ class Worker {
   std::unordered_map<ParameterKey, Ruled> ruled_;
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
+  std::atomic<int64_t> times_given_ = 0;
 };
 
 }  // namespace regtopk
