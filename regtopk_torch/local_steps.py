@@ -290,7 +290,8 @@ class LocalSteps:
         if self._pending is not None:
             try:
                 pending = self._pending.state_dict()
-            except Exception:  # its round came to nobody, as an error has said or will say: what there is can be saved all the same
+            except Exception as error:  # its round came to nobody: what there is can be saved all the same
+                warnings.warn(f"rank {self._exchange.rank()}: LocalSteps: expected the averages of the round under way, got none, and saved without them: {error}", stacklevel=2)
                 self._return(self._pending.fragment, self._pending.given_before)
                 self._pending = None
         origins: dict[str, torch.Tensor] = {}
