@@ -88,7 +88,10 @@ def open_groups(state, caller="sparse_hook"):
 
     def open_group(name, threads, rank_among=rank, among=size):
         try:
-            return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank_among, among, _options(limit, threads=threads))
+            connected = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank_among, among, _options(limit, threads=threads))
+            # A rank is through before those it connects to, and may end at once, by an error that all ranks have: theirs would be of a lost connection.
+            connected.barrier().wait()
+            return connected
         except RuntimeError as error:
             raise dist.DistBackendError(
                 f"rank {rank}: {caller}: expected to connect to the other {among - 1} ranks within {limit.total_seconds():g} s, got: {error}"

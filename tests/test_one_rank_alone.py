@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import make_state
 
 import regtopk_torch as rt
+from regtopk_torch import groups
 
 TIMEOUT = datetime.timedelta(seconds=60)
 WITHIN = 30.0  # seconds: long before the timeout, on a machine that does other things as well
@@ -147,6 +149,39 @@ def test_a_state_on_one_rank_only_is_an_error_in_words_within_the_timeout(entry)
     assert kind in (ValueError, RuntimeError, dist.DistBackendError), message  # not the store's own
     assert message.startswith("rank 0: sparse_hook: expected ")
     assert seconds < SHORT.total_seconds() + WITHIN
+
+
+class SlowToConnect(dist.ProcessGroupGloo):
+    connected = 0.0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        time.sleep(0.3)
+        SlowToConnect.connected = time.monotonic()
+
+
+def open_the_groups_of_a_state(rank):
+    """When each of its groups was connected on rank 0, and open on rank 1."""
+    if rank == 0:
+        dist.ProcessGroupGloo = SlowToConnect
+    times = []
+
+    def note():
+        times.append(SlowToConnect.connected if rank == 0 else time.monotonic())
+
+    state = make_state("topk", 0.1, levels=2)
+    open_stage = groups.open_groups(state)[-1]
+    note()
+    for among in (0, 1):  # the host of both ranks is all of them
+        open_stage(0, among)
+        note()
+    return times
+
+
+def test_no_rank_goes_on_before_all_are_connected():
+    """One that ended at once, by an error that all ranks have, would cost the others theirs: the connection was closed by a peer."""
+    connected, went_on = run_workers(open_the_groups_of_a_state, 2)
+    assert all(0 < one < other for one, other in zip(connected, went_on, strict=True)), (connected, went_on)
 
 
 def use_a_state_of_another_group(rank, entry):
