@@ -132,7 +132,7 @@ class LocalWorkers(Workers):
         for parameter, average in zip(self._parameters, self._average(gradients)):
             parameter.grad = average.to(parameter.device)
         self.optimizer.step()
-        return losses
+        return [loss.item() for loss in losses]
 
     def _gradients(self, batches, step, losses):
         if self._options.local_steps == 1:
@@ -153,7 +153,7 @@ class LocalWorkers(Workers):
     def _one_gradient(self, batches, step, losses):
         images, labels = (tensor.to(self._options.device) for tensor in batches[step])
         loss = cross_entropy(self.model(images), labels)
-        losses.append(loss.item())
+        losses.append(loss.detach())  # its number would be a wait for a GPU, once for each worker
         return torch.autograd.grad(loss, self._parameters)
 
     def _average(self, gradients):
