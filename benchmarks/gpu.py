@@ -21,6 +21,12 @@ def read(folder):
     return [(commit, [json.loads(line) for line in (Path(folder) / f"{commit}.jsonl").read_text(encoding="utf-8").splitlines()]) for commit in commits]
 
 
+def last_with(logs, event):
+    """The lines of that event of the last commit that has any."""
+    found = [[line for line in lines if line["event"] == event] for _, lines in logs]
+    return next((lines for lines in reversed(found) if lines), [])
+
+
 def format_parts(logs):
     """A row per part and a column per commit: passed, or what failed."""
     names = list(dict.fromkeys(line["name"] for _, lines in logs for line in lines if line["event"] == "part"))
@@ -38,6 +44,7 @@ def format_parts(logs):
 def format_times(logs):
     """Microseconds of compress and aggregate of 8 workers, and how many times the copy of equal bytes."""
     timed = [(commit, {(row["numel"], row["density"], row["dtype"]): row for row in lines if row["event"] == "times"}) for commit, lines in logs]
+    timed = [(commit, found) for commit, found in timed if found]
     last = timed[-1][1]
     cases = sorted((case for case in last if case[2] == "float32" or case[1] == 1e-3), key=lambda case: (case[2] != "float32", case[1], case[0]))
     names = [f"{commit}: us (x copy)" for commit, _ in timed]
@@ -55,7 +62,7 @@ def format_times(logs):
 
 def format_profile(logs):
     """Microseconds of each kernel of the last commit that was profiled, RegTop-k of two workers, and its share of the memory's rate."""
-    rows = [line for line in next((lines for _, lines in reversed(logs) if any(line["event"] == "profiled" for line in lines)), []) if line["event"] == "profiled"]
+    rows = last_with(logs, "profiled")
     table = [f"| entries | {' | '.join(KERNELS)} |", "|" + "---|" * (1 + len(KERNELS))]
     for numel in sorted({row["numel"] for row in rows}):
         of = {row["kernel"]: row for row in rows if row["numel"] == numel}
@@ -64,28 +71,30 @@ def format_profile(logs):
 
 
 def format_targets(logs):
-    """What was asked for of the last commit, and what was found."""
+    """What was asked for, and what the last commit that was timed has found."""
     table = ["| entries | asked for | found | |", "|---|---|---|---|"]
-    for line in sorted((line for line in logs[-1][1] if line["event"] == "times" and line["targets"]), key=lambda line: line["numel"]):
+    for line in sorted((line for line in last_with(logs, "times") if line["targets"]), key=lambda line: line["numel"]):
         for name, target in line["targets"].items():
             bound = "at least" if name == "x faster than the chain" else "at most"
             table.append(f"| {line['numel']:,} | {bound} {target['target']:g} {name} | {target['value']:.2f} | {'met' if target['met'] else '**missed**'} |")
-    for line in logs[-1][1]:
-        if line["event"] == "share":
-            table.append(f"| ResNet-50 | {line['method']} at most {100 * line['target']:g} % of a step | {100 * line['share']:.1f} | {'met' if line['share'] <= line['target'] else '**missed**'} |")
+    for line in last_with(logs, "share"):
+        table.append(f"| ResNet-50 | {line['method']} at most {100 * line['target']:g} % of a step | {100 * line['share']:.1f} | {'met' if line['share'] <= line['target'] else '**missed**'} |")
     return table
 
 
 def format_rest(logs):
-    """The rate of 8 workers in one process, and the memory that the operators need: of the last commit."""
-    lines = logs[-1][1]
+    """The rate of 8 workers in one process, what they learned, and the memory that the operators need: each of the last commit that has it."""
     found = [
         f"* {line['workers']} workers of {line['network']} in one process, {line['method']}: {line['steps_per_second']:.1f} steps a second"
-        for line in lines if line["event"] == "workers"
+        for line in last_with(logs, "workers")
+    ]  # fmt: skip
+    found += [
+        f"* Fig. 3, {line['method']}, seed 0: {line['accuracy']:.1f} % after {line['step']:,} steps" + (f", on a CPU {line['on a CPU']:.1f} %" if "on a CPU" in line else "")
+        for line in last_with(logs, "learned")
     ]  # fmt: skip
     found += [
         f"* {line['numel']:,} entries, density {line['density']:g}: the workspace is {100 * line['of the residual']:.1f} % of the residual"
-        for line in lines if line["event"] == "memory"
+        for line in last_with(logs, "memory")
     ]  # fmt: skip
     return found
 

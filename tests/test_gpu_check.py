@@ -43,7 +43,7 @@ def run_forked(part, options, seconds):
 def test_every_part_runs_on_the_emulation_and_leaves_lines_and_a_summary(tmp_path, monkeypatch, capsys):
     alone = main.run_in_process  # of one part, as the command starts each
     monkeypatch.setattr(main, "run_in_process", lambda part, *rest: (alone if part.name == "memory" else run_forked)(part, *rest))
-    options = SimpleNamespace(out=tmp_path, device="emulated", seconds=900, commit="abc", only=None)
+    options = SimpleNamespace(out=tmp_path, device="emulated", seconds=900, commit="abc", only=None, data="digits")
     status, printed, lines = main.run_all(options), capsys.readouterr().out, lines_of(tmp_path)
     assert status == 0, printed + (tmp_path / "gpu-check.log").read_text()[-3000:]
     assert all(FACTS <= set(line) and line["commit"] == "abc" and line["card"] == "emulated" for line in lines)
@@ -76,7 +76,7 @@ def test_a_part_that_failed_before_it_said_that_it_does_not_run_has_failed(tmp_p
         raise log.NotRun("the rest")
 
     monkeypatch.setattr(main, "PARTS", [SimpleNamespace(name="build", function=part)])
-    assert main.run_part(SimpleNamespace(part="build", out=tmp_path, device="emulated", commit="abc", seconds=5)) == 1
+    assert main.run_part(SimpleNamespace(part="build", out=tmp_path, device="emulated", commit="abc", seconds=5, data=None)) == 1
 
 
 def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_bytes_that_differ_fail_the_part_and_are_named(tmp_path, monkeypatch):
 
 def test_a_part_that_hangs_or_crashes_costs_itself_alone(tmp_path, monkeypatch):
     # A part's process is replaced by one that hangs, or dies.
-    options = SimpleNamespace(out=tmp_path, device="emulated", commit="abc")
+    options = SimpleNamespace(out=tmp_path, device="emulated", commit="abc", data=None)
     part = Part("build", "", lambda log: None, 1)
     monkeypatch.setattr(main.sys, "executable", shutil.which("true"))
     assert main.run_in_process(part, options, 20) == ("passed", "")

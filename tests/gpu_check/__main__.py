@@ -29,6 +29,7 @@ def run_in_process(part, options, seconds):
     """Run one part in a new process group; return (result, reason)."""
     command = [sys.executable, "-m", "tests.gpu_check", "--out", str(options.out), "--device", options.device]
     command += ["--part", part.name, "--seconds", str(seconds), "--commit", options.commit]
+    command += ["--data", str(options.data)] if options.data else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if options.device == "emulated":
         environment["OMP_NUM_THREADS"] = "1"  # many small operations: more threads would only wait for each other
@@ -77,7 +78,7 @@ def run_all(options):
 def run_part(options):
     """In the part's own process: 0 passed, 1 failed, 3 not run."""
     part = next(part for part in PARTS if part.name == options.part)
-    log = Log(options.out, options.device, options.commit, part.name, seconds=options.seconds)
+    log = Log(options.out, options.device, options.commit, part.name, seconds=options.seconds, data=options.data)
     try:
         part.function(log)
     except log.NotRun as reason:
@@ -103,9 +104,12 @@ def main():
     parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything (or for the one part)")
     parser.add_argument("--commit", default="", help="of what is checked, where there is no git to ask")
+    parser.add_argument("--data", help="folder that holds cifar-10-batches-py, of `figure`: without it that part is not run", metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts, as all are run; what `build` made must be there")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help="run this part alone, in this process")
     options = parser.parse_args()
+    if options.part and options.only:
+        parser.error("--part: expected no --only beside it")
     options.out = options.out.resolve()
     options.commit = options.commit or commit_of_checkout()
     if options.part:

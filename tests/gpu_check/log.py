@@ -28,8 +28,8 @@ class Log:
 
     NotRun = NotRun
 
-    def __init__(self, folder, device, commit, part, *, seconds=480.0):
-        self.folder, self.device, self.failures = folder, device, 0
+    def __init__(self, folder, device, commit, part, *, seconds=480.0, data=None):
+        self.folder, self.device, self.failures, self.data = folder, device, 0, data
         self._end = time.monotonic() + 0.9 * seconds
         card = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else "none" if device == "cuda" else "emulated"
         self._facts = {"part": part, "card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit, "sources": sources_digest()}

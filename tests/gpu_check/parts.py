@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from tests.gpu_check import build, correctness, ddp, memory, sanitize, timing
+from tests.gpu_check import build, correctness, ddp, figure, memory, sanitize, timing
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,5 @@ PARTS = [
     Part("memory", "bytes beyond gradient and residual", memory.memory, 20),
     Part("profile", "stalls and throughput of each kernel, by ncu", sanitize.profile, 45, gpu_alone=True),
     Part("large", "buckets of 2^31 + 5 and 2^32 - 1 entries", correctness.large, 45),
+    Part("figure", "with --data: Fig. 3 of the paper, 8 workers of ResNet-18 on CIFAR-10", figure.figure, 420),
 ]
