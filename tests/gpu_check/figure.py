@@ -1,5 +1,6 @@
 """The paper's Fig. 3 on this GPU: 8 workers of ResNet-18 on CIFAR-10, beside the committed run on a CPU."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,20 @@ def figure(log):
     if log.data is None:
         raise log.NotRun("no --data, the folder that holds cifar-10-batches-py")
     from experiments.report.logs import finished_run
-    from runlog.record import read_logs
+    from runlog.record import LOG_NAME, read_logs
 
     committed = [finished_run(header, records, COMMITTED) for header, records in read_logs(COMMITTED)]
     tiny = ["--model", "tiny", "--steps", "4", "--evaluate-every", "2", "--record-every", "2", "--test-images", "50", "--device", "cpu", "--threads", "1"]
     methods = ("regtopk",) if log.emulated else ("regtopk", "topk", "dense")
     for number, method in enumerate(methods):
-        folder = log.folder / f"figure-{method}"
+        # A later check in the same checkout goes on from there.
+        folder = (log.folder if log.emulated else ROOT / "build" / "gpu-check") / f"figure-{method}"
         command = [sys.executable, "-m", "experiments.cifar10", "--paper", "--method", method, "--data", str(log.data), "--folder", str(folder)]
-        command += ["--checkpoint", str(ROOT / "build" / "gpu-check" / f"figure-{method}"), "--save-every", "500"] if not log.emulated else []
-        status = run(command + (tiny if log.emulated else ["--device", "cuda"]), log.seconds_left() / (len(methods) - number))
-        ((_, records),) = read_logs(folder) if folder.exists() else [({}, [])]
+        status = run(command + (tiny if log.emulated else ["--device", "cuda", "--save-every", "300"]), log.seconds_left() / (len(methods) - number))
+        records = []
+        if (folder / LOG_NAME).exists():
+            ((_, records),) = read_logs(folder)
+            shutil.copy(folder / LOG_NAME, log.folder / f"figure-{method}.jsonl")
         tests, rates = [record for record in records if record["event"] == "test"], [record["seconds"] for record in records if record["event"] == "step"]
         if not log.check(status in (0, 128 + signal.SIGINT) and tests and rates, f"{method}: expected tests of a run, got {len(tests)} and status {status}"):
             continue
