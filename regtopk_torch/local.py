@@ -1,11 +1,12 @@
 """N workers in one process, on the kernels and in the order of N processes under DDP."""
 
 import numbers
+from typing import Unpack
 
 import torch
 
 from regtopk_torch import _C, checkpoint
-from regtopk_torch.options import check_options
+from regtopk_torch.options import Common, check_options, lists_common
 
 
 class LocalExchange:
@@ -24,7 +25,8 @@ class LocalExchange:
         TypeError, ValueError: an option out of range.
     """
 
-    def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", **common):
+    @lists_common
+    def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", **common: Unpack[Common]):
         if common.get("levels") is not None:
             raise ValueError(f"LocalExchange: expected no levels of workers in one process, got levels={common['levels']!r}; give it the means of the hosts")
         options = check_options("LocalExchange", lambda keys: map(str, keys), method=method, density=density, mu=mu, distortion=distortion, **common)

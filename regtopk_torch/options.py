@@ -1,9 +1,11 @@
 """The options of the selection, checked once."""
 
+import inspect
 import math
 import numbers
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 import torch
 
@@ -17,8 +19,34 @@ SUPPORTS = ("own", "leader")
 # Values of less than a byte, by the dtype whose elements of so many bits the extension knows them by.
 CODES: dict[Any, torch.dtype] = {"sign": torch.bits1x8, "2bit": torch.bits2x4}
 CHUNKS = [2**bits for bits in range(6, 17)]
-# What every method takes, by name, and what it is unless it is given.
+class Common(TypedDict, total=False):
+    """What every method takes, for editors and type checkers; TopKState says what each is."""
+
+    decay: float
+    dense_steps: int
+    wire_dtype: torch.dtype | str | None
+    index_code: str
+    support: str
+    chunk: int | None
+    momentum: float
+    nesterov: bool
+    mask_momentum: bool
+    clip_norm: float | None
+    dense: str | Callable[[str, int], bool]
+    levels: str | int | None
+
+
+# The same, and what each is unless it is given.
 COMMON: dict[str, Any] = {"decay": 1.0, "dense_steps": 0, "wire_dtype": None, "index_code": "elias-fano", "support": "own", "chunk": None, "momentum": 0.0, "nesterov": False, "mask_momentum": False, "clip_norm": None, "dense": "never", "levels": None}
+
+
+def lists_common(constructor):
+    """A constructor whose signature, as help() and notebooks show it, has each of COMMON in the place of **options."""
+    given = inspect.signature(constructor)
+    *own, _ = given.parameters.values()
+    common = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=usual) for name, usual in COMMON.items()]
+    constructor.__signature__ = given.replace(parameters=[*own, *common])
+    return constructor
 
 
 def check_options(who, names_of, *, method, density, mu, distortion, **common):

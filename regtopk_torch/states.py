@@ -5,6 +5,7 @@ import json
 import numbers
 import warnings
 import weakref
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regtopk_torch import _C, checkpoint, groups
 from regtopk_torch.average import Averaging
-from regtopk_torch.options import COMMON, check_options
+from regtopk_torch.options import COMMON, Common, check_options, lists_common
 
 # States that share a GradScaler share its clock: what one of them finds to be void is void for all.
 _clocks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -106,11 +107,13 @@ class TopKState(Averaging):
 
     _method = "topk"
 
-    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, **options):
+    @lists_common
+    def __init__(self, density=0.001, *, process_group=None, grad_scaler=None, **options: Unpack[Common]):
+        given = {"density": density, **options}
         for name in ("mu", "distortion"):
-            if name in options:
-                raise TypeError(f"TopKState: expected no {name}, got {name}={options[name]!r}; RegTopKState takes it")
-        self._construct({"density": density, **options}, process_group, grad_scaler)
+            if name in given:
+                raise TypeError(f"TopKState: expected no {name}, got {name}={given[name]!r}; RegTopKState takes it")
+        self._construct(given, process_group, grad_scaler)
 
     def _construct(self, given, process_group, grad_scaler):
         who = type(self).__name__
@@ -446,7 +449,8 @@ class RegTopKState(TopKState):
 
     _method = "regtopk"
 
-    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None, **options):
+    @lists_common
+    def __init__(self, density=0.001, mu=5.0, distortion="previous", *, process_group=None, grad_scaler=None, **options: Unpack[Common]):
         self._construct({"density": density, "mu": mu, "distortion": distortion, **options}, process_group, grad_scaler)
 
     @property

@@ -1,6 +1,7 @@
 """Options out of range: what was expected, what came, what to do."""
 
 import importlib
+import inspect
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from processes import run_alone, run_workers
 
 import regtopk_torch as rt
 from regtopk_torch import _C
+from regtopk_torch.options import COMMON, Common
 
 WRONG_OPTIONS = [
     ({"density": 10}, ValueError, "expected 0 < density <= 1, got density=10; pass a fraction, 0.001 keeps one entry in 1000"),
@@ -45,6 +47,15 @@ def test_every_option_out_of_range_is_named(options, error, message):
         with pytest.raises(error) as caught:
             rt.TopKState(**options)
         assert str(caught.value).startswith(f"TopKState: {message}")
+
+
+@pytest.mark.parametrize("constructor", [rt.TopKState, rt.RegTopKState, rt.LocalExchange])
+def test_every_option_is_in_the_signature_and_in_the_docstring_and_known_to_type_checkers(constructor):
+    parameters = inspect.signature(constructor).parameters
+    assert Common.__annotations__.keys() == COMMON.keys()
+    assert {name: parameters[name].default for name in COMMON} == COMMON
+    for name in parameters:
+        assert name in constructor.__doc__ or name == "levels" and constructor is rt.LocalExchange, name
 
 
 def test_a_state_needs_a_process_group_when_it_is_used():
