@@ -141,8 +141,8 @@ py::dict statistics_of(Worker& worker) {
   result["residual_dropped"] = statistics.residual_dropped.load();
   result["dense_buckets"] = statistics.dense_buckets.load();
   py::list dense;
-  for (const auto& [parameters, entries, why] : worker.dense_buckets()) {
-    dense.append(py::dict(py::arg("parameters") = parameters, py::arg("entries") = entries, py::arg("why") = why));
+  for (const auto& [keys, entries, why] : worker.dense_buckets()) {
+    dense.append(py::dict(py::arg("parameters") = keys, py::arg("entries") = entries, py::arg("why") = why));
   }
   result["dense"] = dense;
   result["entries"] = statistics.entries.load();

@@ -78,6 +78,8 @@ class LocalExchange:
             result = {name: ranks[0][name] if name in once else sum(r[name] for r in ranks) for name in ranks[0]}
         result["density"] = result["sent_entries"] / result["entries"] if result["entries"] else 0.0
         result["workers"] = self._num_workers
+        for bucket in result["dense"]:
+            bucket["parameters"] = [str(key) for key in bucket["parameters"]]
         return result
 
     def residual_norm(self, rank=None):

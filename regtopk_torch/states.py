@@ -163,7 +163,7 @@ class TopKState(Averaging):
         steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
         (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets
         (all entries sent: paused, sparse tensors, `dense_steps`, `dense`), dense (the buckets that `dense` makes so at present: a list of
-        {parameters, entries, why}), entries (J summed over steps), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
+        {parameters, entries, why}, the parameters by name), entries (J summed over steps, of a sparse tensor those that it has), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
         (entries that plain magnitude would have sent and the RegTop-k factor did not; with a leader both of what this rank chose),
         bytes_sent and bytes_dense (what this rank puts on the network: (N - 1) payloads, or with a leader (N - 1) / N of the places, an
         even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
@@ -172,6 +172,10 @@ class TopKState(Averaging):
         """
         statistics = self._exchange.statistics()
         statistics["history_dropped"] += self._history_dropped
+        if statistics["dense"]:
+            names = self._known_names()
+            for bucket in statistics["dense"]:
+                bucket["parameters"] = [names.get(key, "of no model that is left") for key in bucket["parameters"]]
         return _with_ratios(statistics, self._exchange.workers() if self._exchange.is_open else None)
 
     def check(self):
@@ -244,12 +248,17 @@ class TopKState(Averaging):
 
     def _names_of(self, keys):
         """The names of parameters of the model, or of the tensors that are being averaged, by their keys."""
-        # A hook of the user's own may be registered with more than the state; where it is not, the names of the state's models win.
-        names = {key: name for ddp in [*groups.models(), *groups._models_of(self)] for name, _, key in _named_keys(ddp)} | self._asked
+        names = self._known_names() | self._asked
         unknown = [key for key in keys if key not in names]
         if unknown:
             raise ValueError(f"{type(self).__name__}: expected parameters of a DistributedDataParallel for dense={self._given['dense']!r} to name, got {len(unknown)} of none; after gc.freeze() register the model with rt.attach")
         return [names[key] for key in keys]
+
+    def _known_names(self):
+        """{key: name} of the parameters of all models, and of the tensors that were averaged."""
+        # A hook of the user's own may be registered with more than the state; where it is not, the names of the state's models win.
+        of_models = {key: name for ddp in [*groups.models(), *groups._models_of(self)] for name, _, key in _named_keys(ddp)}
+        return of_models | {form.key: name for name, form in self._forms.items()}
 
     def _named_keys(self, module):
         return self._named_tensors(module) if module is None or self._forms else _named_keys(module)

@@ -52,7 +52,7 @@ def test_steps_of_a_dense_bucket_equal_the_reference(method, dtype, workers):
     assert_equal_steps(exchange, twin, dtype, workers)
     stats = exchange.stats(0)
     assert stats["dense_buckets"] == stats["steps"] and stats["density"] == 1
-    assert stats["dense"] == [{"parameters": 3, "entries": sum(SIZES), "why": "the rule"}]
+    assert stats["dense"] == [{"parameters": ["0", "1", "2"], "entries": sum(SIZES), "why": "the rule"}]
     assert stats["bytes_sent"] == stats["steps"] * reference.dense_bytes(sum(SIZES), dtype, workers, 3)
     # No more than a ring's bytes and a head to each.
     assert stats["bytes_sent"] - stats["bytes_dense"] <= stats["steps"] * (workers - 1) * (64 + 16 + 8 + 16 + 2 * 3 * dtype.itemsize)
@@ -171,6 +171,7 @@ def test_under_ddp_nothing_is_lost_and_replicas_stay_equal_where_steps_are_void(
         assert stats["dense_buckets"] > 0
         if dense != "auto":
             named = ["parts.1", "parts.2"] if dense is two_of_four else list(residuals)
+            assert sorted(name for bucket in stats["dense"] for name in bucket["parameters"]) == named
             assert [name for name, residual in residuals.items() if not residual.any()] == named
             assert sum(bucket["entries"] for bucket in stats["dense"]) == sum(residuals[name].numel() for name in named)
 
@@ -414,5 +415,5 @@ def test_what_other_buckets_sent_returns_where_ranks_differ_in_one():
 def test_the_rule_is_asked_of_other_tensors_and_hears_the_names_of_the_model_with_the_hook():
     for asked, dense, named in run_workers(more_than_once, 2, seconds=60):
         assert asked == [("0", 10), ("0", 1000)]
-        assert [len(buckets) for buckets in dense] == [1, 0, 0]
+        assert [[bucket["parameters"] for bucket in buckets] for buckets in dense] == [[["0"]], [], []]
         assert named == ["0.parts.0"]

@@ -162,7 +162,10 @@ void Worker::publish_dense() {
   const std::lock_guard lock(dense_mutex_);
   dense_buckets_.clear();
   for (const auto& plan : store_.plans()) {
-    if (plan->is_dense()) dense_buckets_.emplace_back(plan->layout.spans.size(), plan->numel, plan->why_dense);
+    if (!plan->is_dense()) continue;
+    std::vector<ParameterKey> keys;
+    for (const Span& span : plan->layout.spans) keys.push_back(span.key);
+    dense_buckets_.emplace_back(std::move(keys), plan->numel, plan->why_dense);
   }
 }
 

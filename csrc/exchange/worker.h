@@ -91,8 +91,8 @@ class Worker {
   bool is_dense_step() const { return steps.step() < options.dense_steps; }
   // What the user's rule says of each span; it is asked once for a parameter.
   std::vector<bool> ruled_dense(const Layout& layout, const MakeOwners& owners);
-  // The buckets that send all their entries at present: parameters, entries, and why. Any thread may ask.
-  using DenseBuckets = std::vector<std::tuple<int64_t, int64_t, std::string>>;
+  // The buckets that send all their entries at present: their parameters, entries, and why. Any thread may ask.
+  using DenseBuckets = std::vector<std::tuple<std::vector<ParameterKey>, int64_t, std::string>>;
   DenseBuckets dense_buckets() const;
   // The plan for a bucket that is about to be exchanged; null where it keeps nothing. Where it begins a step, the residuals
   // take on its scale.
