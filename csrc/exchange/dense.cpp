@@ -19,6 +19,8 @@ void receive(Worker& worker, const at::Tensor& sum, double bytes) {
   worker.steps.clock().note_end(values.device(), worker.steps.round());
   const double ring_bytes = 2.0 * static_cast<double>(worker.ranks() - 1) / static_cast<double>(worker.ranks()) * bytes;
   ++worker.statistics.dense_buckets;
+  worker.statistics.entries += values.numel();
+  worker.statistics.sent_entries += values.numel();
   worker.statistics.bytes_sent += ring_bytes;
   worker.statistics.bytes_dense += ring_bytes;
 }
