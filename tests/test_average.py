@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import gc
 import math
 import pickle
 import re
@@ -368,6 +369,7 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(alone, tensors, names,
         ([torch.ones(3), torch.ones(4)], ValueError, r"expected out at place 1 of shape, dtype, device and layout \(\(2, 2\), torch.float32, "),
         ([torch.ones(3), torch.ones(2, 2, dtype=torch.float64)], ValueError, "expected out at place 1 .* got .*torch.float64"),
         ([torch.ones(3), torch.ones(2, 2, device="meta")], ValueError, "expected out at place 1 .* got .*meta"),
+        ([(memory := torch.ones(8))[1:4], memory[:4].view(2, 2)], ValueError, r"expected tensors in out whose .* at place 0 in that of place 1"),
         ([torch.ones(3), torch.ones(2, 1).expand(2, 2)], ValueError, r"expected tensors in out whose entries .* got one of strides \[1, 0\] at place 1"),
     ],
 )
@@ -379,6 +381,25 @@ def test_an_out_that_does_not_fit_is_one_clear_error_and_changes_nothing(alone, 
     assert str(caught.value).startswith("rank 0: average: expected ")
     assert str(alone.state_dict(None)) == before
     alone.average(ONES, out=[torch.ones(3), torch.ones(2, 2)])
+
+
+def test_averages_are_taken_between_each_other(alone):
+    side_by_side = torch.zeros(4, 4)
+    rt.TopKState(1.0).average(ONES, out=[side_by_side[:3, 0], side_by_side[:2, 1:3]])
+    assert torch.equal(side_by_side != 0, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool())
+
+
+def let_go_of_the_state(rank):
+    """The averages of a state that nobody holds any more, and of one that lives."""
+    tensors = [torch.arange(2000.0) * (rank + 1), torch.ones(7)]
+    work = make_state("topk", 0.1).average(tensors, async_op=True)
+    gc.collect()
+    return work.wait(), make_state("topk", 0.1).average(tensors)
+
+
+def test_an_average_comes_though_its_state_is_gone():
+    for found, expected in run_workers(let_go_of_the_state, 2, seconds=60):
+        assert all(map(torch.equal, found, expected)) and any(average.any() for average in found)
 
 
 def test_lists_of_other_names_take_turns(alone):

@@ -11,6 +11,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "../ops/operators.h"
 
@@ -84,6 +85,27 @@ void check_out(const std::string& who, const std::vector<at::Tensor>& out) {
     TORCH_CHECK_VALUE(
         at::has_internal_overlap(out[i]) != at::MemOverlap::Yes, who,
         ": expected tensors in out whose entries have memory of their own, got one of strides ", out[i].strides(), " at place ", i);
+  }
+  // In their storages, by where they begin; of one with gaps, which others may fill, nothing is known.
+  struct Extent {
+    const void* storage;
+    int64_t begin, end;  // bytes
+    size_t place;
+  };
+  std::vector<Extent> extents;
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (out[i].numel() == 0 || !out[i].is_non_overlapping_and_dense()) continue;
+    const auto begin = out[i].storage_offset() * static_cast<int64_t>(out[i].element_size());
+    extents.push_back({out[i].storage().unsafeGetStorageImpl(), begin, begin + static_cast<int64_t>(out[i].nbytes()), i});
+  }
+  std::sort(extents.begin(), extents.end(), [](const Extent& one, const Extent& other) {
+    return std::tie(one.storage, one.begin) < std::tie(other.storage, other.begin);
+  });
+  for (size_t i = 1; i < extents.size(); ++i) {
+    const Extent &earlier = extents[i - 1], &later = extents[i];
+    TORCH_CHECK_VALUE(
+        earlier.storage != later.storage || earlier.end <= later.begin, who,
+        ": expected tensors in out whose entries have memory of their own, got one at place ", later.place, " in that of place ", earlier.place);
   }
 }
 
