@@ -20,5 +20,8 @@ def write_command(parser, make, begin, arguments=None):
     options = parser.parse_args(arguments)
     if options.write is None:
         print(make(options))
-    else:
+        return
+    try:
         options.write.write_text(replace(options.write.read_text(encoding="utf-8"), make(options), begin), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"--write: expected a document with the marks {begin!r} and {END!r}, got {options.write}: {error}")

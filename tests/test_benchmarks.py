@@ -1,5 +1,6 @@
 """The benchmark runs, and the figures in the documents are those of the committed logs."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
 from benchmarks import gpu, hosts, network, plot, table  # noqa: E402
-from runlog.document import replace  # noqa: E402
+from runlog.document import replace, write_command  # noqa: E402
 
 TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]
 
@@ -80,6 +81,11 @@ def test_step_times_of_every_method_are_measured(tmp_path):
     assert [row.strip("| ").split(" | ")[0] for row in rows] == list(hosts.METHODS.values()) and all(row.endswith(") |") for row in rows)
 
 
-def test_a_document_without_the_marks_is_an_error():
+def test_a_document_without_the_marks_is_an_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="expected the marks .* got a document without"):
         replace("no marks here", "text", table.BEGIN)
+    for name in ("none.md", "empty.md"):
+        (tmp_path / "empty.md").touch()
+        with pytest.raises(SystemExit):
+            write_command(argparse.ArgumentParser(), lambda options: "text", gpu.BEGIN, ["--write", str(tmp_path / name)])
+        assert f"error: --write: expected a document with the marks '{gpu.BEGIN}'" in capsys.readouterr().err
