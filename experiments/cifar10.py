@@ -35,7 +35,7 @@ USUAL = {
 
 
 def parse(arguments):
-    """Parse the options; exit with a message where one is out of range (the exchange checks density and mu itself)."""
+    """Parse the options; exit with a message where one is out of range (the exchange checks mu itself)."""
     parser = make_parser("experiments.cifar10", __doc__)
 
     def add(name, help, **settings):
@@ -95,6 +95,7 @@ def parse(arguments):
         parser, options, *((name, lambda value: value >= 1, "at least 1") for name in counts),
         *((name, lambda value: value > 0, "a number above 0") for name in ("learning_rate", "concentration", "bucket_cap_mb", "timeout")),
         *((name, lambda value: value >= 0, "at least 0") for name in ("dense_steps", "warmup_steps")),
+        ("density", lambda value: 0 < value <= 1, "0 < density <= 1, such as 0.001, which keeps one entry in 1000"),
         ("decay", lambda value: 0 < value <= 1, "0 < decay <= 1"),
         ("batch_size", lambda value: value >= 2, "at least 2, which BatchNorm needs"),
         *((name, lambda value: 0 <= value < 1, f"0 <= {name} < 1") for name in ("momentum", "momentum_correction")),

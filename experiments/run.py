@@ -156,8 +156,9 @@ class Run:
             self._recorder.write("test", step=self.step, accuracy=accuracy, images=count, **per_worker)
             line = f"accuracy {accuracy:.1%}"
             if self._losses:
-                saved = 1 - statistics["bytes_sent"] / (statistics["bytes_dense"] or 1)
-                line = f"loss {fmean(self._losses[-LOSS_STEPS:]):.3f}  {line}  bytes saved {saved:.2%}"
+                line = f"loss {fmean(self._losses[-LOSS_STEPS:]):.3f}  {line}"
+                if statistics["bytes_dense"] > 0:  # some travel
+                    line += f"  bytes saved {1 - statistics['bytes_sent'] / statistics['bytes_dense']:.2%}"
             self._bar.set_postfix_str(line)
             if self._bar.disable:
                 print(f"step {self.step}/{self._options.steps}  {line}", flush=True)

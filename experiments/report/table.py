@@ -17,7 +17,7 @@ def format_table(run):
         "training loss, last steps": f"{result['training_loss']:.4f}",
         "bytes sent per worker and step": f"{each['bytes_sent']:,.0f}",
         "dense ring all-reduce would send": f"{each['bytes_dense']:,.0f}",
-        "bytes sent against dense": f"{each['bytes_sent'] / each['bytes_dense']:.3%}" if each["bytes_dense"] else "not applicable, one worker",
+        "bytes sent against dense": f"{each['bytes_sent'] / each['bytes_dense']:.3%}" if each["bytes_dense"] else "not applicable: one worker, or one host",
     }
     if options["method"] != "dense":
         step_seconds = result["training_seconds"] / result["step"]
