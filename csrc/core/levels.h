@@ -42,7 +42,8 @@ struct TileMeasure {
     return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
   }
   REGTOPK_HOST_DEVICE uint64_t fixed(double magnitude) const {
-    return static_cast<uint64_t>(magnitude * power_of_two(kFractionBits - exponent));
+    return static_cast<uint64_t>(
+        static_cast<int64_t>(magnitude * power_of_two(kFractionBits - exponent)));  // an instruction, unlike to unsigned
   }
   // The side of an m above 0, in values of so many bits.
   REGTOPK_HOST_DEVICE int side_of(int bits, uint64_t m, bool negative) const { return bits == 1 ? negative : m * count >= sum; }

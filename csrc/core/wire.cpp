@@ -41,13 +41,6 @@ class BitSetter {
   uint64_t bits_ = 0;
 };
 
-// `count` bits, at most 16, from bit `at` of the low part on. The four bytes read reach into the high part at most.
-uint32_t read_low(const uint8_t* low, int64_t at, int count) {
-  uint32_t word;
-  std::memcpy(&word, low + at / 8, sizeof word);
-  return (word >> (at % 8)) & ((1u << count) - 1);
-}
-
 PayloadHeader wire_header(PayloadHeader header, const WireLayout& wire) {
   header.value_type = wire.type;
   header.support = wire.support;
@@ -55,30 +48,44 @@ PayloadHeader wire_header(PayloadHeader header, const WireLayout& wire) {
 }
 
 // Writes tile starts and support of what the code stands for.
+template <bool kBitmap>
 std::optional<PayloadError> decode(const PayloadLayout& layout, const WireLayout& wire, const uint8_t* bytes, uint8_t* payload) {
   const uint8_t* const low = bytes + wire.index_at;
+  const uint8_t* const high = bytes + wire.high_at;
   const int low_bits = wire.low_bits;
-  const bool bitmap = layout.support == Support::kBitmap;
+  const uint32_t low_mask = (1u << low_bits) - 1;
   uint32_t* const starts = reinterpret_cast<uint32_t*>(payload + layout.tile_starts_at);
   uint16_t* const offsets = reinterpret_cast<uint16_t*>(payload + layout.support_at);
   uint8_t* const bits_of = payload + layout.support_at;
-  const int64_t numel = layout.numel, k = layout.k, words = (wire.values_at - wire.high_at) / 8;
-  int64_t entry = 0, previous = -1, tile = -1, next_tile = 0;
-  for (int64_t word = 0; word < words; ++word) {
+  const uint64_t numel = static_cast<uint64_t>(layout.numel), k = static_cast<uint64_t>(layout.k);
+  const uint64_t words = static_cast<uint64_t>(wire.values_at - wire.high_at) / 8;
+  uint64_t entry = 0, low_at = 0, least = 0;  // of the next index
+  uint64_t next = 0;                          // index at which another tile begins, or none
+  int64_t tile = -1;
+  for (uint64_t word = 0; word < words; ++word) {
     uint64_t bits = 0;
-    std::memcpy(&bits, bytes + wire.high_at + word * 8, 8);
-    for (; bits != 0; bits &= bits - 1, ++entry) {
+    std::memcpy(&bits, high + word * 8, 8);
+    for (; bits != 0; bits &= bits - 1) {
       if (entry == k) return PayloadError{"entries in the index code", std::to_string(k), "more"};
-      const int64_t index = (word * 64 + std::countr_zero(bits) - entry) << low_bits | read_low(low, entry * low_bits, low_bits);
-      if (index <= previous || index >= numel) {
-        return PayloadError{
-            "index of entry " + std::to_string(entry), "more than " + std::to_string(previous) + " and less than " + std::to_string(numel),
-            std::to_string(index)};
+      uint32_t low_word;  // of at most 16 bits; its four bytes reach into the high part at most
+      std::memcpy(&low_word, low + low_at / 8, sizeof low_word);
+      const uint64_t index =
+          (word * 64 + static_cast<uint64_t>(std::countr_zero(bits)) - entry) << low_bits | (low_word >> (low_at % 8) & low_mask);
+      if (index < least || index >= next) {
+        if (index < least || index >= numel) {
+          return PayloadError{
+              "index of entry " + std::to_string(entry),
+              "more than " + std::to_string(static_cast<int64_t>(least) - 1) + " and less than " + std::to_string(numel),
+              std::to_string(index)};
+        }
+        for (; index >= next; next += kTileEntries) starts[++tile] = static_cast<uint32_t>(entry);
+        next = std::min(next, numel);
       }
-      for (; index >= next_tile; next_tile += kTileEntries) starts[++tile] = static_cast<uint32_t>(entry);
-      if (bitmap) bits_of[index / 8] |= static_cast<uint8_t>(1u << (index % 8));
+      if constexpr (kBitmap) bits_of[index / 8] |= static_cast<uint8_t>(1u << (index % 8));
       else offsets[entry] = static_cast<uint16_t>(index);
-      previous = index;
+      least = index + 1;
+      ++entry;
+      low_at += static_cast<uint64_t>(low_bits);
     }
   }
   if (entry < k) return PayloadError{"entries in the index code", std::to_string(k), std::to_string(entry)};
@@ -127,6 +134,20 @@ struct CodeValues {
     for (uint32_t code = 0; code < 1u << bits; ++code) of[code] = value_of_code<T>(levels[level_of_code(bits, code)], code);
   }
 };
+
+// What the codes of the entries of a tile stand for, a byte of them at a time.
+template <int kBits, typename T>
+void read_codes(const uint8_t* codes, const Level<T>* levels, int64_t entry, int64_t end, T* values) {
+  constexpr int64_t kInByte = 8 / kBits;
+  const CodeValues<T> code_values(kBits, levels);
+  const auto value = [&](unsigned byte, int64_t place) { return code_values.of[byte >> (place * kBits) & ((1 << kBits) - 1)]; };
+  for (; entry < end && entry % kInByte != 0; ++entry) values[entry] = value(codes[entry / kInByte], entry % kInByte);
+  for (; entry + kInByte <= end; entry += kInByte) {
+    const unsigned byte = codes[entry / kInByte];
+    for (int64_t place = 0; place < kInByte; ++place) values[entry + place] = value(byte, place);
+  }
+  for (; entry < end; ++entry) values[entry] = value(codes[entry / kInByte], entry % kInByte);
+}
 
 // Calls function(entry, offset, residual of the entry) for each entry of a tile; residuals, each a line of its own, are on their way
 // some entries ahead.
@@ -218,11 +239,10 @@ void to_wire(
       parallel_for(layout.tiles, [&](int64_t begin, int64_t end) {
         BitSetter low(bytes + wire.index_at), high(bytes + wire.high_at), codes(bytes + wire.codes_at);
         std::vector<uint64_t> units;
+        auto* const kept = static_cast<typename Traits<T>::Accumulate*>(residual);
         for (int64_t tile = begin; tile < end; ++tile) {
           write_code(tile, low, high);
-          code_tile(
-              wire.code_bits(), view, tile, values, reinterpret_cast<Level<T>*>(bytes + wire.values_at), codes,
-              static_cast<typename Traits<T>::Accumulate*>(residual), units);
+          code_tile(wire.code_bits(), view, tile, values, reinterpret_cast<Level<T>*>(bytes + wire.values_at), codes, kept, units);
         }
       });
     });
@@ -259,7 +279,7 @@ std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLay
     writer.set_header(header);
     std::memcpy(payload + sizeof header, bytes + sizeof header, wire.index_at - sizeof header);
     if (!wire.has_code()) std::memcpy(payload + wire.index_at, bytes + wire.index_at, wire.values_at - wire.index_at);
-    else if (auto error = decode(layout, wire, bytes, payload)) return error;
+    else if (auto error = (layout.support == Support::kBitmap ? decode<true> : decode<false>)(layout, wire, bytes, payload)) return error;
     T* const values = writer.values();
     if (!wire.has_levels()) {
       with_wire_types(layout.type, wire.type, [&]<typename U, typename W>(U, W) {
@@ -270,13 +290,12 @@ std::optional<PayloadError> from_wire(const PayloadLayout& layout, const WireLay
     }
     const PayloadView view(payload, layout);
     const Level<T>* const levels = reinterpret_cast<const Level<T>*>(bytes + wire.values_at);
-    const uint8_t* const codes = bytes + wire.codes_at;
-    const int bits = wire.code_bits(), in_byte = 8 / bits;
     int64_t entry = 0;
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      const CodeValues<T> code_values(bits, levels + tile * 2);
       const int64_t end = tile + 1 < layout.tiles ? std::min(view.first_entry(tile + 1), layout.k) : layout.k;
-      for (; entry < end; ++entry) values[entry] = code_values.of[codes[entry / in_byte] >> (entry % in_byte * bits) & ((1 << bits) - 1)];
+      const auto read = wire.code_bits() == 1 ? read_codes<1, T> : read_codes<2, T>;
+      read(bytes + wire.codes_at, levels + tile * 2, entry, end, values);
+      entry = std::max(entry, end);
     }
     return std::nullopt;
   });
