@@ -34,7 +34,7 @@ def run_forked(part, options, seconds):
     """As main.run_in_process, in a process that need not import torch for seconds."""
     options = SimpleNamespace(**vars(options) | {"part": part.name, "seconds": seconds})
     # What starts processes itself starts them from here, for the same reason.
-    status, *output = (main.run_part(options), "", "") if part.name in ("gloo", "lost") else run_alone(run_part, options, seconds=seconds)
+    status, *output = (main.run_part(options), "", "") if part.name in ("gloo", "lost", "host") else run_alone(run_part, options, seconds=seconds)
     with open(options.out / "gpu-check.log", "a", encoding="utf-8") as log:
         log.writelines([f"== {part.name}\n", *output])
     return {0: ("passed", ""), 3: ("not run", "")}.get(status, ("failed", ""))

@@ -282,16 +282,38 @@ def workers(log):
         log.check(method == "dense" or job.statistics()["sent_entries"] > 0, f"{method}: expected entries to be sent, got none")
 
 
+def trainer(network, device, group, register):
+    """A function that takes a training step of that network under DDP: ResNet-50 with batches of 64 in bf16 autocast, or the experiments' small one."""
+    if network == "resnet50":
+        import torchvision
+
+        torch.manual_seed(0)
+        model, images, classes = torchvision.models.resnet50(), torch.randn(64, 3, 224, 224, device=device), 1000
+    else:
+        from experiments.models import make_model
+
+        model, images, classes = make_model(network, 0), torch.randn(20, 3, 32, 32, device=device), 10
+    ddp = DistributedDataParallel(model.to(device), process_group=group)
+    register(ddp)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    labels = torch.randint(classes, (len(images),), device=device)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(ddp(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def time_steps(rank, hook_name):
-    """(seconds of each step on the device, of the host for each, and of that in the hook) of ResNet-50, batch 64 in bf16 autocast, with that hook, on one
-    rank over NCCL."""
+    """(seconds of each step on the device, of the host for each, and of that in the hook) of ResNet-50 with that hook, on one rank over NCCL."""
     import regtopk_torch as rt
-    import torchvision
 
     torch.cuda.set_device(0)
-    group = dist.new_group(backend="nccl")
-    torch.manual_seed(0)
-    ddp, in_hook = DistributedDataParallel(torchvision.models.resnet50().cuda(), process_group=group), []
+    group, in_hook = dist.new_group(backend="nccl"), []
 
     def timed(state, bucket):
         started = time.perf_counter()
@@ -299,37 +321,76 @@ def time_steps(rank, hook_name):
         in_hook[-1] += time.perf_counter() - started
         return future
 
-    if hook_name == "nothing":
-        def nothing(state, bucket):
-            future = torch.futures.Future(devices=["cuda:0"])
-            future.set_result(bucket.buffer())
-            return future
+    def nothing(state, bucket):
+        future = torch.futures.Future(devices=["cuda:0"])
+        future.set_result(bucket.buffer())
+        return future
 
-        ddp.register_comm_hook(None, nothing)
-    else:
+    def register(ddp):
+        if hook_name == "nothing":
+            return ddp.register_comm_hook(None, nothing)
         state = (rt.RegTopKState if "RegTop-k" in hook_name else rt.TopKState)(0.001, process_group=group)
-        if hook_name.startswith("attached"):
-            rt.attach(ddp, state)
-        else:
-            ddp.register_comm_hook(state, timed)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
-    images, labels = torch.randn(64, 3, 224, 224, device="cuda"), torch.randint(1000, (64,), device="cuda")
+        return rt.attach(ddp, state) if hook_name.startswith("attached") else ddp.register_comm_hook(state, timed)
+
+    step = trainer("resnet50", "cuda", group, register)
     events, host = [], []
     for _ in range(WARM + TIMED):
         started = time.perf_counter()
         in_hook.append(0.0)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(ddp(images), labels)
-        loss.backward()
-        optimizer.step()
+        step()
         end.record()
         events.append((begin, end))
         host.append(time.perf_counter() - started)
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1000 for begin, end in events[WARM:]], host[WARM:], in_hook[WARM:]
+
+
+def profile_hook(rank, network, device):
+    """({name: [calls, microseconds of the host in them alone]} of what the hook of one bucket does, buckets) by torch's profiler, Top-k on one rank."""
+    import regtopk_torch as rt
+
+    group = dist.new_group(backend="nccl") if device == "cuda" else None
+
+    def named(state, bucket):
+        with torch.profiler.record_function("hook"):
+            return rt.sparse_hook(state, bucket)
+
+    step = trainer(network, device, group, lambda ddp: ddp.register_comm_hook(rt.TopKState(0.001, process_group=group), named))
+    for _ in range(WARM):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            step()
+    found = {}
+
+    def add(event):
+        calls, microseconds = found.get(event.name, (0, 0.0))
+        found[event.name] = calls + 1, microseconds + event.self_cpu_time_total
+        for child in event.cpu_children:
+            add(child)
+
+    buckets = [event for event in profiler.events() if event.name == "hook"]
+    for event in buckets:
+        add(event)
+    return {name: [calls / len(buckets), microseconds / len(buckets)] for name, (calls, microseconds) in found.items()}, len(buckets)
+
+
+def host(log):
+    """Where the host's time in the hook goes."""
+    from processes import run_workers_and_report
+
+    network, device = ("tiny", "cpu") if log.emulated else ("resnet50", "cuda")
+    ((succeeded, found),) = run_workers_and_report(profile_hook, 1, network, device, seconds=60)
+    if not log.check(succeeded, f"{network}: expected a profile, got {found}"):
+        return
+    calls, buckets = found
+    log.check(buckets > 0 and "regtopk::compress_" in calls, f"expected the profile of buckets that are compressed, got {buckets} and {list(calls)}")
+    for name, (count, microseconds) in sorted(calls.items(), key=lambda item: -item[1][1])[:30]:
+        log.write("in the hook", name=name[:100], calls=round(count, 2), us=round(microseconds, 1))
+    log.write("hook", network=network, buckets=buckets, us=round(sum(microseconds for _, microseconds in calls.values()), 1))
 
 
 def share_of_a_step(log):

@@ -30,6 +30,7 @@ PARTS = [
     Part("lost", "a rank that is killed: an error on the other, or its end", ddp.lost, 90),
     Part("times", "time against a copy of equal bytes, the torch chain and torch.topk", timing.times, 130),
     Part("share", "what the hook adds to a step of ResNet-50", ddp.share_of_a_step, 90, gpu_alone=True),
+    Part("host", "where the host's time in the hook goes, by torch's profiler", ddp.host, 40),
     Part("workers", "8 workers of ResNet-18 in one process", ddp.workers, 40),
     Part("sanitizer", "compute-sanitizer on small sizes", sanitize.sanitizer, 60),
     Part("variants", "what was predicted of single mends", timing.variants, 40),

@@ -46,7 +46,7 @@ def of(path):
                 continue
             if line["event"] == "failure":
                 text.append(f"    - {line['what'][:300]}")
-            if line["event"] in ("left out", "note", "compared", "pytest", "repeated", "replayed", "sanitized", "memory", "variants", "built", "trained", "lost", "share", "workers", "profiled", "learned"):
+            if line["event"] in ("left out", "note", "compared", "pytest", "repeated", "replayed", "sanitized", "memory", "variants", "built", "trained", "lost", "share", "workers", "profiled", "in the hook", "hook", "learned"):
                 values = {key: value for key, value in line.items() if key not in ("event", "part", "card", "torch", "cuda", "commit", "sources")}
                 text.append(f"    {line['event']}: " + ", ".join(f"{key} {shown(value)}" for key, value in values.items()))
     text += times_table(lines)
