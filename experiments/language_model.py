@@ -310,7 +310,7 @@ def parse(arguments):
         parser.add_argument(name, help=help, **settings)
 
     add("--row", "(all that the above names)", nargs="+", default=list(ROWS), metavar="ROW")
-    add("--learning-rate", "AdamW's largest (0.001)", nargs="+", type=float, default=[0.001], metavar="RATE")
+    add("--learning-rate", "AdamW's largest (0.003)", nargs="+", type=float, default=[0.003], metavar="RATE")
     add("--seed", "of start weights and order of text (0)", nargs="+", type=int, default=[0], metavar="SEED")
     add("--size", "parameters (%(default)s)", choices=SIZES, default="0.4M")
     add("--workers", "N (4), or what torchrun has started", type=int, metavar="N")
