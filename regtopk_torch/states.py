@@ -129,6 +129,7 @@ class TopKState(Averaging):
         self._process_group, self._grad_scaler = process_group, grad_scaler
         self._history_dropped = 0  # by loading
         self._stepped: tuple[int, weakref.WeakSet] = (-1, weakref.WeakSet())  # a step, and the optimizers that have stepped since it began
+        self._seen_stepping: weakref.WeakSet = weakref.WeakSet()  # optimizers that have been looked at
         clock = _C.Clock() if grad_scaler is None else _clocks.setdefault(grad_scaler, _C.Clock())
         self._exchange = _C.GroupExchange(
             options,
@@ -416,6 +417,20 @@ class TopKState(Averaging):
             optimizers = weakref.WeakSet()
             self._stepped = (self._exchange.last_step(), optimizers)
         optimizers.add(optimizer)
+        if self._given.get("momentum", 0.0) > 0 and self._exchange.last_step() >= 0 and not self._forms and optimizer not in self._seen_stepping:
+            self._seen_stepping.add(optimizer)
+            self._warn_of_second_momentum(optimizer)
+
+    def _warn_of_second_momentum(self, optimizer):
+        """Where the optimizer of the gradients that this state averages has a momentum too."""
+        own = {key for ddp in groups._models_of(self) for _, _, key in _named_keys(ddp)}
+        for group in optimizer.param_groups:
+            if group.get("momentum", 0) and any(_C.parameter_key(parameter) in own for parameter in group["params"]):
+                warnings.warn(
+                    f"{type(self).__name__}: expected an optimizer without momentum beside momentum={self._given['momentum']}, got one with "
+                    f"momentum={group['momentum']}; together they are a momentum of a momentum", stacklevel=2,
+                )  # fmt: skip
+                return
 
     def _applied(self):
         """The keys of the parameters that optimizers have stepped on since the last step began."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -140,6 +141,30 @@ def train(rank, entry, options, paused):
         optimizer.step()
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
     return weights
+
+
+def warned(rank, own, of_optimizer, entry):
+    """What is warned of in three steps."""
+    model = Given(40, 24)
+    ddp, state = DistributedDataParallel(model), rt.TopKState(0.5, momentum=own)
+    if entry is not None:
+        register(ddp, state, entry)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=of_optimizer)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in range(3):
+            ddp(integers(40, 24, seed=step)).backward()
+            optimizer.step()
+    return [str(each.message) for each in found if "momentum" in str(each.message)]
+
+
+@pytest.mark.parametrize("own, of_optimizer, expected", [(0.5, 0.9, 1), (0.5, 0.0, 0), (0.0, 0.9, 0)])
+@pytest.mark.parametrize("entry", [*ENTRIES, None])
+def test_a_momentum_that_is_given_twice_is_warned_of_once(own, of_optimizer, expected, entry):
+    (found,) = run_workers(warned, 1, own, of_optimizer, entry)
+    expected = 0 if entry is None else expected
+    assert len(found) == expected
+    assert all(each.startswith("TopKState: expected an optimizer without momentum beside momentum=0.5, got one with momentum=0.9") for each in found)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
