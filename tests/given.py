@@ -4,6 +4,8 @@ Gradients are small integers, so that no sum and no average of two ranks rounds.
 of 1: a parameter is minus the sum of what was applied to it.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -51,6 +53,24 @@ def held(state, module):
     saved = state.state_dict(module)["parameters"]
     module = getattr(module, "module", module)
     return {name: saved.get(name, {}).get("residual", torch.zeros_like(p)) for name, p in module.named_parameters()}
+
+
+@contextlib.contextmanager
+def broken(operator, when=True, replacement=None):
+    """Meanwhile, `when` it is so, an operator of this package raises on the CPU, or does what a replacement does."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("something of this machine")
+
+    if not when:
+        yield
+        return
+    library = torch.library.Library("regtopk", "IMPL")
+    library.impl(operator, replacement or fail, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def finite(gradient):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from given import broken
 from memory_traffic import copied_and_made
 from processes import error_of, run_workers
 from torch.nn.parallel import DistributedDataParallel
@@ -495,9 +496,6 @@ def test_local_steps_of_another_number_of_ranks_are_refused(tmp_path, lone):
 def lose_a_round(rank, by):
     """(common weights, own, error) where a round that is under way comes to nobody and training goes on from what was saved."""
 
-    def broken(*arguments, **options):
-        raise RuntimeError("something of this machine")
-
     def make():
         model = nn.Linear(4, 1, bias=False)
         nn.init.zeros_(model.weight)
@@ -511,15 +509,13 @@ def lose_a_round(rank, by):
     train(model)
     local.step()
     train(model)
-    broke = torch.library.Library("regtopk", "IMPL")
-    broke.impl("aggregate_", broken, "CPU", allow_override=True)
-    local.step()  # begins the round
-    error = error_of(local.step)[1] if by == "step" else ""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        saved = local.state_dict()
+    with broken("aggregate_"):
+        local.step()  # begins the round
+        error = error_of(local.step)[1] if by == "step" else ""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            saved = local.state_dict()
     error += "".join(str(each.message) for each in said)
-    broke._destroy()
     other, resumed = make()
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(saved)

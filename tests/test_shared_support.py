@@ -5,7 +5,7 @@ import re
 import late
 import pytest
 import torch
-from given import ENTRIES, Given, finite, held, integers, missing, register, seed_of, unit_sgd
+from given import ENTRIES, Given, broken, finite, held, integers, missing, register, seed_of, unit_sgd
 from processes import run_workers
 from torch.nn.parallel import DistributedDataParallel
 from training import make_state
@@ -250,19 +250,14 @@ def fail_once(rank, operator, **options):
     optimizer = unit_sgd(module)
     given, errors = [torch.zeros(size, dtype=torch.float64) for size in sizes], []
 
-    def broken(*arguments, **options):
-        raise RuntimeError("something of this machine")
-
     for step in range(6):
-        broke = torch.library.Library("regtopk", "IMPL") if rank == 1 and step == 2 else None
-        if broke:
-            broke.impl(operator, broken, "CPU", allow_override=True)
         gradients = integers(*sizes, seed=seed_of(rank, step))
         for total, gradient in zip(given, gradients, strict=True):
             total += gradient
         optimizer.zero_grad()
         try:
-            ddp(gradients).backward()
+            with broken(operator, rank == 1 and step == 2):
+                ddp(gradients).backward()
         except Exception as error:
             errors.append(str(error))
             optimizer.zero_grad()
@@ -270,8 +265,6 @@ def fail_once(rank, operator, **options):
             register(ddp, state, "register_comm_hook")
         else:
             optimizer.step()
-        if broke:
-            broke._destroy()
     return errors, missing(state, ddp, given), [part.detach().clone() for part in module.parts]
 
 
