@@ -2,7 +2,7 @@
 # make test  [ARGS="-k payload"]                  set up, run the test suite
 # make setup                                      the set-up alone: a virtual environment, dependencies, the extension
 # make cuda                                       compile the CUDA kernels for every architecture and check them; needs nvcc, no GPU
-# make gpu-check OUT=DIR [DEVICE=emulated]        check and time the kernels on this machine's GPU with the torch of PYTHON, 8 minutes at most
+# make gpu-check OUT=DIR [DEVICE=emulated]        check and time the kernels on this machine's GPU with the torch of PYTHON, 8 minutes at most; ARGS="--data DIR": with CIFAR-10
 # make sanitize                                   the core and the exchange's threads under Address-, UB- and ThreadSanitizer
 # make fuzz [SECONDS=60]                          feed the decoder of payloads and the loader of checkpoints with damaged bytes
 # make lint                                       ruff, mypy on the package, and the format of the C++
