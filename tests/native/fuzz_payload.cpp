@@ -1,6 +1,6 @@
-// Fuzz target: the decoder of untrusted payloads, against a plain one written from the format alone.
+// Fuzz target: the decoders of untrusted payloads and of their wire forms, against plain ones written from the formats alone.
 //
-// The input's first bytes choose a bucket; then come edits of a valid payload (place, mask), so that inputs get past the magic
+// The input's first bytes choose a bucket and a form; then come edits of a valid one (place, mask), so that inputs get past the magic
 // number. What the two decoders accept must be the same; what they accept must be read as the same entries; and what is
 // rejected must never have led to a read or write out of bounds, which is the sanitizers' part.
 #include <cstdint>
@@ -12,6 +12,7 @@
 #include "../../csrc/core/aggregate.h"
 #include "../../csrc/core/compress.h"
 #include "../../csrc/core/cpu_variant.h"
+#include "../../csrc/core/wire.h"
 #include "check.h"
 
 long long accepted_inputs = 0;  // for the driver
@@ -121,6 +122,60 @@ void read_accepted(const std::vector<uint8_t>& bytes, const PayloadLayout& layou
   }
 }
 
+// The entries of an Elias-Fano code, or nothing if it is none, as wire.h describes it.
+std::optional<std::vector<int64_t>> decode_code_plainly(const std::vector<uint8_t>& bytes, int64_t numel, int64_t k) {
+  int low_bits = 0;
+  while (low_bits < 16 && numel >> (low_bits + 1) >= k) ++low_bits;
+  const int64_t high_at = (64 + (k * low_bits + 7) / 8 + 7) / 8 * 8;
+  const int64_t words = (k + ((numel - 1) >> low_bits) + 1 + 63) / 64;
+  std::vector<int64_t> indices;
+  for (int64_t place = 0; place < words * 64; ++place) {
+    if ((bytes[high_at + place / 8] >> (place % 8) & 1) == 0) continue;
+    const int64_t entry = static_cast<int64_t>(indices.size());
+    if (entry == k) return std::nullopt;
+    int64_t low = 0;
+    for (int bit = 0; bit < low_bits; ++bit) {
+      const int64_t at = entry * low_bits + bit;
+      low |= int64_t{bytes[64 + at / 8] >> (at % 8) & 1} << bit;
+    }
+    const int64_t index = (place - entry) << low_bits | low;
+    if (index >= numel || (entry > 0 && index <= indices.back())) return std::nullopt;
+    indices.push_back(index);
+  }
+  if (static_cast<int64_t>(indices.size()) != k) return std::nullopt;
+  return indices;
+}
+
+void edit(std::vector<uint8_t>& bytes, const uint8_t* data, size_t size) {
+  for (size_t at = 8; at + 5 <= size; at += 5) {
+    uint32_t place;
+    std::memcpy(&place, data + at, 4);
+    // Half of the edits go to the header and what follows it, where each byte means much.
+    const size_t range = place & 1 ? std::min<size_t>(bytes.size(), 96) : bytes.size();
+    bytes[(place >> 1) % range] ^= data[at + 4];
+  }
+}
+
+// Of what takes messages: what it makes of a damaged one is a payload of the code's entries, or an error, or what is still to be checked.
+void take_wire(std::vector<uint8_t> payload, const PayloadLayout& layout, const WireLayout& wire, const uint8_t* data, size_t size) {
+  std::vector<uint8_t> message(wire.bytes);
+  std::vector<double> residual(layout.numel);  // as large as any accumulate type
+  to_wire(layout, wire, payload.data(), residual.data(), message.data(), serial_for);
+  edit(message, data, size);
+  const auto copy = copy_of(message);
+  const auto result = std::make_unique<uint8_t[]>(layout.bytes);
+  const auto error = from_wire(layout, wire, copy.get(), result.get());
+  if (error) CHECK(!error->field.empty() && !error->expected.empty() && !error->got.empty());
+  if (!wire.has_code()) return;
+  const auto indices = decode_code_plainly(message, layout.numel, layout.k);
+  CHECK(indices || error);
+  if (error || check_payload(result.get(), layout, serial_for)) return;
+  std::vector<int64_t> decoded(layout.k);
+  decode_indices(PayloadView(result.get(), layout), decoded.data());
+  CHECK(decoded == *indices);
+  ++accepted_inputs;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -136,14 +191,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const PayloadLayout layout(numel, k, type);
   std::mt19937_64 random(data[7]);
   std::vector<uint8_t> bytes = with_value_type(type, [&]<typename T>(T) { return make_payload<T>(layout, random); });
-  size_t at = 8;
-  for (; at + 5 <= size; at += 5) {
-    uint32_t place;
-    std::memcpy(&place, data + at, 4);
-    // Half of the edits go to the header and what follows it, where each byte means much.
-    const uint32_t range = place & 1 ? static_cast<uint32_t>(std::min<int64_t>(layout.bytes, 96)) : static_cast<uint32_t>(layout.bytes);
-    bytes[(place >> 1) % range] ^= data[at + 4];
+  if (data[1] & 4) {
+    const ValueType narrow = value_bytes(type) > 2 ? ValueType::kBFloat16 : type;
+    const ValueType types[] = {type, narrow, ValueType::kSign, ValueType::kTwoBits};
+    take_wire(std::move(bytes), layout, WireLayout::of(layout, types[data[1] >> 3 & 3], /*elias_fano=*/(data[1] & 32) != 0), data, size);
+    return 0;
   }
+  edit(bytes, data, size);
   const auto indices = decode_plainly(bytes, numel, k, type);
   const auto copy = copy_of(bytes);
   const auto error = check_payload(copy.get(), layout, serial_for);
