@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_state
 
 import regtopk_torch as rt
+from regtopk_torch import groups
 
 STEPS = 5
 NAMES = ["weight", "bias", "transposed", "half", "scalar", "empty"]
@@ -498,6 +499,18 @@ def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
             assert "1 call, abort() on rank 1" in message
         else:
             assert "agreement on a bucket and its options" in message or "closed" in message.lower(), message
+
+
+def leave_out_where_gloo_is_first(rank):
+    """As "skip", but gloo's own limit passes a moment before that of the exchange."""
+    options = groups._options
+    groups._options = lambda limit, threads: options(limit * 0.93, threads=threads)
+    return disagree(rank, "skip", 1)
+
+
+def test_a_rank_that_leaves_an_average_out_is_named_though_gloo_says_first_that_time_is_over():
+    (kind, message, _), _ = run_workers(leave_out_where_gloo_is_first, 2)
+    assert kind is dist.DistBackendError and "Timed out" in message and "; rank 1 has not come to it" in message
 
 
 def test_a_rank_that_leaves_an_average_out_is_named_after_the_timeout():

@@ -18,6 +18,16 @@ namespace {
 constexpr const char* kExchange = "the exchange of a bucket's payloads";
 constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
 
+// Why a collective has ended with an error. A rank that found out first that it waits in vain has let go of its end: what it waited in
+// says why. And gloo has the same limit as the deadline, and may come first with an error that names nobody.
+std::string reason_of(
+    const c10::ivalue::Future& arrival, Watch& watch, int64_t number, const std::string& activity, Completer::Clock::time_point deadline) {
+  std::string why = watch.contradiction(number, activity);
+  if (!why.empty()) return why;
+  why = arrival.tryRetrieveErrorMessage();
+  return Completer::Clock::now() + watch.interval() < deadline ? why : why + watch.absent(number);
+}
+
 }  // namespace
 
 c10::intrusive_ptr<c10d::Work> begin(c10d::Backend& group, const Transport::Collective& collective) {
@@ -142,10 +152,7 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
       if (outcome == Completer::Outcome::kDoubted) lost(why);
       if (outcome == Completer::Outcome::kTimedOut) lost("none of them complete" + watch->absent(course->number));
       if (outcome == Completer::Outcome::kStopped) lost("a shutdown of this process");
-      if (arrival->hasError()) {
-        const std::string contradiction = watch->contradiction(course->number, course->activity);
-        lost(contradiction.empty() ? arrival->tryRetrieveErrorMessage() : contradiction);
-      }
+      if (arrival->hasError()) lost(reason_of(*arrival, *watch, course->number, course->activity, issued + timeout));
       try {
         if (!course->error) course->stages[stage].then();
       } catch (...) {
@@ -216,9 +223,7 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   }
   lock.unlock();
   if (!arrival->hasError()) return;
-  // A rank that found out first that it waits in vain has let go of its end; what it waited in says why.
-  const std::string why = watch_->contradiction(number, activity);
-  lost(why.empty() ? arrival->tryRetrieveErrorMessage() : why);
+  lost(reason_of(*arrival, *watch_, number, activity, deadline));
 }
 
 at::Tensor GlooTransport::gather_now(const at::Tensor& own, const std::string& caller, const std::string& activity) {
