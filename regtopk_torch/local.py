@@ -29,7 +29,7 @@ class LocalExchange:
     def __init__(self, num_workers, density=0.001, *, method="regtopk", mu=5.0, distortion="previous", **common: Unpack[Common]):
         if common.get("levels") is not None:
             raise ValueError(f"LocalExchange: expected no levels of workers in one process, got levels={common['levels']!r}; give it the means of the hosts")
-        options = check_options("LocalExchange", lambda keys: map(str, keys), method=method, density=density, mu=mu, distortion=distortion, **common)
+        options = check_options("LocalExchange", lambda keys: map(str, keys), method, density=density, mu=mu, distortion=distortion, **common)
         if isinstance(num_workers, bool) or not isinstance(num_workers, numbers.Integral) or num_workers < 1:
             raise ValueError(f"LocalExchange: expected num_workers to be an integer of at least 1, got {num_workers!r}")
         num_workers = int(num_workers)

@@ -49,7 +49,7 @@ def lists_common(constructor):
     return constructor
 
 
-def check_options(who, names_of, *, method, density, mu, distortion, **common):
+def check_options(who, names_of, method, /, *, density, mu=1.0, distortion="previous", **common):
     """Return the options in the form of the extension; raise ValueError or TypeError that names `who` otherwise.
 
     `names_of` gives the names of parameters that the extension knows by keys.

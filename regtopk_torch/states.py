@@ -119,7 +119,7 @@ class TopKState(Averaging):
         who = type(self).__name__
         # The exchange must not keep its state alive: it would never be given back.
         this = weakref.ref(self)
-        options = check_options(who, lambda keys: [] if (state := this()) is None else state._names_of(keys), **{"method": self._method, "mu": 1.0, "distortion": "previous", **given})
+        options = check_options(who, lambda keys: [] if (state := this()) is None else state._names_of(keys), self._method, **given)
         self._host_ranks = options.host_ranks
         self._given = {name: float(value) if name in ("mu", "decay", "density", "momentum", "clip_norm") and isinstance(value, numbers.Real) else value for name, value in given.items()}
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):

@@ -37,6 +37,13 @@ WRONG_OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["method", "who", "names_of", "densty"])
+def test_an_option_that_there_is_not_is_named(name):
+    for who, construct in (("TopKState", rt.TopKState), ("RegTopKState", rt.RegTopKState)):
+        with pytest.raises(TypeError, match=f"^{who}: expected options of decay, .*, got '{name}'"):
+            construct(**{name: "topk"})
+
+
 @pytest.mark.parametrize("options, error, message", WRONG_OPTIONS, ids=str)
 def test_every_option_out_of_range_is_named(options, error, message):
     for who, construct in (("RegTopKState", rt.RegTopKState), ("LocalExchange", lambda **o: rt.LocalExchange(2, **o))):
