@@ -30,13 +30,16 @@ def figure(log):
         if (folder / LOG_NAME).exists():
             ((_, records),) = read_logs(folder)
             shutil.copy(folder / LOG_NAME, log.folder / f"figure-{method}.jsonl")
-        tests, rates = [record for record in records if record["event"] == "test"], [record["seconds"] for record in records if record["event"] == "step"]
+        tests, rates = [record for record in records if record["event"] == "test" and record["step"] > 0], [record["seconds"] for record in records if record["event"] == "step"]
         if not log.check(status in (0, 128 + signal.SIGINT) and tests and rates, f"{method}: expected tests of a run, got {len(tests)} and status {status}"):
             continue
         last, there = tests[-1], {}
         if not log.emulated:
             (beside,) = [run for run in committed if run.options["method"] == method and run.seed == 0]
-            there = next(({"on a CPU": 100 * test["accuracy"]} for test in beside.tests if test["step"] == last["step"]), {})
+            at_step = [test for test in beside.tests if test["step"] == last["step"]]
+            if not log.check(at_step, f"{method}: expected a test of the committed run at step {last['step']}, got those at {[test['step'] for test in beside.tests]}"):
+                continue
+            there = {"on a CPU": 100 * at_step[0]["accuracy"]}
         accuracy = 100 * last["accuracy"]
         log.write("learned", method=method, step=last["step"], accuracy=accuracy, **there, steps_per_second=1 / sorted(rates)[len(rates) // 2])
         for expected in there.values():
