@@ -350,7 +350,7 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<TensorsExchange>(module, "TensorsExchange")
       .def(py::init<std::shared_ptr<GroupExchange>>())
-      .def("average", &TensorsExchange::average, release_gil(), py::keep_alive<0, 1>());  // what is on its way comes
+      .def("average", &TensorsExchange::average, release_gil());
 
   py::class_<LocalExchange>(module, "LocalExchange")
       .def(py::init<Options, int64_t>())

@@ -5,9 +5,12 @@ import datetime
 import gc
 import math
 import pickle
+import os
 import re
+import threading
 import time
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -370,7 +373,11 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(alone, tensors, names,
         ([torch.ones(3), torch.ones(4)], ValueError, r"expected out at place 1 of shape, dtype, device and layout \(\(2, 2\), torch.float32, "),
         ([torch.ones(3), torch.ones(2, 2, dtype=torch.float64)], ValueError, "expected out at place 1 .* got .*torch.float64"),
         ([torch.ones(3), torch.ones(2, 2, device="meta")], ValueError, "expected out at place 1 .* got .*meta"),
-        ([(memory := torch.ones(8))[1:4], memory[:4].view(2, 2)], ValueError, r"expected tensors in out whose .* at place 0 in that of place 1"),
+        ([(memory := torch.ones(8))[1:4], memory[:4].view(2, 2)], ValueError, "expected tensors in out whose .* at place 0 that shares some"),
+        ([(square := torch.ones(4, 4))[:3, 1], square[:2, 1:3]], ValueError, "expected tensors in out whose .* that shares some"),
+        ([square.view(16)[4:7], square[:2, ::2]], ValueError, "expected tensors in out whose .* that shares some"),
+        ([torch.from_numpy(shared := numpy.ones(8, "f"))[:3], torch.from_numpy(shared)[2:6].view(2, 2)], ValueError, "that shares some"),
+        ([torch.ones(3), torch.ones(3).as_strided((2, 2), (1, 1))], ValueError, "expected tensors in out whose .* at place 1 that shares some"),
         ([torch.ones(3), torch.ones(2, 1).expand(2, 2)], ValueError, r"expected tensors in out whose entries .* got one of strides \[1, 0\] at place 1"),
     ],
 )
@@ -388,6 +395,57 @@ def test_averages_are_taken_between_each_other(alone):
     side_by_side = torch.zeros(4, 4)
     rt.TopKState(1.0).average(ONES, out=[side_by_side[:3, 0], side_by_side[:2, 1:3]])
     assert torch.equal(side_by_side != 0, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool())
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_an_average_is_not_written_to_what_is_still_to_be_read(alone, swapped):
+    one, other = torch.randn(200_000).bfloat16(), torch.randn(200_000).half()
+    given = [one.clone(), other.clone()]
+    out = [other.view(torch.bfloat16), one.view(torch.half)] if swapped else [one, other]
+    assert all(map(torch.equal, rt.TopKState(1.0).average([one, other], out=out), given))
+
+
+def ask_meanwhile(rank):
+    """What stats() says of dense tensors while lists of new names are averaged, and after one that failed."""
+    state, said, stop = rt.TopKState(1.0, dense="auto"), set(), threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                said.update(name for bucket in state.stats()["dense"] for name in bucket["parameters"])
+            except Exception as error:
+                said.add(repr(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for step in range(100):
+        state.average([torch.ones(500)], [f"part {step}"])
+    stop.set()
+    thread.join()
+    return {name.split()[0] for name in said}
+
+
+def test_stats_of_another_thread_name_what_is_being_averaged():
+    for kinds in run_workers(ask_meanwhile, 2, seconds=60):
+        assert kinds == {"part"}
+
+
+def threads_of_process():
+    return len(os.listdir("/proc/self/task"))
+
+
+def keep_what_has_come(rank):
+    """Threads of this process with averages that have come and whose states are gone."""
+    before, kept = threads_of_process(), []
+    for _ in range(10):
+        kept.append(make_state("topk", 0.1).average([torch.ones(100)], async_op=True))
+        kept[-1].wait()
+    gc.collect()
+    return threads_of_process() - before
+
+
+def test_an_average_that_has_come_keeps_no_state():
+    assert max(run_workers(keep_what_has_come, 2, seconds=60)) <= 1
 
 
 def let_go_of_the_state(rank):

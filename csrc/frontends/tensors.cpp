@@ -11,7 +11,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
-#include <tuple>
+#include <cstdint>
 
 #include "../ops/operators.h"
 
@@ -80,32 +80,58 @@ std::vector<at::Tensor> taken(const std::vector<at::Tensor>& tensors, const std:
   return result;
 }
 
+// Addresses between which a tensor's entries lie.
+struct Extent {
+  uintptr_t begin, end;
+  size_t place;
+};
+Extent extent_of(const at::Tensor& tensor, size_t place) {
+  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.storage().data()) + static_cast<uintptr_t>(tensor.storage_offset() * bytes);
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * bytes), place};
+}
+
+// Takes the bytes of a tensor that begins at one of them; returns whether none of them was taken.
+bool take(std::vector<bool>& taken, const at::Tensor& tensor, size_t begin) {
+  const size_t bytes = tensor.element_size();
+  for (int64_t entry = 0; entry < tensor.numel(); ++entry) {
+    int64_t rest = entry, at = 0;
+    for (int64_t dim = tensor.dim() - 1; dim >= 0; --dim) {
+      at += rest % tensor.size(dim) * tensor.stride(dim);
+      rest /= tensor.size(dim);
+    }
+    for (size_t byte = begin + static_cast<size_t>(at) * bytes, end = byte + bytes; byte < end; ++byte) {
+      if (taken[byte]) return false;
+      taken[byte] = true;
+    }
+  }
+  return true;
+}
+
 void check_out(const std::string& who, const std::vector<at::Tensor>& out) {
   for (size_t i = 0; i < out.size(); ++i) {
     TORCH_CHECK_VALUE(
         at::has_internal_overlap(out[i]) != at::MemOverlap::Yes, who,
         ": expected tensors in out whose entries have memory of their own, got one of strides ", out[i].strides(), " at place ", i);
   }
-  // In their storages, by where they begin; of one with gaps, which others may fill, nothing is known.
-  struct Extent {
-    const void* storage;
-    int64_t begin, end;  // bytes
-    size_t place;
-  };
   std::vector<Extent> extents;
   for (size_t i = 0; i < out.size(); ++i) {
-    if (out[i].numel() == 0 || !out[i].is_non_overlapping_and_dense()) continue;
-    const auto begin = out[i].storage_offset() * static_cast<int64_t>(out[i].element_size());
-    extents.push_back({out[i].storage().unsafeGetStorageImpl(), begin, begin + static_cast<int64_t>(out[i].nbytes()), i});
+    if (out[i].numel() > 0) extents.push_back(extent_of(out[i], i));
   }
-  std::sort(extents.begin(), extents.end(), [](const Extent& one, const Extent& other) {
-    return std::tie(one.storage, one.begin) < std::tie(other.storage, other.begin);
-  });
-  for (size_t i = 1; i < extents.size(); ++i) {
-    const Extent &earlier = extents[i - 1], &later = extents[i];
-    TORCH_CHECK_VALUE(
-        earlier.storage != later.storage || earlier.end <= later.begin, who,
-        ": expected tensors in out whose entries have memory of their own, got one at place ", later.place, " in that of place ", earlier.place);
+  std::sort(extents.begin(), extents.end(), [](const Extent& one, const Extent& other) { return one.begin < other.begin; });
+  for (size_t first = 0, last = 0; first < extents.size(); first = last) {
+    uintptr_t end = extents[first].end;
+    for (last = first + 1; last < extents.size() && extents[last].begin < end; ++last) end = std::max(end, extents[last].end);
+    if (last == first + 1 && out[extents[first].place].is_non_overlapping_and_dense()) continue;
+    // They may still lie between each other, as columns of a matrix do.
+    std::vector<bool> taken(end - extents[first].begin);
+    for (size_t i = first; i < last; ++i) {
+      TORCH_CHECK_VALUE(
+          take(taken, out[extents[i].place], extents[i].begin - extents[first].begin), who,
+          ": expected tensors in out whose entries have memory of their own, got one at place ", extents[i].place, " that shares some");
+    }
   }
 }
 
@@ -117,6 +143,9 @@ bool Average::is_completed() const {
 
 std::vector<at::Tensor> Average::wait() {
   for (const auto& future : pending_) future->wait();
+  std::shared_ptr<GroupExchange> exchange;  // ends, perhaps, without the lock
+  const std::lock_guard lock(mutex_);
+  exchange.swap(exchange_);
   for (const auto& future : pending_) future->waitAndThrow();
   const c10::InferenceMode no_inference(false);
   const at::NoGradGuard no_grad;
@@ -172,7 +201,11 @@ std::shared_ptr<Average> TensorsExchange::average(
   for (size_t index = 0; index < groups.size(); ++index) {
     const auto& [bucket, places] = groups[index];
     const int64_t numel = bucket.layout.numel();
-    const Memory memory = place(index, taken(tensors, places), taken(out, places));
+    std::vector<at::Tensor> others;
+    for (size_t later = index + 1; later < groups.size(); ++later) {
+      for (const size_t place : groups[later].places) others.push_back(tensors[place]);
+    }
+    const Memory memory = place(index, taken(tensors, places), taken(out, places), others);
     if (numel > 0) {
       try {
         result->pending_.push_back(exchange_->exchange(bucket, memory.given, memory.average, owners_of(groups[index]), describe, absent));
@@ -203,20 +236,23 @@ std::shared_ptr<Average> TensorsExchange::average(
   result->verdict_ = exchange_->worker().steps.clock().verdict(tensors.front().device());
   result->round_ = worker.steps.round();
   result->worker_ = exchange_->keep_worker();
+  result->exchange_ = exchange_;
   return result;
 }
 
-TensorsExchange::Memory TensorsExchange::place(size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out) {
+TensorsExchange::Memory TensorsExchange::place(
+    size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out, const std::vector<at::Tensor>& others) {
   const at::AutoDispatchBelowADInplaceOrView no_views;
   for (at::Tensor& part : parts) part = part.contiguous();
   Memory memory{as_one(parts), as_one(out), /*is_out=*/true};
-  if (memory.given.defined() && memory.average.defined() && memory.given.is_set_to(memory.average)) {
+  // What is written must not be what is still to be read.
+  const auto is_read = [&](const at::Tensor& part) { return part.is_alias_of(memory.average); };
+  const bool of_others = memory.average.defined() && std::any_of(others.begin(), others.end(), is_read);
+  if (memory.given.defined() && memory.average.defined() && !of_others && memory.given.is_set_to(memory.average)) {
     memory.given = memory.average;  // in place, as a gradient's bucket
     return memory;
   }
-  // What is written must not be what is still to be read.
-  const auto is_read = [&](const at::Tensor& part) { return part.is_alias_of(memory.average); };
-  memory.is_out = memory.average.defined() && std::none_of(parts.begin(), parts.end(), is_read);
+  memory.is_out = memory.average.defined() && !of_others && std::none_of(parts.begin(), parts.end(), is_read);
   if (!memory.is_out) {
     int64_t numel = 0;
     for (const at::Tensor& part : parts) numel += part.numel();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,6 +29,8 @@ class Average {
   at::Tensor verdict_;
   int64_t round_ = -1;
   std::shared_ptr<Worker> worker_;  // whose memory a device may still have to read, whatever becomes of the exchange
+  std::shared_ptr<GroupExchange> exchange_;  // until it has come
+  std::mutex mutex_;  // of what wait() takes
 };
 
 class TensorsExchange {
@@ -47,8 +50,8 @@ class TensorsExchange {
     at::Tensor given, average;  // may be the same
     bool is_out;                // whether those are the caller's
   };
-  // Copies no entry where the parts, or `out`, lie one after the other.
-  Memory place(size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out);
+  // Copies no entry where the parts, or `out`, lie one after the other. `others` are read after this bucket may have been written.
+  Memory place(size_t bucket, std::vector<at::Tensor> parts, const std::vector<at::Tensor>& out, const std::vector<at::Tensor>& others);
   // Memory for the entries of a bucket: the last call's, if its caller has let go of all of it.
   at::Tensor memory_for(size_t bucket, int64_t numel, const at::TensorOptions& options);
 
