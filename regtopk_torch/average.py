@@ -30,7 +30,7 @@ class Averaging:
         self._forms: dict[str, Form] = {}  # name -> Form, of all tensors for which something may be kept
         self._lists: set[tuple] = set()  # the names of each list that was averaged
         self._last = None  # names and device of the last average
-        self._asked: dict[int, str] = {}  # key -> name, of the average under way
+        self._names: dict[int, str] = {}  # key -> name, of all tensors that were given; replaced as a whole, for other threads read it
         self._decided = True  # whether the last average is final, or was put back
 
     def average(self, tensors, names=None, *, out=None, async_op=False):
@@ -85,13 +85,26 @@ class Averaging:
             exchange.announce_failure(str(error))  # the others wait in vain
             raise
         self._decided = True  # of the one before
-        self._asked = {form.key: name for name, form in forms.items()} if callable(self._given.get("dense")) else {}
-        work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), absent)
-        self._forms.update(forms)
-        self._lists.add(tuple(forms))
+        if not all(form.key in self._names for form in forms.values()):
+            self._names = self._names | {form.key: name for name, form in forms.items()}
+        given = exchange.times_given()
+        try:
+            work = self._tensors.average(list(tensors), [form.key for form in forms.values()], list(forms), list(out or ()), absent)
+        except BaseException:
+            if exchange.times_given() != given:  # of some of them something is held back now
+                self._note_forms(forms)
+            raise
+        self._note_forms(forms)
         self._last = tuple(forms), tensors[0].device
         self._decided = False
         return work
+
+    def _take_forms(self, forms):
+        self._forms, self._names = dict(forms), {form.key: name for name, form in forms.items()}
+
+    def _note_forms(self, forms):
+        self._forms.update(forms)
+        self._lists.add(tuple(forms))
 
     def commit(self):
         """Say that the last average counts: `abort` is an error from then on, until the next one. The next average says it too.
@@ -189,7 +202,7 @@ class Averaging:
         if not isinstance(named_keys, _Names):
             return pieces
         self._begin_averaging()
-        self._forms.update(named_keys.found)
+        self._take_forms(named_keys.found)
         return {key: piece._replace(parameter=None) for key, piece in pieces.items()}
 
 

@@ -176,7 +176,7 @@ class TopKState(Averaging):
         if statistics["dense"]:
             names = self._known_names()
             for bucket in statistics["dense"]:
-                bucket["parameters"] = [names.get(key, "of no model that is left") for key in bucket["parameters"]]
+                bucket["parameters"] = [names.get(key, "of an unknown name") for key in bucket["parameters"]]
         return _with_ratios(statistics, self._exchange.workers() if self._exchange.is_open else None)
 
     def check(self):
@@ -249,7 +249,7 @@ class TopKState(Averaging):
 
     def _names_of(self, keys):
         """The names of parameters of the model, or of the tensors that are being averaged, by their keys."""
-        names = self._known_names() | self._asked
+        names = self._known_names()
         unknown = [key for key in keys if key not in names]
         if unknown:
             raise ValueError(f"{type(self).__name__}: expected parameters of a DistributedDataParallel for dense={self._given['dense']!r} to name, got {len(unknown)} of none; after gc.freeze() register the model with rt.attach")
@@ -259,7 +259,7 @@ class TopKState(Averaging):
         """{key: name} of the parameters of all models, and of the tensors that were averaged."""
         # A hook of the user's own may be registered with more than the state; where it is not, the names of the state's models win.
         of_models = {key: name for ddp in [*groups.models(), *groups._models_of(self)] for name, _, key in _named_keys(ddp)}
-        return of_models | {form.key: name for name, form in self._forms.items()}
+        return of_models | self._names
 
     def _named_keys(self, module):
         return self._named_tensors(module) if module is None or self._forms else _named_keys(module)
@@ -388,7 +388,7 @@ class TopKState(Averaging):
         self._exchange.close()
         self._construct(self._given, process_group, self._grad_scaler)
         self._exchange.import_pieces(pieces, step - 1)
-        self._forms = forms
+        self._take_forms(forms)
 
     def __getstate__(self):
         pieces = [(key, *piece) for key, piece in self._pieces().items() if piece.parameter is not None or self._forms]
@@ -408,7 +408,7 @@ class TopKState(Averaging):
         self._construct(copied["options"], None, copied["grad_scaler"])
         pieces = {key if piece[0] is None else _C.parameter_key(piece[0]): checkpoint.Piece(*piece) for key, *piece in copied["pieces"]}
         self._exchange.import_pieces(pieces, copied["step"], copied.get("density_state", []))
-        self._forms = dict(copied.get("forms", {}))
+        self._take_forms(copied.get("forms", {}))
 
     def _note(self, optimizer):
         """An optimizer has stepped: remember it until the next step begins."""
