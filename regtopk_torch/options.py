@@ -1,5 +1,6 @@
 """The options of the selection, checked once."""
 
+import difflib
 import inspect
 import math
 import numbers
@@ -56,7 +57,9 @@ def check_options(who, names_of, method, /, *, density, mu=1.0, distortion="prev
     """
     unknown = [name for name in common if name not in COMMON]
     if unknown:
-        raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}")
+        close = difflib.get_close_matches(unknown[0], [*COMMON, "density", "mu", "distortion", "process_group", "grad_scaler"], 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{who}: expected options of {', '.join(COMMON)}, got {unknown[0]!r}{meant}")
     decay, dense_steps, wire_dtype, index_code, support, chunk, momentum, nesterov, mask_momentum, clip_norm, dense, levels = (common.get(name, usual) for name, usual in COMMON.items())
     if method not in METHODS:
         raise ValueError(f"{who}: expected method 'topk' or 'regtopk', got {method!r}")

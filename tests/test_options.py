@@ -42,6 +42,8 @@ def test_an_option_that_there_is_not_is_named(name):
     for who, construct in (("TopKState", rt.TopKState), ("RegTopKState", rt.RegTopKState)):
         with pytest.raises(TypeError, match=f"^{who}: expected options of decay, .*, got '{name}'"):
             construct(**{name: "topk"})
+    with pytest.raises(TypeError, match=r"; did you mean 'grad_scaler'\?$"):
+        rt.TopKState(0.1, grad_scalar=None)
 
 
 @pytest.mark.parametrize("options, error, message", WRONG_OPTIONS, ids=str)
