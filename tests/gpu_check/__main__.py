@@ -99,14 +99,17 @@ def commit_of_checkout():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = "\n".join(f"    {part.name:<10} {part.title}" for part in PARTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu_check", description=__doc__, epilog=f"parts:\n{parts}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
-    parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything (or for the one part)")
+    parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda", help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything (%(default)g)")
     parser.add_argument("--commit", default="", help="of what is checked, where there is no git to ask")
     parser.add_argument("--data", help="folder that holds cifar-10-batches-py, of `figure`: without it that part is not run", metavar="DIR")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts, as all are run; what `build` made must be there")
-    parser.add_argument("--part", choices=[part.name for part in PARTS], help="run this part alone, in this process")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=[part.name for part in PARTS], help="these parts, as all are run; what `build` made must be there")
+    parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)  # this part, in this process
     options = parser.parse_args()
     if options.part and options.only:
         parser.error("--part: expected no --only beside it")
