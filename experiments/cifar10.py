@@ -112,7 +112,7 @@ def parse(arguments):
         if options.local_steps > 1:
             parser.error(f"--local-steps: expected 1 under torchrun, got {options.local_steps}; run all workers in one process")
     elif options.levels is not None:
-        parser.error(f"--levels: expected torchrun, got none and {options.levels}; workers in one process have no hosts")
+        parser.error(f"--levels: expected a job under torchrun, got {options.levels} without; workers in one process have no hosts")
     elif options.compare:
         parser.error("--compare: expected torchrun, got none: workers in one process wait for no network; start it with torchrun "
                      "--standalone --nproc-per-node 2 experiments/cifar10.py --compare")  # fmt: skip

@@ -83,7 +83,7 @@ class Run:
             self._folders = StepFolders(options.checkpoint, job)
             step, training = agree(lambda: self._workers.load(self._folders))
             if step > options.steps:
-                raise JobError(f"--steps: expected at least {step}, as in the checkpoint in {options.checkpoint}, got {options.steps}")
+                raise JobError(f"--steps: expected at least {step}, as in the checkpoint in {options.checkpoint}, got {options.steps}; name another --folder")
         self.step = step
         kept = training or {"statistics": None, "losses": [], "seconds": []}
         # Mean losses of all workers of the last steps; own losses that have not been gathered yet; seconds of all steps.

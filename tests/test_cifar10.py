@@ -114,7 +114,7 @@ def test_what_cannot_go_on_is_one_message(tmp_path, capsys):
     for options, message in (
         (("--mu", "2"), f"--mu: expected 1.0, as in the checkpoint {tmp_path}/checkpoints/step-00000004, got 2.0; name another --folder"),
         (("--workers", "3"), "LocalExchange.load_state_dict: expected the state of 3 workers, got 2"),
-        (("--steps", "2"), f"--steps: expected at least 4, as in the checkpoint in {tmp_path}/checkpoints, got 2"),
+        (("--steps", "2"), f"--steps: expected at least 4, as in the checkpoint in {tmp_path}/checkpoints, got 2; name another --folder"),
         (("--data", str(tmp_path)), f"--data: expected CIFAR-10 in {tmp_path}/cifar-10-batches-py, got a folder without it; give the folder"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -234,7 +234,7 @@ def test_a_network_has_its_entries_and_start_weights_that_the_seed_decides(name,
         ("--timeout nan", "--timeout: expected a number above 0, got nan"),
         ("--method dense --density 2", "--density: expected 0 < density <= 1, such as 0.001, which keeps one entry in 1000, got 2.0"),
         ("--seed -1", "--seed: expected at least 0, got -1"),
-        ("--levels 2", "--levels: expected torchrun, got none and 2; workers in one process have no hosts"),
+        ("--levels 2", "--levels: expected a job under torchrun, got 2 without; workers in one process have no hosts"),
         ("torchrun --levels two", "argument --levels: invalid ranks value: 'two'"),
         ("--momentum-correction 1", "--momentum-correction: expected 0 <= momentum_correction < 1, got 1.0"),
         ("--momentum-correction 0.9 --momentum 0.5", "--momentum-correction: expected no --momentum beside it, got 0.5"),
