@@ -49,7 +49,7 @@ class Averaging:
                 held back belongs to a name. Lists of other names may take turns, as long as they share none.
             out (list of torch.Tensor, optional): tensors that take the averages, in the shapes and dtypes of `tensors` and on their
                 device; written when the average is there, at the latest by `wait()`, and of no defined content before and where it
-                raises. They may be `tensors`, but must not overlap in part.
+                raises. They may be `tensors`, or overlap those, but not each other.
             async_op (bool): return at once an object whose `wait()` returns the list and raises what is to be raised, whose
                 `is_void()` waits and says whether the step is void, and whose `is_completed()` says whether either would wait. Averages
                 begin in the same order on every rank.

@@ -13,7 +13,7 @@ def sparse_hook(state, bucket):
     Args:
         state (TopKState or RegTopKState): options, residuals and history of this worker.
         bucket (torch.distributed.GradBucket): its buffer of shape [J] holds fp64, fp32, bf16 or fp16 gradients on the
-            CPU and is overwritten with the average over workers of what they sent, Z / N, and with zero for parameters
+            CPU or a GPU and is overwritten with the average over workers of what they sent, Z / N, and with zero for parameters
             whose gradients are zero on all of them. A sparse_coo buffer goes through a plain all-reduce.
 
     Returns:

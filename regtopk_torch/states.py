@@ -60,7 +60,7 @@ class TopKState(Averaging):
             floor(density * chunk + 0.5) largest, at least 1, and the last, fewer ones likewise, instead of the k largest of the bucket.
             As published settings count: 64 of every 4,096. Of CUDA gradients at most 4,096.
         momentum (float): 0 <= momentum < 1, momentum correction as in Deep Gradient Compression (arXiv 1712.01887): instead of its gradient g a
-            rank gives its velocity, u = momentum * u + g, rounded to g's dtype, and the optimizer has none. At density 1 that is SGD with momentum
+            rank gives its velocity, u = momentum * u + g, rounded to g's dtype, and the optimizer has none (Adam's beta1 is one). At density 1 that is SGD with momentum
             (weight decay, which the optimizer adds, is not in u). u is one further number per parameter, of the residual's dtype: it goes where
             the residual goes, into state dicts too, and waits while this rank's gradient of its parameter is zero in all entries. Where
             what is given would be too large for g's dtype it counts as not finite.
@@ -76,7 +76,7 @@ class TopKState(Averaging):
             with chosen ones, at the step's density, or at the mean of an `AdaptiveDensity`. A callable takes the name of a parameter,
             as in the module or of the average, and its number of entries, once each, and returns whether it is dense, the same on every
             rank: `lambda name, numel: "embedding" in name`. The others of its bucket choose among themselves, k = density * their entries.
-            A dense bucket is a reduce-scatter and an all-gather, in rank order, with the bytes of a ring all-reduce; it returns with a
+            A dense bucket is a reduce-scatter and an all-gather, in rank order, with the bytes of a ring all-reduce and some heads; it returns with a
             void step as any other. Where some rank's gradient in it is not finite, all of it is NaN. Nothing of it is masked by
             `mask_momentum`, and `clip_norm` counts it apart from the others of a bucket.
 
@@ -161,7 +161,7 @@ class TopKState(Averaging):
         Of CUDA gradients void_steps, history_dropped, repeated and displaced are those that have reached the host, a step or two
         late; seconds are those of the host, and exchange_seconds is 0 where nobody waits for the exchange (NCCL).
 
-        steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart), history_dropped
+        steps, void_steps (the average of some bucket was not finite), rebuilds (bucket layouts taken apart; DDP does it once, after its first step), history_dropped
         (entries whose history ended early), residual_dropped (entries of residuals whose parameter is gone), dense_buckets
         (all entries sent: paused, sparse tensors, `dense_steps`, `dense`), dense (the buckets that `dense` makes so at present: a list of
         {parameters, entries, why}, the parameters by name), entries (J summed over steps, of a sparse tensor those that it has), sent_entries, density (their ratio), repeated (entries sent twice running), displaced

@@ -83,6 +83,11 @@ def test_the_readme_s_sentences_are_what_the_committed_logs_show():
     assert 0.0149 < min(shares) and max(shares) < 0.0152 and len(shares) >= 4
     losses = {row: fmean(claims.values("loss", runs)) for row, runs in rows.items()}
     assert losses["topk"] - losses["dense"] > 4 * (losses["h5-2bit-d95"] - losses["dense"])
+    assert "After 800 steps the validation loss was within 0.13 of dense training's" in readme and losses["h5-2bit-d95"] - losses["dense"] < 0.13
+    assert "the best of three rates for dense training was as good as any" in readme
+    rate = rows["dense"][0].options["learning_rate"]
+    at_that_rate = [run for run in claims.language_sweeps(committed())["800"] if run.options["row"] == "h5-2bit-d95" and run.options["learning_rate"] == rate]
+    assert len(at_that_rate) == 3 and fmean(claims.values("loss", at_that_rate)) - losses["h5-2bit-d95"] < 0.005
     assert "After 3,000 steps the validation loss was within 0.05 of dense training's" in readme
     longer = claims.at_best_rate(claims.language_sweeps(committed())["3000"])
     assert list(longer) == ["dense", "h5-2bit-d95"] and all(len(runs) == 3 for runs in longer.values())
