@@ -56,8 +56,11 @@ def held(state, module):
 
 
 @contextlib.contextmanager
-def broken(operator, when=True, replacement=None):
-    """Meanwhile, `when` it is so, an operator of this package raises on the CPU, or does what a replacement does."""
+def broken(operator, when=True, replacement=None, state=None):
+    """Meanwhile, `when` it is so, an operator of this package raises on the CPU, or does what a replacement does.
+
+    With a state, until none of its buckets is pending: the error of the first ends a backward while others are under way.
+    """
 
     def fail(*arguments, **options):
         raise RuntimeError("something of this machine")
@@ -70,6 +73,8 @@ def broken(operator, when=True, replacement=None):
     try:
         yield
     finally:
+        if state is not None:
+            state._exchange.wait_idle()
         library._destroy()
 
 

@@ -171,7 +171,7 @@ def fail_once(rank, operator, options):
             total += finite(gradient)
         optimizer.zero_grad()
         try:
-            with broken(operator, rank == 1 and step == 2):
+            with broken(operator, rank == 1 and step == 2, state=state):
                 ddp(gradients).backward()
         except Exception as error:
             errors.append(str(error))
@@ -258,7 +258,7 @@ def fail_on_a_host(rank, operator):
                 total[begin : begin + entries] -= gradient[begin : begin + entries]
         optimizer.zero_grad()
         try:
-            with broken(operator, rank == 1 and step == 2, nothing):
+            with broken(operator, rank == 1 and step == 2, nothing, state=state):
                 ddp(gradients).backward()
         except Exception as error:
             errors.append(str(error))

@@ -304,7 +304,7 @@ def fail_once(rank):
             total[lost[0] : sum(lost)] -= gradient[lost[0] : sum(lost)]
         optimizer.zero_grad()
         try:
-            with broken("compress_", rank == 1 and step == 2):
+            with broken("compress_", rank == 1 and step == 2, state=state):
                 ddp(gradients).backward()
         except Exception as error:
             errors.append(str(error))

@@ -256,7 +256,7 @@ def fail_once(rank, operator, **options):
             total += gradient
         optimizer.zero_grad()
         try:
-            with broken(operator, rank == 1 and step == 2):
+            with broken(operator, rank == 1 and step == 2, state=state):
                 ddp(gradients).backward()
         except Exception as error:
             errors.append(str(error))
