@@ -194,6 +194,35 @@ def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment,
     assert "exit code -9" in other
 
 
+def lose_rank_1(rank, moment):
+    """The process of rank 1 of three ends; return what the error of the others says and how long it took to come."""
+    model = make_model()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
+    state = make_state("topk", 0.02)
+    ddp.register_comm_hook(state, rt.sparse_hook)
+    for step in range(2):
+        loss_of(ddp, batch(rank, step)).backward()
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        loss_of(ddp, batch(rank, 2)).backward() if moment == "exchange" else state.flush(ddp)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+
+
+@pytest.mark.parametrize("moment", ["exchange", "flush"])
+def test_when_a_workers_process_ends_the_others_name_it_within_seconds(moment):
+    first, (_, killed), last = run_workers_and_report(lose_rank_1, 3, moment)
+    assert "exit code -9" in killed
+    for succeeded, result in (first, last):
+        assert succeeded, result
+        error, seconds = result
+        assert "DistBackendError" in error and "got rank 1 has said nothing since and may have ended (" in error, error
+        assert 1 < seconds < 15, "2 s for those that are there, once and not per bucket"
+
+
 # Again and again
 
 

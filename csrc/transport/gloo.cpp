@@ -19,13 +19,16 @@ constexpr const char* kExchange = "the exchange of a bucket's payloads";
 constexpr const char* kAllReduce = "the dense all-reduce of a bucket";
 
 // Why a collective has ended with an error. A rank that found out first that it waits in vain has let go of its end: what it waited in
-// says why. And gloo has the same limit as the deadline, and may come first with an error that names nobody.
+// says why. One whose process has ended says nothing, and gloo's error names nobody. And gloo has the same limit as the deadline, and may
+// come first.
 std::string reason_of(
     const c10::ivalue::Future& arrival, Watch& watch, int64_t number, const std::string& activity, Completer::Clock::time_point deadline) {
   std::string why = watch.contradiction(number, activity);
   if (!why.empty()) return why;
   why = arrival.tryRetrieveErrorMessage();
-  return Completer::Clock::now() + watch.interval() < deadline ? why : why + watch.absent(number);
+  if (Completer::Clock::now() + watch.interval() >= deadline) return why + watch.absent(number);
+  const std::string gone = watch.gone(number, activity);
+  return gone.empty() ? why : gone + " (" + why + ")";
 }
 
 }  // namespace

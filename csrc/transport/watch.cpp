@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <thread>
 #include <utility>
 
 namespace regtopk {
@@ -66,7 +67,7 @@ std::string Watch::contradiction(int64_t number, const std::string& activity) {
   return "";
 }
 
-std::string Watch::absent(int64_t number) {
+std::string Watch::ranks_before(int64_t number) {
   std::string ranks;
   try {
     for (int64_t other = 0; other < ranks_; ++other) {
@@ -76,12 +77,35 @@ std::string Watch::absent(int64_t number) {
         const std::vector<uint8_t> record = store_->get(key);
         if (std::stoll(std::string(record.begin(), record.end())) >= number) continue;
       }
-      ranks += (ranks.empty() ? "; rank " : ", ") + std::to_string(other);
+      ranks += (ranks.empty() ? "rank " : ", ") + std::to_string(other);
     }
   } catch (const std::exception&) {
     return "";  // as in contradiction()
   }
-  return ranks.empty() ? "" : ranks + " has not come to it";
+  return ranks;
+}
+
+std::string Watch::absent(int64_t number) {
+  const std::string ranks = ranks_before(number);
+  return ranks.empty() ? "" : "; " + ranks + " has not come to it";
+}
+
+std::string Watch::gone(int64_t number, const std::string& activity) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (gone_) return *gone_;
+  }
+  const auto until = std::chrono::steady_clock::now() + patience_;
+  std::string found = contradiction(number, activity), silent = ranks_before(number);
+  while (found.empty() && !silent.empty() && std::chrono::steady_clock::now() < until) {
+    std::this_thread::sleep_for(patience_ / 10);
+    found = contradiction(number, activity);
+    silent = ranks_before(number);
+  }
+  if (found.empty() && !silent.empty()) found = silent + " has said nothing since and may have ended";
+  const std::lock_guard lock(mutex_);
+  gone_ = found;
+  return found;
 }
 
 void Watch::announce_failure(const std::string& why) {

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 
 namespace regtopk {
@@ -34,11 +35,15 @@ class Watch {
   // Who has never said that it waits in that activity, or in a later one, in words; empty where everybody has. After a timeout: a
   // rank that came to it has waited long enough to say so.
   std::string absent(int64_t number);
+  // Waits, where a collective has ended with an error: a rank that is there has the same one soon, and says that it waits. Returns what
+  // contradicts that activity, or else who is silent, in words; empty where nobody is. Once: later answers are the first one.
+  std::string gone(int64_t number, const std::string& activity);
   // Says that this rank failed instead of beginning the next activity.
   void announce_failure(const std::string& why);
 
  private:
   void publish(int64_t number, const std::string& kind, const std::string& text);
+  std::string ranks_before(int64_t number);  // "rank 1, 2", who has never said that it waits in that activity or a later one
 
   const c10::intrusive_ptr<c10d::Store> store_;
   const int64_t rank_, ranks_;
@@ -47,6 +52,7 @@ class Watch {
   std::mutex mutex_;
   int64_t begun_ = 0, published_ = -1;
   bool failure_announced_ = false;  // of the activity begun_
+  std::optional<std::string> gone_;  // what gone() has found out
   std::string found_;  // what contradicts; the record that the others need to see stays as it is then
 };
 
