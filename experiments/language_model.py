@@ -6,7 +6,7 @@
     diloco15       the same with all entries and Nesterov momentum outside, each 15 steps
 
 A row is one of these and, behind hyphens, how entries travel: bf16, 2bit or sign, each with Elias-Fano's code of the places; d95, a decay
-of 0.95 of what is held back; chunk, where each 4,096 entries send their own share; and leader, where one worker after the other chooses for all. All but dense and diloco may send
+of 0.95 of what is held back; chunk, where each 4,096 entries send their own share; leader, where one worker after the other chooses for all; and regtopk, whose score then chooses. All but dense and diloco may send
 equal bytes: 6 for each of the entries of which --budget is the fraction, per step, and less where that is enough for all entries.
 
 Text is Python's own standard library, or --text. Alone it simulates the workers of every row, a sweep; under torchrun each process is a
@@ -33,7 +33,7 @@ LAST_RATE = 0.1  # of the first
 VALIDATION_WINDOWS = 256
 ROWS = (
     "dense", "topk", "regtopk", "topk-d95", "topk-2bit", "topk-leader", "h1", "h5", "h15", "h40", "h1-2bit-d95", "h5-2bit-d95", "h15-2bit-d95", "h40-2bit-d95",
-    "h5-bf16-d95", "diloco15",
+    "h5-bf16-d95", "h5-2bit-d95-regtopk", "diloco15",
 )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ class Row:
         self.wire = next((form for form in forms if form in ("bf16", "2bit", "sign")), None)
         self.decay = 0.95 if "d95" in forms else 1.0
         self.support, self.chunk = "leader" if "leader" in forms else "own", 4096 if "chunk" in forms else None
-        known = {"bf16", "2bit", "sign", "d95", "leader", "chunk"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
+        self.method = "regtopk" if "regtopk" in (kind, *forms) else "topk"
+        known = {"bf16", "2bit", "sign", "d95", "leader", "chunk", "regtopk"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
         if not known or self.kind not in ("dense", "topk", "regtopk", "h", "diloco"):
             raise ValueError(f"expected a row such as {', '.join(ROWS)}, got {name}")
 
@@ -217,7 +218,7 @@ def simulate(options, text, row, rate, seed):
     exchange = None
     if not row.sends_all:
         density, given = row.options(numel, options.workers, options.budget)
-        exchange = rt.LocalExchange(options.workers, density, method="regtopk" if row.kind == "regtopk" else "topk", mu=5.0, **given)
+        exchange = rt.LocalExchange(options.workers, density, method=row.method, mu=5.0, **given)
     replicas = [copy.deepcopy(model) for _ in range(options.workers)] if row.every else [model]
     optimizers = [make_adamw(replica) for replica in replicas]
     outer = torch.optim.SGD(parameters, **OUTER) if row.kind == "diloco" else None
@@ -272,7 +273,7 @@ def train(options, text, row, rate, seed):
     rank, model = dist.get_rank(), make_model(options.size, seed)
     numel = sum(parameter.numel() for parameter in model.parameters())
     density, given = (1.0, {}) if row.sends_all else row.options(numel, options.workers, options.budget)
-    state = rt.RegTopKState(density, **given) if row.kind == "regtopk" else None if row.kind == "dense" else rt.TopKState(density, **given)
+    state = None if row.kind == "dense" else (rt.RegTopKState if row.method == "regtopk" else rt.TopKState)(density, **given)
     optimizer, trained, local = make_adamw(model), model, None
     if row.every:
         outer = functools.partial(torch.optim.SGD, **OUTER) if row.kind == "diloco" else "sgd"

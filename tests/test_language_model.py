@@ -31,7 +31,7 @@ def train(rank, name, text):
     return language_model.train(options, language_model.Text(text, 64), options.rows[name], 0.001, 0)
 
 
-@pytest.mark.parametrize("row", ["topk", "h2-2bit-d95", "h2-sign-d95-chunk", "h2-leader", "diloco3"])
+@pytest.mark.parametrize("row", ["topk", "h2-2bit-d95", "h2-sign-d95-chunk", "h2-leader", "h2-2bit-regtopk", "diloco3"])
 def test_processes_train_as_the_simulation_does_and_send_as_much(row, text):
     options = options_of(row, text)
     threads = torch.get_num_threads()
