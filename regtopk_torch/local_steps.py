@@ -275,7 +275,7 @@ class LocalSteps:
         outer = "sgd" if self.outer is None else " ".join(repr(self.outer).split())
         counts = [(name, str(getattr(self, name))) for name in ("every", "fragments", "delay", "steps")]
         of_parameters = f"{len(self._common)} (checksum of names, shapes and dtypes {forms.hexdigest()[:16]})"
-        common = ("common weights, of one seed, file or broadcast (checksum)", f"{checksum:x}")
+        common = ("common weights (checksum); begin with one seed, file or broadcast on every rank", f"{checksum:x}")
         return [*counts, ("outer", outer), ("buffers", self._buffers), ("parameters", of_parameters), common]
 
     def state_dict(self):

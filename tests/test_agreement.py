@@ -102,8 +102,9 @@ def disagree(rank, case, entry):
 )
 def test_what_differs_is_an_error_on_every_rank(case, field, on_0, on_1, entry):
     for rank, (message, seconds) in enumerate(run_workers(disagree, 2, case, entry)):
+        advice = {"step": "load the same checkpoint", "pause": "pause, resume and the rule of dense"}.get(case, "construct the state")
         pair = sorted([f"{on_0} on rank 0", f"{on_1} on rank 1"], key=lambda text: text.replace("\\", ""))
-        assert re.search(rf"rank {rank}: sparse_hook: expected the same {field} on every rank, got {pair[0]} and {pair[1]}; construct the state", message), message
+        assert re.search(rf"rank {rank}: sparse_hook: expected the same {field} on every rank, got {pair[0]} and {pair[1]}; {advice}", message), message
         assert seconds < 30
 
 

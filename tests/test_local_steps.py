@@ -332,7 +332,7 @@ def differ(rank, case):
         ("every", "same every on every rank, got 120 on rank 1 and 6 on rank 0"),
         ("fragments", "same fragments on every rank, got 2 on rank 0 and 3 on rank 1"),
         ("delay", "same delay on every rank, got 0 on rank 0 and 1 on rank 1"),
-        ("weights", "same common weights, of one seed, file or broadcast (checksum) on every rank"),
+        ("weights", "same common weights (checksum) on every rank"),
         ("shapes", "same parameters on every rank, got "),
         ("outer", "same outer on every rank"),
         ("buffers", "same buffers on every rank, got average on rank 1 and keep on rank 0"),

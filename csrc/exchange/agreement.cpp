@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <sstream>
@@ -11,7 +12,10 @@ namespace {
 
 std::string serialise(const Fingerprint& fingerprint) {
   std::string text;
-  for (const auto& [name, value] : fingerprint) text += name + "=" + value + "\n";
+  for (const auto& [name, value] : fingerprint) {
+    TORCH_INTERNAL_ASSERT(name.find('=') == std::string::npos, name);  // no rank would find it again
+    text += name + "=" + value + "\n";
+  }
   return text;
 }
 
@@ -49,9 +53,12 @@ void agree(Transport& transport, const std::string& caller, const Fingerprint& f
       const bool same_name = field < all[other].size() && all[other][field].first == fingerprint[field].first;
       ranks_by_value[same_name ? all[other][field].second : "another version's fingerprint"].push_back(static_cast<int>(other));
     }
+    const std::string& name = fingerprint[field].first;
+    const size_t end = std::min(name.find("; "), name.size());
     TORCH_CHECK_VALUE(
-        ranks_by_value.size() == 1, "rank ", transport.rank(), ": ", caller, ": expected the same ", fingerprint[field].first,
-        " on every rank, got ", describe(ranks_by_value), "; construct the state and the model with the same arguments on every rank");
+        ranks_by_value.size() == 1, "rank ", transport.rank(), ": ", caller, ": expected the same ", name.substr(0, end),
+        " on every rank, got ", describe(ranks_by_value),
+        end < name.size() ? name.substr(end) : "; construct the state and the model with the same arguments on every rank");
   }
 }
 

@@ -9,7 +9,8 @@
 
 namespace regtopk {
 
-// Named values, in the same order on every rank: the fingerprint, readable so that an error can show both values.
+// Named values, in the same order on every rank: the fingerprint, readable so that an error can show both values. Behind a "; " in
+// a name is what to do where they differ, if it is something else than to give every rank the same arguments.
 using Fingerprint = std::vector<std::pair<std::string, std::string>>;
 
 // Gathers the fingerprints of all ranks and waits for them; `caller` is who messages are from. Raises ValueError on every rank, naming the ranks and their

@@ -25,7 +25,8 @@ double Worker::density_of(int64_t step) const {
   if (!options.schedule) return density_;
   const double density = options.schedule(step);
   TORCH_CHECK_VALUE(
-      density > 0 && density <= 1, who, ": expected a density with 0 < density <= 1 of its schedule, got ", density, " for step ", step);
+      density > 0 && density <= 1, who, ": expected a density with 0 < density <= 1 of its schedule, got ", density, " for step ", step,
+      "; return a fraction, 0.001 keeps one entry in 1000");
   return density;
 }
 
@@ -59,9 +60,10 @@ void Worker::check(const Bucket& bucket) const {
   TORCH_CHECK_VALUE(
       !report.is_placed() || report.device() == bucket.layout.device, who, ": expected all gradients on ", report.device(),
       ", got some on ", bucket.layout.device, "; a state serves a model on one device");
+  const at::Device device = bucket.layout.device;
   TORCH_CHECK_VALUE(
-      bucket.layout.device.is_cpu() || (bucket.layout.device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU, got ",
-      bucket.layout.device, "; this build has no kernels for it");
+      device.is_cpu() || (device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU",
+      has_cuda_kernels() ? " or a CUDA device" : "", ", got ", device, "; this build has no kernels for it");
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.chunk <= kLargestChunkOfDevice, who,
       ": expected gradients on the CPU with chunk=", options.chunk, ", got ", bucket.layout.device,

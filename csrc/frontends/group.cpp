@@ -250,7 +250,10 @@ std::shared_ptr<Plan> GroupExchange::enter(
 void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, const std::function<Fingerprint()>& describe) {
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
   if (worker_->options.schedule && worker_->density() != agreed_density_) {
-    agree(*transport_, caller_, {{c10::str("density of step ", worker_->steps.step()), round_trip(worker_->density())}});
+    agree(
+        *transport_, caller_,
+        {{c10::str("density of step ", worker_->steps.step(), "; its function must return the same on every rank"),
+          round_trip(worker_->density())}});
     agreed_density_ = worker_->density();
   }
   // An adaptive one is equal by construction, unless a rank has done alone what it depends on.
@@ -291,19 +294,21 @@ void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerpri
       {"clip_norm", options.clip_norm == 0 ? "none" : round_trip(options.clip_norm)},
       {"mu", options.regularised ? round_trip(options.mu) : "none"},
       {"distortion", options.regularised ? options.distortion : "none"},
-      {"mode", !bucket.keeps  ? "all-reduce of sparse tensors"
-               : dense_       ? "dense (paused)"
-               : dense_step_  ? "dense"
-               : bucket.dense ? "dense by the rule"
-                              : "sparse"},
+      {"mode; pause, resume and the rule of dense must be the same on every rank", !bucket.keeps  ? "all-reduce of sparse tensors"
+                                                                                   : dense_       ? "dense (paused)"
+                                                                                   : dense_step_  ? "dense"
+                                                                                   : bucket.dense ? "dense by the rule"
+                                                                                                  : "sparse"},
       {"levels", options.host_ranks == 1 ? "none" : c10::str(options.host_ranks, " ranks to a host")},
       {"numbering of a host's ranks", describe_numbering(*transport_, options)},
       {"gradient dtype", c10::toString(layout.dtype)}};
   fingerprint.insert(fingerprint.end(), description.begin(), description.end());
   fingerprint.emplace_back("bucket layout (hash)", std::to_string(hash));
-  fingerprint.emplace_back(c10::str("calls of ", kDeeds), describe_deed(worker_->deed()));
-  fingerprint.emplace_back("measurements of the adaptive density, which reset() ends", describe_measured(*worker_));
-  fingerprint.emplace_back("step", std::to_string(worker_->steps.step()));
+  fingerprint.emplace_back(c10::str("calls of ", kDeeds, "; make the call on every rank"), describe_deed(worker_->deed()));
+  fingerprint.emplace_back(
+      "measurements of the adaptive density; load the same checkpoint, or call reset(), on every rank", describe_measured(*worker_));
+  fingerprint.emplace_back(
+      "step; load the same checkpoint on every rank, and take as many steps on each", std::to_string(worker_->steps.step()));
   agree(*transport_, caller_, fingerprint);
   TORCH_CHECK_VALUE(
       worker_->ranks() == transport_->workers(), worker_->who, ": expected a multiple of ", options.host_ranks, " ranks with levels of ",
