@@ -85,6 +85,29 @@ def test_states_that_are_dropped_or_closed_leave_no_thread_and_no_descriptor(clo
         assert len(set(measured[1:])) == 1, measured  # what torch opens for a first model stays open
 
 
+def leave_averages_pending(rank, states, close):
+    """Return the resources after each of some states that were dropped, or closed, while an average was under way."""
+    measured = []
+    for _ in range(states):
+        state = rt.TopKState(0.1)
+        state.average([torch.ones(200_000)])
+        work = state.average([torch.ones(200_000)], async_op=True)
+        if close:
+            state.close()
+        del state, work
+        gc.collect()
+        dist.barrier()
+        measured.append(resources())
+    return measured
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["dropped", "closed"])
+def test_what_was_pending_when_a_state_ended_is_given_back_once_it_has_come(close):
+    for measured in run_workers(leave_averages_pending, 2, 12, close):
+        threads = [threads for threads, _ in measured]
+        assert max(threads) - min(threads) < 30, f"some states' threads, of which each has 7: {measured}"
+
+
 def use_after_close(rank, entry):
     ddp = DistributedDataParallel(make_model())
     state = make_state("topk", 0.1)

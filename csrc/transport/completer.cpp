@@ -33,7 +33,7 @@ bool Completer::wait_idle(Clock::time_point deadline) const {
   return state_->changed.wait_until(lock, deadline, [this] { return state_->pending.empty(); });
 }
 
-bool Completer::stop() {
+std::vector<std::function<bool()>> Completer::stop() {
   {
     const std::lock_guard lock(state_->mutex);
     state_->stopping = true;
@@ -48,7 +48,7 @@ bool Completer::stop() {
     }
   }
   const std::lock_guard lock(state_->mutex);
-  return state_->outstanding;
+  return state_->under_way;
 }
 
 void Completer::run(const std::shared_ptr<State>& shared) {
@@ -71,7 +71,7 @@ void Completer::run(const std::shared_ptr<State>& shared) {
     Outcome outcome = Outcome::kArrived;
     if (!task.arrived()) {
       outcome = state->stopping ? Outcome::kStopped : why.empty() ? Outcome::kTimedOut : Outcome::kDoubted;
-      state->outstanding = true;
+      state->under_way.push_back(task.arrived);
     }
     lock.unlock();
     task.complete(outcome, why);

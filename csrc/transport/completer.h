@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace regtopk {
 
@@ -37,9 +38,9 @@ class Completer {
   std::function<void()> waker() const;
   // Waits until nothing is pending; false if that has not happened by the deadline.
   bool wait_idle(Clock::time_point deadline) const;
-  // Completes everything pending with kStopped and ends the thread. Returns whether anything was ever completed that had not
-  // arrived: what it waited for may be going on still. Two threads may call it at once.
-  bool stop();
+  // Completes everything pending with kStopped and ends the thread. Returns the `arrived` of what was ever completed and had not
+  // arrived: it may be going on still. Two threads may call it at once.
+  std::vector<std::function<bool()>> stop();
 
  private:
   struct State {
@@ -47,7 +48,7 @@ class Completer {
     std::condition_variable changed;
     std::deque<Task> pending;  // the front one stays while it is being completed
     bool stopping = false;
-    bool outstanding = false;  // something was completed that had not arrived
+    std::vector<std::function<bool()>> under_way;  // of what was completed and had not arrived
   };
   static void run(const std::shared_ptr<State>& state);
 

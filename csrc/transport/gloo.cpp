@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
+#include <list>
 #include <mutex>
 #include <utility>
 
@@ -29,6 +30,25 @@ std::string reason_of(
   if (Completer::Clock::now() + watch.interval() >= deadline) return why + watch.absent(number);
   const std::string gone = watch.gone(number, activity);
   return gone.empty() ? why : gone + " (" + why + ")";
+}
+
+// Gives groups back once all that is under way on them has ended, which it may never: destroying a gloo group waits for that. So it is
+// asked about when the next exchange is closed, and what is left at the end of the process is the operating system's.
+void give_back_later(std::vector<GlooTransport::GroupPtr> groups, std::vector<std::function<bool()>> under_way) {
+  struct Left {
+    std::vector<GlooTransport::GroupPtr> groups;
+    std::vector<std::function<bool()>> under_way;
+  };
+  static auto* const all = new std::list<Left>;
+  static auto* const mutex = new std::mutex;
+  std::list<Left> ended;  // let go of without the lock
+  const std::lock_guard lock(*mutex);
+  if (!groups.empty()) all->push_back({std::move(groups), std::move(under_way)});
+  for (auto each = all->begin(); each != all->end();) {
+    const auto left = each++;
+    if (std::all_of(left->under_way.begin(), left->under_way.end(), [](const auto& has_ended) { return has_ended(); }))
+      ended.splice(ended.end(), *all, left);
+  }
 }
 
 }  // namespace
@@ -187,7 +207,7 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
        .complete = complete});
   if (!taken) {  // another thread has closed it meanwhile
     complete(Completer::Outcome::kStopped, "");
-    group.release();  // as in close()
+    give_back_later({std::move(group)}, {[arrival] { return arrival->completed(); }});
   }
   arrival->addCallback([wake = completer_.waker()](c10::ivalue::Future&) { wake(); }, /*uses_future=*/false);
 }
@@ -211,6 +231,10 @@ void GlooTransport::wait(const WorkPtr& work, const std::string& caller, const s
   Completer::Clock::time_point next = Completer::Clock::now() + watch_->patience();
   const auto lost = [&](const std::string& got) {
     note(*failure_, got);
+    {
+      const std::lock_guard lock(failure_->mutex);
+      failure_->under_way.emplace_back([arrival] { return arrival->completed(); });
+    }
     C10_THROW_ERROR(
         DistBackendError, c10::str(
                               "rank ", rank_, ": ", caller, ": expected all ", workers_, " ranks to come to ", activity, " within ",
@@ -288,19 +312,23 @@ void GlooTransport::wait_idle() {
 }
 
 void GlooTransport::close() {
-  const bool outstanding = completer_.stop();
+  std::vector<std::function<bool()>> under_way = completer_.stop(), of_control;
   Groups groups;  // let go of without the lock
   {
     const std::lock_guard lock(groups_mutex_);
     std::swap(groups, groups_);
   }
-  // Destroying a gloo group waits for its outstanding collectives, which may never end. The process is about to end or the
-  // exchange failed: the group is left to the operating system.
-  for (auto& [key, group] : groups.stages) {
-    if (outstanding) group.release();
+  std::vector<GroupPtr> stages, control;
+  if (!under_way.empty()) {
+    for (auto& [key, group] : groups.stages) stages.push_back(std::move(group));
   }
-  const std::lock_guard lock(failure_->mutex);
-  if (!failure_->why.empty()) groups.control.release();
+  {
+    const std::lock_guard lock(failure_->mutex);
+    of_control = failure_->under_way;
+  }
+  if (!of_control.empty() && groups.control) control.push_back(std::move(groups.control));
+  give_back_later(std::move(stages), std::move(under_way));
+  give_back_later(std::move(control), std::move(of_control));
 }
 
 }  // namespace regtopk

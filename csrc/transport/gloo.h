@@ -16,6 +16,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -89,6 +90,7 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   struct Failure {
     std::mutex mutex;
     std::string why;
+    std::vector<std::function<bool()>> under_way;  // whether what was waited for on the control group has come by now
   };
   void refuse_if_failed() const;
   static void note(Failure& failure, const std::string& why);
