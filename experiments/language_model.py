@@ -295,13 +295,17 @@ def train(options, text, row, rate, seed):
                 print(f"step {step + 1}: validation loss {losses[-1][1]:.3f} nats per byte", flush=True)
     seconds = (time.perf_counter() - started) / options.steps
     sent = bytes_of(row, numel, options.workers, state.stats()["bytes_sent"] if state else 0, options.steps)
-    return {"loss": losses[-1][1], "bytes_per_step": round(sent), "seconds_per_step": round(seconds, 4)}
+    return {"loss": losses[-1][1], "bytes_per_step": round(sent), "of_dense": share_of_dense(options, numel, sent), "seconds_per_step": round(seconds, 4)}
+
+
+def share_of_dense(options, numel, sent):
+    """Return those bytes as a fraction of what a ring all-reduce of fp32 gradients sends; of one worker, which sends nothing, 0."""
+    return round(sent / max(1, 2 * (options.workers - 1) / options.workers * 4 * numel), 6)
 
 
 def result_of(options, row, numel, sent, losses, seconds):
-    dense = 2 * (options.workers - 1) / options.workers * 4 * numel
     modelled = {f"seconds_{name}": round(seconds + sent * 8 / rate, 5) for name, rate in (("100mbit", 1e8), ("1gbit", 1e9))}
-    return {"loss": losses[-1][1], "bytes_per_step": round(sent), "of_dense": round(sent / dense, 6), "compute_seconds": round(seconds, 5), **modelled, "losses": losses}
+    return {"loss": losses[-1][1], "bytes_per_step": round(sent), "of_dense": share_of_dense(options, numel, sent), "compute_seconds": round(seconds, 5), **modelled, "losses": losses}
 
 
 def parse(arguments):

@@ -41,7 +41,7 @@ def test_processes_train_as_the_simulation_does_and_send_as_much(row, text):
     finally:
         torch.set_num_threads(threads)
     for result in run_workers(train, 2, row, text):
-        assert result["bytes_per_step"] == alone["bytes_per_step"]
+        assert result["bytes_per_step"] == alone["bytes_per_step"] and result["of_dense"] == alone["of_dense"] > 0
         assert result["loss"] == alone["loss"] if row != "topk" else abs(result["loss"] - alone["loss"]) < 2e-3  # DDP's bucket has another order
 
 

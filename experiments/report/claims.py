@@ -253,7 +253,7 @@ def state_of(run):
     row, numel = Row(run.options["row"]), sum(parameter.numel() for parameter in make_model(run.options["size"], 0).parameters())
     density, given = row.options(numel, run.options["workers"], run.options.get("budget", USUAL_BUDGET))
     parts = [f"{density:.2g}", *(f"{name}={value!r}" for name, value in given.items() if value != COMMON[name])]
-    return f"`TopKState({', '.join(parts)})`, `every={row.every}`, {run.options['learning_rate']:g}"
+    return f"`{'Reg' * (row.method == 'regtopk')}TopKState({', '.join(parts)})`, `every={row.every}`, {run.options['learning_rate']:g}"
 
 
 def find_language(evidence, sweep):
