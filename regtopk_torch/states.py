@@ -422,13 +422,14 @@ class TopKState(Averaging):
             self._warn_of_second_momentum(optimizer)
 
     def _warn_of_second_momentum(self, optimizer):
-        """Where the optimizer of the gradients that this state averages has a momentum too."""
+        """Where the optimizer of the gradients that this state averages has a momentum too, or Adam's beta1."""
         own = {key for ddp in groups._models_of(self) for _, _, key in _named_keys(ddp)}
         for group in optimizer.param_groups:
-            if group.get("momentum", 0) and any(_C.parameter_key(parameter) in own for parameter in group["params"]):
+            name, value = ("momentum", group["momentum"]) if group.get("momentum") else ("beta1", group.get("betas", (0.0,))[0])
+            if value and any(_C.parameter_key(parameter) in own for parameter in group["params"]):
                 warnings.warn(
                     f"{type(self).__name__}: expected an optimizer without momentum beside momentum={self._given['momentum']}, got one with "
-                    f"momentum={group['momentum']}; together they are a momentum of a momentum", stacklevel=2,
+                    f"{name}={value}; together they are a momentum of a momentum", stacklevel=2,
                 )  # fmt: skip
                 return
 
