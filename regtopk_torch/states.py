@@ -28,6 +28,14 @@ class TopKState(Averaging):
     matches collectives by the order in which they are issued and DDP issues others on its group), and `close()` or the end of
     the state gives them back. Ranks use their states for the first time in the same order. Options are fixed.
 
+    Example::
+
+        ddp = DistributedDataParallel(model, bucket_cap_mb=1024)
+        state = rt.TopKState(0.01, wire_dtype=torch.bfloat16)
+        ddp.register_comm_hook(state, rt.sparse_hook)
+        ...  # the training loop stays as it is
+        print(state.stats())  # bytes_sent, bytes_dense, density, seconds of each stage and more
+
     Args:
         density (float, callable or AdaptiveDensity): fraction of a bucket's entries that is sent, 0 < density <= 1; k =
             floor(density * J + 0.5), at least 1. A callable takes the number of a step, counted from 0, and returns its density, the
@@ -167,7 +175,7 @@ class TopKState(Averaging):
         {parameters, entries, why}, the parameters by name), entries (J summed over steps, of a sparse tensor those that it has), sent_entries, density (their ratio), repeated (entries sent twice running), displaced
         (entries that plain magnitude would have sent and the RegTop-k factor did not; with a leader both of what this rank chose),
         bytes_sent and bytes_dense (what this rank puts on the network: (N - 1) payloads, or with a leader (N - 1) / N of the places, an
-        even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce), compress_seconds,
+        even share of the broadcasts, and heads and values, against 2 (N - 1) / N buckets of a ring all-reduce; floats, for the shares), compress_seconds,
         exchange_seconds (from issuing the all-gather until its payloads are taken up), aggregate_seconds, workers. With `levels` entries, bytes_sent and bytes_dense are
         those between hosts, and bytes_local is what this rank sends inside its host, else 0.
         """
