@@ -90,50 +90,72 @@ def make_network(name):
     return models.resnet18(num_classes=10)
 
 
-def main(arguments=None):
-    parser = make_parser("benchmarks.network", __doc__)
+def add_common(parser, rounds):
+    """The options of every benchmark between hosts."""
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a new log, named after the rate of every host's link: 100mbit, 1gbit")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=[*METHODS, *MORE], help=f"{'; '.join(f'{name}: {what}' for name, what in MORE.items())} ({' '.join(METHODS)})")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each method (%(default)s)")
-    parser.add_argument("--density", type=float, default=0.001, help="of the sparse methods (%(default)s)")
-    parser.add_argument("--bucket-cap-mb", type=float, default=1024.0, metavar="MIB", help="of DDP (%(default)g)")
-    parser.add_argument("--batch-size", type=int, default=20, metavar="IMAGES", help="per host and step (%(default)s)")
-    parser.add_argument("--model", choices=("resnet18", "small"), default="resnet18", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of each method (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (%(default)s)")
-    options = parser.parse_args(arguments)
-    check(parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("batch_size", "threads")), ("rounds", lambda value: value >= 2, "at least 2"), ("bucket_cap_mb", lambda value: value > 0, "a number above 0"))
+
+
+def begin(parser, options, *checks):
+    """Check the options and join the group of torchrun's processes."""
+    check(parser, options, *((name, lambda value: value >= 1, "at least 1") for name in ("batch_size", "threads")), ("rounds", lambda value: value >= 2, "at least 2"), *checks)
     bits_per_second(options.out.stem)  # or an error, before anything is measured
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:  # or an error, before anything is measured
         options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.out.exists():
-            raise FileExistsError(f"benchmarks.network: expected a new log, got {options.out}, which exists; name another one")
+            raise FileExistsError(f"{parser.prog.split()[-1]}: expected a new log, got {options.out}, which exists; name another one")
     torch.manual_seed(dist.get_rank())
-    images, labels = torch.randn(options.batch_size, 3, 32, 32), torch.randint(10, (options.batch_size,))
-    networks, seconds = {}, {}
-    hooks = make_hooks(options.density)
-    for method, hook in ((method, hooks[method]) for method in options.method):
-        networks[method], seconds[method] = DistributedDataParallel(make_network(options.model), bucket_cap_mb=options.bucket_cap_mb), []
-        if hook is not None:
-            networks[method].register_comm_hook(*hook)
-    optimizers = {method: torch.optim.SGD(network.parameters(), lr=0.01) for method, network in networks.items()}
-    for _ in range(WARM_UP + options.rounds):
-        for method, network in networks.items():
+
+
+def measure(options, rounds, warm_up, steps=1):
+    """Take the rounds, {method: function}, one after the other again and again, and write a log of their seconds per step; a round has `steps` of them."""
+    seconds = {method: [] for method in rounds}
+    for _ in range(warm_up + options.rounds):
+        for method, take in rounds.items():
             dist.barrier()
             start = time.perf_counter()
-            optimizers[method].zero_grad()
-            torch.nn.functional.cross_entropy(network(images), labels).backward()
-            optimizers[method].step()
-            seconds[method].append(time.perf_counter() - start)
+            take()
+            seconds[method].append((time.perf_counter() - start) / steps)
     if dist.get_rank() == 0:
         settings = {**vars(options), "out": options.out.name}
         with Recorder(options.out, 0, workers=dist.get_world_size(), options=settings) as log:
             for method, taken in seconds.items():
-                for step, value in enumerate(taken[WARM_UP:], start=1):
+                for step, value in enumerate(taken[warm_up:], start=1):
                     log.write("step", method=method, step=step, seconds=value)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main(arguments=None):
+    parser = make_parser("benchmarks.network", __doc__)
+    add_common(parser, 15)
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=[*METHODS, *MORE], help=f"{'; '.join(f'{name}: {what}' for name, what in MORE.items())} ({' '.join(METHODS)})")
+    parser.add_argument("--density", type=float, default=0.001, help="of the sparse methods (%(default)s)")
+    parser.add_argument("--bucket-cap-mb", type=float, default=1024.0, metavar="MIB", help="of DDP (%(default)g)")
+    parser.add_argument("--batch-size", type=int, default=20, metavar="IMAGES", help="per host and step (%(default)s)")
+    parser.add_argument("--model", choices=("resnet18", "small"), default="resnet18", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    begin(parser, options, ("bucket_cap_mb", lambda value: value > 0, "a number above 0"))
+    images, labels = torch.randn(options.batch_size, 3, 32, 32), torch.randint(10, (options.batch_size,))
+    hooks = make_hooks(options.density)
+
+    def steps_of(hook):
+        network = DistributedDataParallel(make_network(options.model), bucket_cap_mb=options.bucket_cap_mb)
+        if hook is not None:
+            network.register_comm_hook(*hook)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+
+        def step():
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+
+        return step
+
+    measure(options, {method: steps_of(hooks[method]) for method in options.method}, WARM_UP)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ def replace(document, text, begin):
 
 
 def write_command(parser, make, begin, arguments=None):
-    """Parse a command that prints the text of make(options) or, with --write DOCUMENT, puts it between that document's marks."""
+    """Parse a command that prints the text of make(options) or, with --write DOCUMENT, puts it between that document's marks: `begin`, or
+    begin(options), and END."""
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="replace what stands between its marks instead of printing")
     options = parser.parse_args(arguments)
     if options.write is None:
         print(make(options))
         return
+    begin = begin(options) if callable(begin) else begin
     try:
         options.write.write_text(replace(options.write.read_text(encoding="utf-8"), make(options), begin), encoding="utf-8")
     except (OSError, ValueError) as error:

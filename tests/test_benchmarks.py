@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from given import Given
 from processes import become_one_of_torchrun, run_module, run_workers
+
+import regtopk_torch as rt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
-from benchmarks import gpu, hosts, network, plot, table  # noqa: E402
+from benchmarks import gpu, hosts, local_steps, network, plot, table  # noqa: E402
 from runlog.document import replace, write_command  # noqa: E402
 
 TABLED = ["buckets.jsonl", "inputs.jsonl", "dtypes.jsonl", "avx2.jsonl", "scalar.jsonl"]
@@ -79,6 +83,40 @@ def test_step_times_of_every_method_are_measured(tmp_path):
     head, _, *rows, _, below = hosts.format_hosts(tmp_path, tmp_path).splitlines()
     assert head == "| what is exchanged | 1 Gbit/s |" and "n = 2 steps" in below
     assert [row.strip("| ").split(" | ")[0] for row in rows] == list(hosts.METHODS.values()) and all(row.endswith(") |") for row in rows)
+
+
+def run_local_steps(rank, folder):
+    become_one_of_torchrun(rank, 2, folder)
+    local_steps.main(["--size", "0.4M", "--rounds", "2", "--out", str(folder / "1gbit.jsonl")])
+
+
+def test_rounds_of_local_steps_are_measured_for_every_method(tmp_path):
+    run_workers(run_local_steps, 2, tmp_path)
+    head, _, *rows, _, below = hosts.format_hosts(tmp_path, tmp_path, hosts.LOCAL_METHODS).splitlines()
+    assert head == "| what is exchanged | 1 Gbit/s |" and "n = 2 rounds of 5 steps of one run: a GPT of 0.4M parameters, 2 hosts with 1 window" in below
+    assert [row.strip("| ").split(" | ")[0] for row in rows] == list(hosts.LOCAL_METHODS.values()) and all(row.endswith(") |") for row in rows)
+
+
+def average_by_hand(rank):
+    """[(what a round by hand has applied, what this package does with the same)]"""
+    module, ours, found = Given(40), rt.LocalExchange(2, 0.1, method="topk", decay=0.95, wire_dtype=torch.bfloat16), []
+    by_hand, (weights,) = local_steps.ByHand(module, 0.1), module.parts
+    for number in range(4):
+        moved = [torch.randn(40, generator=torch.Generator().manual_seed(10 * number + each)) for each in range(2)]
+        before = weights.detach().clone()
+        with torch.no_grad():
+            weights -= moved[rank]
+        for _ in range(local_steps.EVERY):
+            by_hand.step()
+        found.append((before - weights.detach(), *ours.step([[each] for each in moved])))
+    return found
+
+
+def test_top_k_by_hand_averages_what_the_package_does():
+    for found in run_workers(average_by_hand, 2):
+        for by_hand, ours in found:
+            torch.testing.assert_close(by_hand, ours, rtol=0, atol=1e-6)
+            assert 4 <= by_hand.count_nonzero() <= 8
 
 
 def test_a_document_without_the_marks_is_an_error(tmp_path, capsys):
