@@ -1,5 +1,7 @@
 """The transport of device tensors, on a backend that is late, completes out of order, or fails: what it gives is what gloo gives."""
 
+import contextlib
+import time
 import weakref
 
 import late
@@ -99,6 +101,35 @@ def close_meanwhile(rank, path):
 def test_after_close_a_bucket_is_an_error(backend):
     for message, gone in run_workers(close_meanwhile, 2, backend):
         assert "expected an open exchange, got one that was closed" in message and gone
+
+
+def holders_of_results(rank, path):
+    """How many hold the memory of a bucket that DDP has replaced after its step, and of an average that nobody wants any more: over such a
+    backend, and over gloo."""
+    found = []
+    for way in ("late", None):
+        with late.served_late(path, way) if way else contextlib.nullcontext():
+            seen, module = [], Given(40)
+            ddp, state, other = DistributedDataParallel(module), rt.TopKState(0.1), rt.TopKState(0.1)
+
+            def hook(state, bucket, seen=seen):
+                seen.append(bucket.buffer().untyped_storage())
+                return rt.sparse_hook(state, bucket)
+
+            ddp.register_comm_hook(state, hook)
+            ddp(integers(40, seed=rank)).backward()
+            ddp(integers(40, seed=rank))  # DDP makes its buckets anew
+            (average,) = other.average(integers(40, seed=rank))
+            seen.append(average.untyped_storage())
+            del average
+            time.sleep(0.2)  # whoever completed it lets go a moment later
+            found.append([torch._C._storage_Use_Count(storage._cdata) for storage in seen])
+    return found
+
+
+def test_nobody_holds_a_bucket_or_an_average_after_its_end(backend):
+    for late_ones, of_gloo in run_workers(holders_of_results, 2, backend):
+        assert late_ones == of_gloo and len(of_gloo) == 2, "until the next step, whose forward pass has better use for the memory"
 
 
 # Two levels: groups of a host's ranks and of those of one place, of the kind of the model's.

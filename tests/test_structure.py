@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "runlog": {"runlog"},
     "regtopk_torch": {"regtopk_torch"},
     "experiments": {"regtopk_torch", "runlog", "experiments"},
-    "benchmarks": {"regtopk_torch", "runlog", "benchmarks"},
+    "benchmarks": {"regtopk_torch", "runlog", "benchmarks", "experiments"},
     "examples": {"regtopk_torch"},
     "cuda": set(),
 }

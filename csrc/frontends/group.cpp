@@ -198,6 +198,7 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
   Transport::Bucket moved;
   moved.result = average;
   moved.step = worker_->steps.step();
+  moved.keeps = {worker_, plan};
   moved.count_seconds = [worker = worker_](double seconds) { worker->statistics.exchange_seconds += seconds; };
   if (!plan || is_dense()) {
     if (absent) {

@@ -143,10 +143,6 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
     course->bucket.fail();
     throw;
   }
-  if (!device.is_cpu()) {
-    const std::lock_guard lock(pending_mutex_);
-    pending_.push_back(course->result);
-  }
   return course->result;
 }
 
@@ -156,8 +152,8 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
   const WorkPtr work = begin(*group, collective);
   const Completer::Clock::time_point issued = Completer::Clock::now();
   const FuturePtr arrival = work->getFuture();
-  const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_,
-                         failure = failure_](Completer::Outcome outcome, const std::string& why) {
+  const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_,
+                         under_way = under_way_](Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
     const Bucket& bucket = course->bucket;
     const at::OptionalDeviceGuard guard(bucket.result.device());  // on its default stream, which gloo's copies are ordered with
@@ -190,10 +186,12 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
       }
       if (course->error) std::rethrow_exception(course->error);
       finished = true;
+      under_way->note(bucket.result, bucket.keeps);
       course->result->markCompleted(bucket.result);
     } catch (...) {
       if (!finished) {
         bucket.fail();
+        under_way->note(bucket.result, bucket.keeps);
         course->result->setError(std::current_exception());
       }
     }
@@ -301,18 +299,13 @@ void GlooTransport::add_up(const at::Tensor& tensor, const std::string& caller, 
 void GlooTransport::wait_idle() {
   if (!completer_.wait_idle(Completer::Clock::now() + timeout_))
     C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout_.count() / 1000, " s, got one"));
-  std::vector<FuturePtr> pending;
-  {
-    const std::lock_guard lock(pending_mutex_);
-    pending.swap(pending_);
-  }
-  for (const FuturePtr& future : pending) {
-    if (future->completed()) future->wait();  // the current stream waits, the host does not
-  }
+  under_way_->follow();
 }
 
 void GlooTransport::close() {
   std::vector<std::function<bool()>> under_way = completer_.stop(), of_control;
+  constexpr std::chrono::seconds kPatience{1};
+  under_way_->leave(UnderWay::Clock::now() + kPatience);
   Groups groups;  // let go of without the lock
   {
     const std::lock_guard lock(groups_mutex_);

@@ -26,6 +26,7 @@
 
 #include "completer.h"
 #include "transport.h"
+#include "under_way.h"
 #include "watch.h"
 
 namespace regtopk {
@@ -95,9 +96,8 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   void refuse_if_failed() const;
   static void note(Failure& failure, const std::string& why);
   const std::shared_ptr<Failure> failure_ = std::make_shared<Failure>();
-  std::mutex pending_mutex_;
-  std::vector<FuturePtr>
-      pending_;  // of a device's buckets since the last wait: what was done to them follows on the device's default stream
+  // What was done to a device's buckets follows on the device's default stream.
+  const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();  // shared with pending tasks
   Completer completer_;
 };
 

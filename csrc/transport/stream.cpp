@@ -1,7 +1,6 @@
 #include "stream.h"
 
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -22,20 +21,16 @@ struct StreamTransport::Course {
   std::vector<GroupPtr> groups;  // of the stages
   std::vector<Stage> stages;
   Bucket bucket;
-  std::shared_ptr<Ends> ends;
+  std::shared_ptr<UnderWay> under_way;
   std::exception_ptr error = nullptr;  // of a `then`
 
   // While others hold them: this may be the thread of one of them, which could not wait for itself.
   void let_go() { groups.clear(); }
+  void end() { under_way->end(bucket.result, std::move(bucket.keeps)); }
   void fail() {
     let_go();
     bucket.fail();
-    const at::Device device = bucket.result.device();
-    if (device.is_cpu()) return;
-    c10::Event end(device.type());
-    end.record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
-    const std::lock_guard lock(ends->mutex);
-    ends->events.emplace_back(device, std::move(end));
+    end();
   }
 };
 
@@ -77,19 +72,22 @@ Transport::FuturePtr StreamTransport::exchange(std::vector<Stage> stages, Bucket
   const auto course = std::make_shared<Course>();
   course->stages = std::move(stages);
   course->bucket = std::move(bucket);
-  course->ends = ends_;
-  FuturePtr arrival;
+  course->under_way = under_way_;
+  under_way_->begin();
   try {
     course->groups = groups_of(course->stages);
-    arrival = issue(*course, 0);
+    return follow(course, 0, issue(*course, 0));
   } catch (...) {
     course->fail();
     throw;
   }
-  const FuturePtr result = follow(course, 0, arrival);
-  const std::lock_guard lock(mutex_);
-  pending_.push_back(result);
-  return result;
+}
+
+void StreamTransport::also_wait_for(const FuturePtr& future) {
+  under_way_->begin();
+  future->addCallback([under_way = under_way_](c10::ivalue::Future& done) {
+    under_way->end(done.hasError() ? at::Tensor() : done.value().toTensor(), {});
+  });
 }
 
 Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& course, size_t stage, const FuturePtr& arrival) {
@@ -120,6 +118,7 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
             course->fail();
             throw;
           }
+          course->end();
           return course->bucket.result;
         },
         c10::TensorType::get());
@@ -140,33 +139,27 @@ Transport::FuturePtr StreamTransport::follow(const std::shared_ptr<Course>& cour
       c10::TensorType::get());
 }
 
+void StreamTransport::lost_patience() const {
+  C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout().count() / 1000, " s, got one"));
+}
+
 void StreamTransport::wait_for(const FuturePtr& future) const {
   const auto deadline = std::chrono::steady_clock::now() + timeout();
   while (!future->completed()) {  // on a stream it is
-    if (std::chrono::steady_clock::now() >= deadline) {
-      C10_THROW_ERROR(DistBackendError, c10::str(who_, ": expected no pending exchange within ", timeout().count() / 1000, " s, got one"));
-    }
+    if (std::chrono::steady_clock::now() >= deadline) lost_patience();
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 
 void StreamTransport::wait_idle() {
-  std::vector<FuturePtr> pending;
   bool is_closed = false;
   {
     const std::lock_guard lock(mutex_);
-    pending.swap(pending_);
     is_closed = groups_.empty();
   }
-  for (const FuturePtr& future : pending) {
-    if (is_closed && !future->completed()) continue;  // it may never be
-    wait_for(future);
-    future->wait();  // the current stream waits for what it holds, the host does not
-  }
-  {
-    const std::lock_guard lock(ends_->mutex);
-    for (auto& [device, end] : std::exchange(ends_->events, {})) end.block(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
-  }
+  // Once it is closed they may never end.
+  if (!is_closed && !under_way_->wait(UnderWay::Clock::now() + timeout())) lost_patience();
+  under_way_->follow();
   gloo_->wait_idle();
 }
 
@@ -186,6 +179,7 @@ void StreamTransport::close() {
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   const auto are_done = [&] { return std::all_of(last.begin(), last.end(), [](const auto& each) { return each.second->isCompleted(); }); };
   while (!are_done() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  under_way_->leave(deadline);
   const bool was_opened = groups.size() > 1, done = are_done();
   groups.clear();
   if (was_opened && done && close_groups) (*close_groups)();

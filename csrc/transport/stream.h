@@ -14,8 +14,6 @@
 // communicator of this one's last, behind it: of the two of a host and of a place no more than one is ever at work.
 #pragma once
 
-#include <c10/core/Event.h>
-
 #include <functional>
 #include <map>
 #include <memory>
@@ -24,6 +22,7 @@
 #include <vector>
 
 #include "gloo.h"
+#include "under_way.h"
 
 namespace regtopk {
 
@@ -44,10 +43,7 @@ class StreamTransport final : public Transport {
   int64_t workers() const override { return gloo_->workers(); }
   std::chrono::milliseconds timeout() const override { return gloo_->timeout(); }
   FuturePtr exchange(std::vector<Stage> stages, Bucket bucket) override;
-  void also_wait_for(const FuturePtr& future) override {
-    const std::lock_guard lock(mutex_);
-    pending_.push_back(future);
-  }
+  void also_wait_for(const FuturePtr& future) override;
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override {
     return gloo_->gather_texts(own, caller, activity);
   }
@@ -62,11 +58,6 @@ class StreamTransport final : public Transport {
   using Among = Collective::Among;
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
   struct Course;
-  // Where what a bucket did ends on its stream if it has an error: its future orders nothing behind that.
-  struct Ends {
-    std::mutex mutex;
-    std::vector<std::pair<at::Device, c10::Event>> events;
-  };
   // The groups of the stages. RuntimeError once the transport is closed.
   std::vector<GroupPtr> groups_of(const std::vector<Stage>& stages);
   // Issues the collective of a stage.
@@ -74,6 +65,7 @@ class StreamTransport final : public Transport {
   // What is to be done behind `arrival`, that of a stage.
   FuturePtr follow(const std::shared_ptr<Course>& course, size_t stage, const FuturePtr& arrival);
   void wait_for(const FuturePtr& future) const;
+  [[noreturn]] void lost_patience() const;
 
   const std::string who_;
   const at::DeviceType device_type_;
@@ -82,9 +74,8 @@ class StreamTransport final : public Transport {
   std::map<Among, WorkPtr> last_;     // on each but the model's
   std::shared_ptr<const std::function<GroupPtr(int64_t among)>> open_;
   std::shared_ptr<const std::function<void()>> close_;
-  std::vector<FuturePtr> pending_;           // of buckets since the last wait: what follows must come after them on the stream
+  const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();  // shared with callbacks
   const std::shared_ptr<GlooTransport> gloo_;
-  const std::shared_ptr<Ends> ends_ = std::make_shared<Ends>();  // of buckets since the last wait
 };
 
 }  // namespace regtopk

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,7 @@ class Transport {
     int64_t step;                // for messages
     std::function<void(double)> count_seconds;  // from issuing a collective until its arrival was seen
     std::function<void()> fail;  // where the bucket does not come to its end
+    std::vector<std::shared_ptr<void>> keeps = {};  // what a device may be using after the host has let go of it
   };
 
   virtual ~Transport() = default;
