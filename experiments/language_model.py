@@ -49,7 +49,8 @@ class Row:
         self.support, self.chunk = "leader" if "leader" in forms else "own", 4096 if "chunk" in forms else None
         self.method = "regtopk" if "regtopk" in (kind, *forms) else "topk"
         known = {"bf16", "2bit", "sign", "d95", "leader", "chunk", "regtopk"}.issuperset(forms) and (self.every > 0) == (self.kind in ("h", "diloco"))
-        if not known or self.kind not in ("dense", "topk", "regtopk", "h", "diloco"):
+        fits = not (self.sends_all and forms) and ("regtopk" not in forms or self.kind == "h")
+        if not known or not fits or self.kind not in ("dense", "topk", "regtopk", "h", "diloco"):
             raise ValueError(f"expected a row such as {', '.join(ROWS)}, got {name}")
 
     @property

@@ -546,6 +546,19 @@ def test_ranks_that_give_other_things_are_an_error_on_every_rank(case, words):
         assert re.search(words, message), message
 
 
+def give_odd_names(rank, names, sizes):
+    state = rt.TopKState(0.5)
+    return error_of(state.average, [torch.ones(size) for size in sizes[rank]], names[rank])
+
+
+@pytest.mark.parametrize(
+    "names, sizes", [((["a\nx=1"],) * 2, ((4,), (64,))), ((["k\nq=1", "a"], ["k\nq=1", "b"]), ((5, 5),) * 2), ((["a\0b"], ["a\0c"]), ((5,),) * 2), ((["a\nb"], ["a\\nb"]), ((5,),) * 2)]
+)
+def test_names_with_odd_characters_are_compared_like_others(names, sizes):
+    for kind, message, seconds in run_workers(give_odd_names, 2, names, sizes):
+        assert kind is ValueError and seconds < WITHIN and "expected the same tensor " in message and " on rank 1" in message, message
+
+
 @pytest.mark.parametrize("case", ["shape", "dtype", "name", "number", "bad", "abort"])
 def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
     for rank, (kind, message, seconds) in enumerate(run_workers(disagree, 2, case, 2)):

@@ -7,6 +7,7 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -195,7 +196,7 @@ def test_when_a_worker_stops_the_other_says_what_it_waited_for(tmp_path, moment,
 
 
 def lose_rank_1(rank, moment):
-    """The process of rank 1 of three ends; return what the error of the others says and how long it took to come."""
+    """The process of rank 1 ends; return what the error of the others says and how long it took to come."""
     model = make_model()
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
     state = make_state("topk", 0.02)
@@ -203,24 +204,54 @@ def lose_rank_1(rank, moment):
     for step in range(2):
         loss_of(ddp, batch(rank, step)).backward()
     dist.barrier()
-    if rank == 1:
+    if rank == 1 and moment == "having waited":
+        signal.setitimer(signal.ITIMER_REAL, 3.5)  # ends the process
+    elif rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "having waited" and rank == 0:
+        time.sleep(6)
+    if moment == "one is slow" and rank == 2:
+        time.sleep(9)
     start = time.monotonic()
     try:
-        loss_of(ddp, batch(rank, 2)).backward() if moment == "exchange" else state.flush(ddp)
+        state.flush(ddp) if moment == "flush" else loss_of(ddp, batch(rank, 2)).backward()
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - start
 
 
-@pytest.mark.parametrize("moment", ["exchange", "flush"])
-def test_when_a_workers_process_ends_the_others_name_it_within_seconds(moment):
-    first, (_, killed), last = run_workers_and_report(lose_rank_1, 3, moment)
-    assert "exit code -9" in killed
-    for succeeded, result in (first, last):
+@pytest.mark.parametrize("moment, ranks", [("exchange", 3), ("flush", 3), ("in a ring", 6), ("having waited", 3), ("one is slow", 3)])
+def test_when_a_workers_process_ends_the_others_name_it_within_seconds(moment, ranks):
+    survivors = run_workers_and_report(lose_rank_1, ranks, moment)
+    _, killed = survivors.pop(1)
+    assert f"exit code -{signal.SIGALRM if moment == 'having waited' else signal.SIGKILL}" in killed
+    named = "one of rank 1, 2, which have said nothing since, may have ended" if moment == "one is slow" else "rank 1 has said nothing since and may have ended"
+    for succeeded, result in survivors:
         assert succeeded, result
         error, seconds = result
-        assert "DistBackendError" in error and "got rank 1 has said nothing since and may have ended (" in error, error
-        assert 1 < seconds < 15, "2 s for those that are there, once and not per bucket"
+        assert "DistBackendError" in error and named in error, error
+        assert seconds < 12, "some seconds for those that are there, once and neither per bucket nor per rank"
+
+
+def lose_the_store(rank, address):
+    """Rank 0, whose process serves the store, ends; the other's error."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    state = rt.TopKState(0.1)
+    state.average([torch.ones(50)])
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        state.average([torch.ones(50)])
+    except Exception as error:
+        return str(error)
+
+
+def test_when_the_process_that_serves_the_store_ends_the_error_says_so():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{found.getsockname()[1]}"
+    _, (succeeded, error) = run_workers_and_report(lose_the_store, 2, address)
+    assert succeeded and ("rank 0 has said nothing since" in error or "rank 0 as a rule, may have ended" in error), error
 
 
 # Again and again

@@ -1,6 +1,7 @@
 """A support that a leader chooses for all: the bits of the reference, nothing lost, and bytes that do not grow with the workers."""
 
 import re
+import time
 
 import late
 import pytest
@@ -278,6 +279,28 @@ def test_an_error_of_one_rank_is_an_error_on_every_rank_and_the_next_step_goes_o
         assert re.search("something of this machine" if rank == 1 else f"^rank {rank}: sparse_hook: {words}", error), error
         assert max(lost) < 1e-4, "three ranks: averages round"
         assert all(map(torch.equal, parameters, results[0][2]))
+
+
+def lead_in_other_steps(rank, loading):
+    """Some ranks alone go back to an earlier step: each takes another for the leader. Returns (error, seconds)."""
+    state, saved = rt.TopKState(0.2, support="leader"), {}
+    for step in range(4):
+        state.average([torch.ones(50)])
+        saved[step] = state.state_dict(None)
+    if rank in loading:
+        state.load_state_dict(saved[rank], None)
+    started = time.monotonic()
+    try:
+        state.average([torch.ones(50)])
+    except Exception as error:
+        return str(error), time.monotonic() - started
+
+
+@pytest.mark.parametrize("loading", [(1,), (0, 1)])
+def test_ranks_that_are_in_other_steps_are_an_error_within_seconds(loading):
+    for error, seconds in run_workers(lead_in_other_steps, 2, loading):
+        assert seconds < 15, "the limit is 30"
+        assert "load_state_dict" in error or "of this step" in error or "in the payload of rank" in error or "step" in error, error
 
 
 def average_without_some(rank):

@@ -108,6 +108,24 @@ def test_what_was_pending_when_a_state_ended_is_given_back_once_it_has_come(clos
         assert max(threads) - min(threads) < 30, f"some states' threads, of which each has 7: {measured}"
 
 
+def close_at_once(rank):
+    for _ in range(60):
+        state = rt.TopKState(0.1)
+        state.average([torch.ones(10)])
+        together = threading.Barrier(4)
+        threads = [threading.Thread(target=lambda: (together.wait(), state.close())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_threads_may_close_a_state_at_once():
+    (threads,) = run_workers(close_at_once, 1)
+    assert threads < 20
+
+
 def use_after_close(rank, entry):
     ddp = DistributedDataParallel(make_model())
     state = make_state("topk", 0.1)

@@ -10,11 +10,23 @@
 namespace regtopk {
 namespace {
 
+// Names of tensors are anything: what ends a line, or a message of an error, is written out.
+std::string in_one_line(const std::string& value) {
+  std::string text;
+  for (const char letter : value) {
+    if (letter == '\n') text += "\\n";
+    else if (letter == '\0') text += "\\0";
+    else if (letter == '\\') text += "\\\\";
+    else text += letter;
+  }
+  return text;
+}
+
 std::string serialise(const Fingerprint& fingerprint) {
   std::string text;
   for (const auto& [name, value] : fingerprint) {
     TORCH_INTERNAL_ASSERT(name.find('=') == std::string::npos, name);  // no rank would find it again
-    text += name + "=" + value + "\n";
+    text += name + "=" + in_one_line(value) + "\n";
   }
   return text;
 }

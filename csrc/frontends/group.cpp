@@ -57,7 +57,9 @@ Transport& GroupExchange::transport() {
     const std::lock_guard lock(open_mutex_);
     TORCH_CHECK(!closed_, worker_->who, ": expected an open exchange, got one that was closed; construct a new state");
     if (!transport_) {
-      transport_ = owner_.open(caller_, [worker = worker_] { return c10::str(describe_deed(worker->deed()), " of ", kDeeds); });
+      transport_ = owner_.open(caller_, [worker = worker_] {
+        return c10::str(describe_deed(worker->deed()), " of ", kDeeds, ", in step ", worker->steps.step());
+      });
       const int64_t host_ranks = worker_->options.host_ranks;
       worker_->limit = transport_->timeout();
       worker_->rank = transport_->rank() / host_ranks;
@@ -249,14 +251,6 @@ std::shared_ptr<Plan> GroupExchange::enter(
 }
 
 void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, const std::function<Fingerprint()>& describe) {
-  // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
-  if (worker_->options.schedule && worker_->density() != agreed_density_) {
-    agree(
-        *transport_, caller_,
-        {{c10::str("density of step ", worker_->steps.step(), "; its function must return the same on every rank"),
-          round_trip(worker_->density())}});
-    agreed_density_ = worker_->density();
-  }
   // An adaptive one is equal by construction, unless a rank has done alone what it depends on.
   const std::pair alone(worker_->deed(), worker_->steps.clock().times_made_void());
   if (begins && worker_->options.adaptive && std::exchange(alone_, alone) != alone) forget_agreements();
@@ -265,13 +259,22 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
     forget_agreements();
   }
   if (plan != nullptr && plan->numel > 0 && worker_->options.host_ranks == 1) advise(*plan);
-  if (plan != nullptr && plan->agreed_version == options_version_) return;
-  const int64_t hash = bucket.layout.hash() + (plan != nullptr ? 0 : 1);
-  if (!agreed_.contains(hash)) {
-    agree_on(bucket, hash, describe());
-    agreed_.insert(hash);
+  if (plan == nullptr || plan->agreed_version != options_version_) {
+    const int64_t hash = bucket.layout.hash() + (plan != nullptr ? 0 : 1);
+    if (!agreed_.contains(hash)) {
+      agree_on(bucket, hash, describe());
+      agreed_.insert(hash);
+    }
+    if (plan != nullptr) plan->agreed_version = options_version_;
   }
-  if (plan != nullptr) plan->agreed_version = options_version_;
+  // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
+  if (worker_->options.schedule && worker_->density() != agreed_density_) {
+    agree(
+        *transport_, caller_,
+        {{c10::str("density of step ", worker_->steps.step(), "; its function must return the same on every rank"),
+          round_trip(worker_->density())}});
+    agreed_density_ = worker_->density();
+  }
 }
 
 void GroupExchange::agree_on(const Bucket& bucket, int64_t hash, const Fingerprint& description) {
@@ -347,14 +350,17 @@ void GroupExchange::skipped(Deed deed) {
 
 void GroupExchange::close() {
   std::shared_ptr<Transport> transport;
+  decltype(owner_.open) open;  // both let go of without the lock, by one of those that close at once
+  decltype(owner_.scale) scale;
   {
     const std::lock_guard lock(open_mutex_);
     closed_ = true;
     transport = transport_;
   }
   if (transport) transport->close();
-  owner_.open = nullptr;
-  owner_.scale = nullptr;  // what was applied may still be asked for: the residual can be saved
+  const std::lock_guard lock(open_mutex_);
+  open.swap(owner_.open);
+  scale.swap(owner_.scale);  // what was applied may still be asked for: the residual can be saved
 }
 
 }  // namespace regtopk

@@ -17,10 +17,14 @@ Watch::Watch(
       own_calls_(std::move(own_calls)) {}
 
 int64_t Watch::begin() {
+  std::string calls = own_calls_();
+  constexpr int64_t kRemembered = 64;
   const std::lock_guard lock(mutex_);
-  if (std::exchange(failure_announced_, false)) {
+  calls_[begun_] = std::move(calls);
+  calls_.erase(calls_.begin(), calls_.lower_bound(begun_ - kRemembered));
+  if (last_.kind == "failed") {
     try {
-      publish(begun_, "goes on", "");
+      publish({begun_, "goes on", ""});
     } catch (const std::exception&) {
       // As in contradiction().
     }
@@ -28,35 +32,57 @@ int64_t Watch::begin() {
   return begun_++;
 }
 
-void Watch::publish(int64_t number, const std::string& kind, const std::string& text) {
-  const std::string record = std::to_string(number) + "\n" + kind + "\n" + own_calls_() + "\n" + text;
-  store_->set("waits/" + std::to_string(rank_), std::vector<uint8_t>(record.begin(), record.end()));
+void Watch::publish(const Record& record) {
+  last_ = record;
+  const auto calls = calls_.find(record.number);
+  const std::string words = std::to_string(record.number) + "\n" + record.kind + "\n" +
+                            (calls == calls_.end() ? own_calls_() : calls->second) + "\n" + std::to_string(++beats_) + "\n" + record.text;
+  store_->set("waits/" + std::to_string(rank_), std::vector<uint8_t>(words.begin(), words.end()));
+}
+
+std::string Watch::written_by(int64_t other) const {
+  const std::string key = "waits/" + std::to_string(other);
+  if (!store_->check({key})) return "";
+  const std::vector<uint8_t> record = store_->get(key);
+  return {record.begin(), record.end()};
+}
+
+std::map<int64_t, std::string> Watch::written() const {
+  std::map<int64_t, std::string> records;
+  for (int64_t other = 0; other < ranks_; ++other) {
+    if (other != rank_) records[other] = written_by(other);
+  }
+  return records;
 }
 
 std::string Watch::contradiction(int64_t number, const std::string& activity) {
   try {
+    std::string own_calls;
     {
       const std::lock_guard lock(mutex_);
       if (!found_.empty()) return found_;
-      if (published_ < number) {
-        published_ = number;
-        publish(number, "waits", activity);
-      }
+      const bool is_new = number > last_.number || (number == last_.number && last_.kind == "goes on");
+      publish(is_new ? Record{number, "waits", activity} : last_);  // the same again is a sign of life
+      own_calls = calls_.contains(number) ? calls_[number] : own_calls_();
     }
     for (int64_t other = 0; other < ranks_; ++other) {
-      const std::string key = "waits/" + std::to_string(other);
-      if (other == rank_ || !store_->check({key})) continue;
-      const std::vector<uint8_t> record = store_->get(key);
-      std::istringstream lines(std::string(record.begin(), record.end()));
-      std::string its_number, kind, its_calls, text;
-      std::getline(lines, its_number);
-      std::getline(lines, kind);
-      std::getline(lines, its_calls);
+      if (other == rank_) continue;
+      const std::string record = written_by(other);
+      if (record.empty()) continue;
+      std::istringstream lines(record);
+      std::string its_number, kind, its_calls, beat, text;
+      for (std::string* line : {&its_number, &kind, &its_calls, &beat}) std::getline(lines, *line);
       std::getline(lines, text, '\0');
-      if (its_number != std::to_string(number) || kind == "goes on" || (kind == "waits" && text == activity)) continue;
+      const bool has_lost = kind == "lost";
+      if (!has_lost && (its_number != std::to_string(number) || kind == "goes on")) continue;
+      if (kind == "waits" && text == activity && its_calls == own_calls) continue;
       std::ostringstream words;
-      words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << "), and rank " << rank_
-            << " in " << activity << " (after " << own_calls_() << "); make the same calls on every rank";
+      if (has_lost) {
+        words << text;
+      } else {
+        words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << "), and rank " << rank_
+              << " in " << activity << " (after " << own_calls << "); make the same calls on every rank";
+      }
       const std::lock_guard lock(mutex_);
       found_ = words.str();
       return found_;
@@ -67,27 +93,17 @@ std::string Watch::contradiction(int64_t number, const std::string& activity) {
   return "";
 }
 
-std::string Watch::ranks_before(int64_t number) {
+std::string Watch::absent(int64_t number) {
   std::string ranks;
   try {
-    for (int64_t other = 0; other < ranks_; ++other) {
-      const std::string key = "waits/" + std::to_string(other);
-      if (other == rank_) continue;
-      if (store_->check({key})) {
-        const std::vector<uint8_t> record = store_->get(key);
-        if (std::stoll(std::string(record.begin(), record.end())) >= number) continue;
-      }
-      ranks += (ranks.empty() ? "rank " : ", ") + std::to_string(other);
+    for (const auto& [other, record] : written()) {
+      if (!record.empty() && std::stoll(record) >= number) continue;
+      ranks += (ranks.empty() ? "; rank " : ", ") + std::to_string(other);
     }
   } catch (const std::exception&) {
     return "";  // as in contradiction()
   }
-  return ranks;
-}
-
-std::string Watch::absent(int64_t number) {
-  const std::string ranks = ranks_before(number);
-  return ranks.empty() ? "" : "; " + ranks + " has not come to it";
+  return ranks.empty() ? "" : ranks + " has not come to it";
 }
 
 std::string Watch::gone(int64_t number, const std::string& activity) {
@@ -95,14 +111,30 @@ std::string Watch::gone(int64_t number, const std::string& activity) {
     const std::lock_guard lock(mutex_);
     if (gone_) return *gone_;
   }
-  const auto until = std::chrono::steady_clock::now() + patience_;
-  std::string found = contradiction(number, activity), silent = ranks_before(number);
-  while (found.empty() && !silent.empty() && std::chrono::steady_clock::now() < until) {
-    std::this_thread::sleep_for(patience_ / 10);
-    found = contradiction(number, activity);
-    silent = ranks_before(number);
+  const auto until = std::chrono::steady_clock::now() + patience_ + interval();  // who began to wait a moment later says so by then
+  std::string found;
+  try {
+    const std::map<int64_t, std::string> before = written();
+    std::map<int64_t, std::string> silent = before;
+    while (true) {
+      found = contradiction(number, activity);
+      for (const auto& [other, record] : written()) {
+        if (record != before.at(other)) silent.erase(other);
+      }
+      if (!found.empty() || silent.empty() || std::chrono::steady_clock::now() >= until) break;
+      std::this_thread::sleep_for(interval() / 2);
+    }
+    if (found.empty() && !silent.empty()) {
+      for (const auto& [other, record] : silent) found += (found.empty() ? "rank " : ", ") + std::to_string(other);
+      found = silent.size() == 1 ? found + " has said nothing since and may have ended"
+                                 : "one of " + found + ", which have said nothing since, may have ended";
+      const std::lock_guard lock(mutex_);
+      found_ = found;
+      publish({number, "lost", found});
+    }
+  } catch (const std::exception&) {
+    if (found.empty()) found = "no answer of the group's store; the process that serves it, rank 0 as a rule, may have ended";
   }
-  if (found.empty() && !silent.empty()) found = silent + " has said nothing since and may have ended";
   const std::lock_guard lock(mutex_);
   gone_ = found;
   return found;
@@ -111,8 +143,7 @@ std::string Watch::gone(int64_t number, const std::string& activity) {
 void Watch::announce_failure(const std::string& why) {
   try {
     const std::lock_guard lock(mutex_);
-    publish(begun_, "failed", why);
-    failure_announced_ = true;
+    publish({begun_, "failed", why});
   } catch (const std::exception&) {
     // The others will find out by their timeout.
   }

@@ -2,8 +2,8 @@
 //
 // All ranks go through the same activities in the same order: an agreement, the exchange of a bucket, a save. Where one rank
 // alone calls something, ranks wait in different activities with the same number, each for the others, until a timeout that
-// says nothing. So a rank that has waited for a while writes into the group's store what it waits in, and reads what the others
-// wait in. A rank that is merely late has written nothing.
+// says nothing. So a rank that has waited for a while writes into the group's store what it waits in, again and again, and reads what
+// the others wait in. A rank that is merely late has written nothing; one whose process has ended writes nothing any more.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -19,7 +20,7 @@ namespace regtopk {
 
 class Watch {
  public:
-  // `own_calls` says in words what this rank alone has called.
+  // `own_calls` says in words what this rank has called, and its step: the same on every rank when an activity begins.
   Watch(
       c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t ranks, std::chrono::milliseconds timeout,
       std::function<std::string()> own_calls);
@@ -35,25 +36,33 @@ class Watch {
   // Who has never said that it waits in that activity, or in a later one, in words; empty where everybody has. After a timeout: a
   // rank that came to it has waited long enough to say so.
   std::string absent(int64_t number);
-  // Waits, where a collective has ended with an error: a rank that is there has the same one soon, and says that it waits. Returns what
-  // contradicts that activity, or else who is silent, in words; empty where nobody is. Once: later answers are the first one.
+  // Where a collective has ended with an error: waits for a sign of life of every other rank, which has the same error or still waits.
+  // Returns what contradicts that activity, or else who gives no sign, in words, and tells the others; empty where all do. Once: later
+  // answers are the first one.
   std::string gone(int64_t number, const std::string& activity);
   // Says that this rank failed instead of beginning the next activity.
   void announce_failure(const std::string& why);
 
  private:
-  void publish(int64_t number, const std::string& kind, const std::string& text);
-  std::string ranks_before(int64_t number);  // "rank 1, 2", who has never said that it waits in that activity or a later one
+  struct Record {
+    int64_t number;
+    std::string kind, text;
+  };
+  void publish(const Record& record);
+  // What another rank has written last, empty where nothing; of all of them, by rank. Raises what the store raises.
+  std::string written_by(int64_t other) const;
+  std::map<int64_t, std::string> written() const;
 
   const c10::intrusive_ptr<c10d::Store> store_;
   const int64_t rank_, ranks_;
   const std::chrono::milliseconds patience_;
   const std::function<std::string()> own_calls_;
   std::mutex mutex_;
-  int64_t begun_ = 0, published_ = -1;
-  bool failure_announced_ = false;  // of the activity begun_
-  std::optional<std::string> gone_;  // what gone() has found out
-  std::string found_;  // what contradicts; the record that the others need to see stays as it is then
+  int64_t begun_ = 0, beats_ = 0;
+  std::map<int64_t, std::string> calls_;  // when the last activities began
+  Record last_{-1, "", ""};               // of this rank; "failed" is of the activity begun_
+  std::optional<std::string> gone_;       // what gone() has found out
+  std::string found_;                     // what contradicts; the record that the others need to see stays as it is then
 };
 
 }  // namespace regtopk
