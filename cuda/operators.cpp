@@ -50,7 +50,7 @@ void check_payload_tensor(const char* who, const char* name, const at::Tensor& p
 
 // Never freed: the CUDA runtime may be gone at exit.
 Workspaces& compress_workspaces() {
-  static auto* const workspaces = new Workspaces;
+  static auto* const workspaces = new Workspaces(4);  // a quarter of the bucket's bytes each; with levels on streams of futures
   return *workspaces;
 }
 Workspaces& measure_workspaces() {

@@ -6,6 +6,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -64,6 +66,10 @@ inline bool is_capturing() { return c10::cuda::currentStreamCaptureStatusMayInit
 // own from the graph's memory and zeroes it in the graph, because the graph may be replayed on any stream.
 class Workspaces {
  public:
+  // Of the streams of a process no more than `most` keep one: what a future goes on with runs on one of 32 after the other. Who has to
+  // make its own anew gets it of the allocator, which can take it back.
+  explicit Workspaces(size_t most = std::numeric_limits<size_t>::max()) : most_(most) {}
+
   // Calls launch(address) and checks what it returns. No other thread launches meanwhile: kernels of two calls that share a
   // workspace must not be mixed on the stream.
   template <typename Launch>
@@ -74,7 +80,12 @@ class Workspaces {
       return;
     }
     const std::lock_guard lock(mutex_);
-    at::Tensor& kept = kept_[{stream.device_index(), stream.id()}];
+    const std::pair key(stream.device_index(), stream.id());
+    if (kept_.size() >= most_ && !kept_.contains(key)) {
+      kept_.erase(std::min_element(kept_.begin(), kept_.end(), [](const auto& a, const auto& b) { return a.second.used < b.second.used; }));
+    }
+    auto& [kept, used] = kept_[key];
+    used = ++uses_;
     if (!kept.defined() || kept.numel() < bytes) kept = make(stream.device(), bytes, zeroed_bytes);
     const cudaError_t error = launch(kept.mutable_data_ptr());
     if (error != cudaSuccess) kept.reset();  // its zeros may be gone
@@ -88,8 +99,14 @@ class Workspaces {
     return workspace;
   }
 
+  struct Kept {
+    at::Tensor workspace;
+    int64_t used = 0;
+  };
+  const size_t most_;
   std::mutex mutex_;
-  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor> kept_;
+  int64_t uses_ = 0;
+  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Kept> kept_;
 };
 
 // Never freed: the CUDA runtime may be gone at exit.

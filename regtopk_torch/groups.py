@@ -94,7 +94,8 @@ def open_groups(state, caller="sparse_hook"):
             return connected
         except RuntimeError as error:
             raise dist.DistBackendError(
-                f"rank {rank}: {caller}: expected to connect to the other {among - 1} ranks within {limit.total_seconds():g} s, got: {error}"
+                f"rank {rank}: {caller}: expected to connect to the other {among - 1} ranks within {limit.total_seconds():g} s, got: {error}; "
+                "the address is that of this host's name, or of the network interface that GLOO_SOCKET_IFNAME names"
             ) from error
 
     payloads, control = open_group("payloads", 4), open_group("control", 1)
