@@ -4,6 +4,7 @@ The logs of one link are in one file, LINK.jsonl, and make a column. Every cell 
 `python -m benchmarks.network` makes such a log; `python -m benchmarks.local_steps` those in results/local_steps, of --of local-steps.
 """
 
+import os
 import re
 import statistics
 from pathlib import Path
@@ -69,7 +70,7 @@ def format_hosts(folder=TABLES["gradients"][1], relative_to=ROOT, methods=METHOD
             lines.append(f"| {name} | {' | '.join(cells)} |")
     steps = {len(values) for seconds in links.values() for values in seconds.values()}
     n = "…".join(map(str, sorted({min(steps), max(steps)})))
-    where = Path(folder).relative_to(relative_to).as_posix()
+    where = Path(os.path.relpath(folder, relative_to)).as_posix()
     return "\n".join([
         *lines, "", f"Median seconds per step (quartiles), n = {n} {model}, {workers} hosts with {batch} each, all on {cores} "
         f"cores of one {processor}, gloo, torch {torch}, [logs]({where}) of commit {commit}.",
