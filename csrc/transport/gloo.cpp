@@ -129,7 +129,10 @@ void GlooTransport::open_stages(const std::vector<Stage>& stages) {
 
 Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket bucket) {
   const auto course = std::make_shared<Course>();
-  course->activity = stages.front().collective.kind == Collective::Kind::kAllReduce ? kAllReduce : kExchange;
+  const Collective& first = stages.front().collective;
+  course->activity = first.kind == Collective::Kind::kAllReduce ? kAllReduce : kExchange;
+  // Ranks of which each takes another for the leader would wait for one another.
+  if (first.kind == Collective::Kind::kBroadcast) course->activity += c10::str(" that rank ", first.root, " leads");
   course->number = watch_->begin();
   const at::Device device = bucket.result.device();
   course->result = c10::make_intrusive<c10::ivalue::Future>(

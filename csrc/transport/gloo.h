@@ -66,7 +66,7 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   struct Course {
     std::vector<Stage> stages;
     Bucket bucket;
-    const char* activity;
+    std::string activity;
     int64_t number;  // of the activity
     FuturePtr result;
     std::exception_ptr error = nullptr;  // of a `then`

@@ -17,11 +17,7 @@ Watch::Watch(
       own_calls_(std::move(own_calls)) {}
 
 int64_t Watch::begin() {
-  std::string calls = own_calls_();
-  constexpr int64_t kRemembered = 64;
   const std::lock_guard lock(mutex_);
-  calls_[begun_] = std::move(calls);
-  calls_.erase(calls_.begin(), calls_.lower_bound(begun_ - kRemembered));
   if (last_.kind == "failed") {
     try {
       publish({begun_, "goes on", ""});
@@ -34,9 +30,9 @@ int64_t Watch::begin() {
 
 void Watch::publish(const Record& record) {
   last_ = record;
-  const auto calls = calls_.find(record.number);
-  const std::string words = std::to_string(record.number) + "\n" + record.kind + "\n" +
-                            (calls == calls_.end() ? own_calls_() : calls->second) + "\n" + std::to_string(++beats_) + "\n" + record.text;
+  std::ostringstream lines;
+  lines << record.number << '\n' << record.kind << '\n' << own_calls_() << '\n' << failures_ << '\n' << ++beats_ << '\n' << record.text;
+  const std::string words = lines.str();
   store_->set("waits/" + std::to_string(rank_), std::vector<uint8_t>(words.begin(), words.end()));
 }
 
@@ -57,31 +53,32 @@ std::map<int64_t, std::string> Watch::written() const {
 
 std::string Watch::contradiction(int64_t number, const std::string& activity) {
   try {
-    std::string own_calls;
+    int64_t own_failures = 0;
     {
       const std::lock_guard lock(mutex_);
       if (!found_.empty()) return found_;
+      own_failures = failures_;
       const bool is_new = number > last_.number || (number == last_.number && last_.kind == "goes on");
       publish(is_new ? Record{number, "waits", activity} : last_);  // the same again is a sign of life
-      own_calls = calls_.contains(number) ? calls_[number] : own_calls_();
     }
     for (int64_t other = 0; other < ranks_; ++other) {
       if (other == rank_) continue;
       const std::string record = written_by(other);
       if (record.empty()) continue;
       std::istringstream lines(record);
-      std::string its_number, kind, its_calls, beat, text;
-      for (std::string* line : {&its_number, &kind, &its_calls, &beat}) std::getline(lines, *line);
+      std::string its_number, kind, its_calls, its_failures, beat, text;
+      for (std::string* line : {&its_number, &kind, &its_calls, &its_failures, &beat}) std::getline(lines, *line);
       std::getline(lines, text, '\0');
       const bool has_lost = kind == "lost";
       if (!has_lost && (its_number != std::to_string(number) || kind == "goes on")) continue;
-      if (kind == "waits" && text == activity && its_calls == own_calls) continue;
+      if (kind == "waits" && text == activity) continue;
+      if (kind == "failed" && std::stoll(its_failures) <= own_failures) continue;  // as this rank did; it has not gone on yet
       std::ostringstream words;
       if (has_lost) {
         words << text;
       } else {
         words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << "), and rank " << rank_
-              << " in " << activity << " (after " << own_calls << "); make the same calls on every rank";
+              << " in " << activity << " (after " << own_calls_() << "); make the same calls on every rank";
       }
       const std::lock_guard lock(mutex_);
       found_ = words.str();
@@ -143,6 +140,7 @@ std::string Watch::gone(int64_t number, const std::string& activity) {
 void Watch::announce_failure(const std::string& why) {
   try {
     const std::lock_guard lock(mutex_);
+    ++failures_;
     publish({begun_, "failed", why});
   } catch (const std::exception&) {
     // The others will find out by their timeout.

@@ -20,7 +20,7 @@ namespace regtopk {
 
 class Watch {
  public:
-  // `own_calls` says in words what this rank has called, and its step: the same on every rank when an activity begins.
+  // `own_calls` says in words what this rank alone may have called, and its step.
   Watch(
       c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t ranks, std::chrono::milliseconds timeout,
       std::function<std::string()> own_calls);
@@ -58,8 +58,7 @@ class Watch {
   const std::chrono::milliseconds patience_;
   const std::function<std::string()> own_calls_;
   std::mutex mutex_;
-  int64_t begun_ = 0, beats_ = 0;
-  std::map<int64_t, std::string> calls_;  // when the last activities began
+  int64_t begun_ = 0, beats_ = 0, failures_ = 0;
   Record last_{-1, "", ""};               // of this rank; "failed" is of the activity begun_
   std::optional<std::string> gone_;       // what gone() has found out
   std::string found_;                     // what contradicts; the record that the others need to see stays as it is then
