@@ -58,8 +58,9 @@ __device__ inline void wait_for_stream() {
 #define REGTOPK_SHARED(Type, name)     \
   static const char key_of_##name = 0; \
   std::type_identity_t<Type>& name = *static_cast<std::type_identity_t<Type>*>(simt::shared(&key_of_##name, sizeof(Type)))
+// Like a device, it takes the arguments' values with it: the kernel may run after the call.
 #define REGTOPK_LAUNCH(kernel, blocks, threads, stream, ...) \
-  (static_cast<void>(stream), simt::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); }))
+  simt::submit(stream, [=] { simt::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); }); })
 #define REGTOPK_LAUNCH_EARLY REGTOPK_LAUNCH
 
 namespace regtopk {

@@ -181,13 +181,14 @@ def close_all():
 
 def _stream_of(group):
     """(backend, device type) of the group's collectives that are work of a stream, as NCCL's, or None."""
-    if not torch.cuda.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return None
     try:
-        backend = group._get_backend(torch.device("cuda"))
-    except RuntimeError:  # a group without a backend for CUDA tensors
+        backend = group._get_backend(torch.device(accelerator.type))
+    except RuntimeError:  # a group without a backend for such tensors
         return None
-    return None if backend.name() == "gloo" else (backend, "cuda")
+    return None if backend.name() == "gloo" else (backend, accelerator.type)
 
 
 def _own_client(store):

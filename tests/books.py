@@ -89,7 +89,7 @@ def digest(module):
     """A hash of all parameters' bits."""
     hashed = hashlib.sha256()
     for parameter in module.parameters():
-        hashed.update(parameter.detach().reshape(-1).view(torch.uint8).numpy())
+        hashed.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return hashed.hexdigest()
 
 

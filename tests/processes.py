@@ -19,6 +19,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GROUP_TIMEOUT = datetime.timedelta(seconds=30)
@@ -29,8 +30,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "regtopk_torch", "pytest", "hypothesis.strategies"])
 
 
-# A library of operators that the processes load after the package, or None; see tests/simt/operators.cpp.
-operators_library = None
+# What a process does before it begins the group, picklable, or None. It returns (the backends of the group, what to call when the function
+# has returned).
+preparation = None
 
 
 class WorkerFailed(AssertionError):
@@ -97,7 +99,7 @@ def run_workers_and_report(function, world_size, *arguments, seconds=300):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
                 target=_worker,
-                args=(sender, os.path.join(folder, "store"), rank, world_size, pickle.dumps((function, arguments)), operators_library),
+                args=(sender, os.path.join(folder, "store"), rank, world_size, pickle.dumps((function, arguments)), preparation),
             )
             process.start()
             sender.close()
@@ -142,20 +144,24 @@ def _alone(files, pickled):
     function(*arguments)
 
 
-def _worker(sender, store_path, rank, world_size, pickled, library):
+def _on_cpu(leaf):
+    return leaf.cpu() if isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" else leaf
+
+
+def _worker(sender, store_path, rank, world_size, pickled, preparation):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage: a collection need not look at it
     try:
         function, arguments = pickle.loads(pickled)
-        if library is not None:
-            torch.ops.load_library(library)
+        backends, end = preparation() if preparation else ("gloo", lambda: None)
         store = dist.FileStore(store_path, world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
         # A rank that leaves at once would close the connections of one that is still making them.
         store.set(f"connected/{rank}", "")
         store.wait([f"connected/{other}" for other in range(world_size)], GROUP_TIMEOUT)
-        message = True, function(rank, *arguments)
+        message = True, tree_map(_on_cpu, function(rank, *arguments))
+        end()
         if dist.is_initialized():  # the function may have ended the group, to begin others
             dist.destroy_process_group()
     except BaseException:

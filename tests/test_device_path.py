@@ -4,6 +4,7 @@ These are tests of other files, run once more with processes in which cuda/opera
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import processes
@@ -29,7 +30,7 @@ from training import batch, loss_of, make_model, make_optimizer, make_state
 import regtopk_torch as rt
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests are not installed
-from tests.simt.host import build_operators  # noqa: E402
+from tests.simt.host import build_operators, emulate_on_cpu  # noqa: E402
 
 SUBJECTS = {  # by either entry
     "idle": lambda entry: test_idle_residuals.test_under_find_unused_parameters_a_parameter_that_nobody_used_waits_likewise(3, entry, alone=50),
@@ -48,9 +49,9 @@ SUBJECTS = {  # by either entry
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated():
-    processes.operators_library = build_operators()
+    processes.preparation = partial(emulate_on_cpu, build_operators())
     yield
-    processes.operators_library = None
+    processes.preparation = None
 
 
 def dispatched(rank):
@@ -143,11 +144,11 @@ def take_steps(rank, folder, first, last):
 
 
 def test_a_checkpoint_of_an_adaptive_density_goes_on_from_one_device_to_the_other(tmp_path, monkeypatch):
-    device, results = processes.operators_library, []
+    device, results = processes.preparation, []
     for name, parts in {"cpu": [(None, 0, 8)], "there": [(None, 0, 4), (device, 4, 8)], "back": [(device, 0, 4), (None, 4, 8)]}.items():
         (tmp_path / name).mkdir()
         for library, first, last in parts:
-            monkeypatch.setattr(processes, "operators_library", library)
+            monkeypatch.setattr(processes, "preparation", library)
             result = processes.run_workers(take_steps, 2, tmp_path / name, first, last)
         results.append(result)
     (expected, measured), *_ = results[0]
@@ -226,14 +227,14 @@ def average_from(rank, begin, end, folder):
 
 @pytest.mark.parametrize("device_first", [True, False])
 def test_what_hosts_hold_back_moves_between_the_cpu_and_the_device(device_first, tmp_path):
-    of_device, runs = processes.operators_library, []
+    of_device, runs = processes.preparation, []
     for of_first, of_second in ((of_device, None) if device_first else (None, of_device), (None, None)):
         halves = []
         for library, steps in ((of_first, (0, 5)), (of_second, (5, 8))):
-            processes.operators_library = library
+            processes.preparation = library
             halves.append(processes.run_workers(average_from, 4, *steps, tmp_path))
         runs.append([first + second for first, second in zip(*halves, strict=True)])
-    processes.operators_library = of_device
+    processes.preparation = of_device
     for moved, stayed in zip(*runs, strict=True):
         assert len(moved) == 8 and all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for step in zip(moved, stayed, strict=True) for one, other in zip(*step, strict=True))
 

@@ -52,7 +52,7 @@ def overflow(module, rank, now, gradient):
 
 
 def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.float().numpy().tobytes() for tensor in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(tensor.float().cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def train(rank, levels, method, entry, cap, scaled, options, folder=None):
@@ -100,6 +100,7 @@ def train(rank, levels, method, entry, cap, scaled, options, folder=None):
             optimizer.step()
         digests.append(digest([parameter.detach() for parameter in model.parameters()]))
     residuals = [entry.get("residual") for entry in state.state_dict(ddp)["parameters"].values()]
+    state.check()  # the counts of a device come late
     return [p.detach().clone() for p in model.parameters()], residuals, state.stats(), layouts, digests
 
 

@@ -250,7 +250,9 @@ def train(rank, name, method, entry):
             add_gradients(applied, module)
             optimizer.step()
             digests.append(digest(module))
-    return books.steps, [*digests, digest(module)], applied, residuals_of(state, plain.module), state.stats()
+    residuals = residuals_of(state, plain.module)
+    state.check()  # the counts of a device come late
+    return books.steps, [*digests, digest(module)], applied, residuals, state.stats()
 
 
 def train_by_both_entries(rank, name, method):

@@ -62,8 +62,8 @@ void Worker::check(const Bucket& bucket) const {
       ", got some on ", bucket.layout.device, "; a state serves a model on one device");
   const at::Device device = bucket.layout.device;
   TORCH_CHECK_VALUE(
-      device.is_cpu() || (device.is_cuda() && has_cuda_kernels()), who, ": expected gradients on the CPU",
-      has_cuda_kernels() ? " or a CUDA device" : "", ", got ", device, "; this build has no kernels for it");
+      has_kernels(device), who, ": expected gradients on the CPU", has_cuda_kernels() ? " or a CUDA device" : "", ", got ", device,
+      "; this build has no kernels for it");
   TORCH_CHECK_VALUE(
       bucket.layout.device.is_cpu() || options.chunk <= kLargestChunkOfDevice, who,
       ": expected gradients on the CPU with chunk=", options.chunk, ", got ", bucket.layout.device,

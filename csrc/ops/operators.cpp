@@ -55,6 +55,13 @@ std::string describe_status(int64_t status, int64_t first, int64_t stride) {
 
 }  // namespace
 
+bool has_kernels(at::Device device) {
+  if (device.is_cpu()) return true;
+  if (device.is_cuda()) return has_cuda_kernels();
+  static const auto compress = c10::Dispatcher::singleton().findSchemaOrThrow("regtopk::compress_", "");
+  return compress.hasKernelForDispatchKey(at::TensorOptions().device(device).computeDispatchKey());
+}
+
 void compress_(
     const at::Tensor& gradient, const at::Tensor& residual, const at::Tensor& payload, const Optional& sent, const Optional& feedback,
     const Shared& shared, const Optional& applied, const at::Tensor& counters, const Selection& selection, const Stamp& stamp,

@@ -115,6 +115,9 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t num
 
 // Whether this build has kernels for CUDA devices.
 bool has_cuda_kernels();
+// Whether the operators take tensors of such a device: the CPU, CUDA where this build has kernels for it, and those that another library has
+// registered implementations for.
+bool has_kernels(at::Device device);
 // What a device's statuses (library.cpp) say, in words: `expected ..., got ...`, by the ranks of the job, where this one is at `place` on
 // that host; empty if nothing.
 std::string describe_statuses(int64_t of_workers, int64_t in_host, int64_t host = 0, int64_t place = 0, int64_t host_ranks = 1);

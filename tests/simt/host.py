@@ -68,7 +68,7 @@ def build():
     """Return the path of the compiled emulation; compile it (about 30 s) if a source has changed."""
     sources = [ROOT / "cuda" / f"{name}.cu" for name in KERNELS] + [ROOT / path for path in HOST_SOURCES]
     library = BUILD / f"libregtopk_simt-{_digest(FLAGS, sources)}.so"
-    with _alone():
+    with alone():
         if library.exists():
             return library
         objects = []
@@ -86,7 +86,7 @@ def build():
 
 
 @contextmanager
-def _alone():
+def alone():
     """One process builds, others that want the same wait for it; a lock ends with its process."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
@@ -117,6 +117,14 @@ def build_operators():
             if old != library:
                 old.unlink(missing_ok=True)
     return library
+
+
+def emulate_on_cpu(operators):
+    """In this process, put the emulated kernels in the place of the CPU operators; for `processes.preparation`."""
+    import regtopk_torch  # noqa: F401, whose operators they are
+
+    ctypes.CDLL(str(operators)).regtopk_emulate_on_cpu()
+    return "gloo", lambda: None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -64,6 +65,13 @@ enum class Access { kLoad, kStore, kUpdate };
 void touch(const void* address, size_t bytes, Access access);
 
 void launch(const char* kernel, unsigned blocks, unsigned threads, const std::function<void()>& body);
+
+// What takes a kernel of a stream; where there is none, it runs at once.
+inline void (*put_on_stream)(cudaStream_t stream, std::function<void()> work) = nullptr;
+inline void submit(cudaStream_t stream, std::function<void()> work) {
+  if (put_on_stream != nullptr && stream != nullptr) put_on_stream(stream, std::move(work));
+  else work();
+}
 
 // Shared memory of the current block. Filled with garbage at the start of a block, as on a device.
 void* shared(const void* key, size_t bytes);
