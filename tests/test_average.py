@@ -572,6 +572,44 @@ def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
             assert "agreement on a bucket and its options" in message or "closed" in message.lower(), message
 
 
+def come_late(rank):
+    """Rank 1 comes late, rank 2 never; what the others hear."""
+    state = rt.TopKState(0.1, process_group=dist.new_group(timeout=datetime.timedelta(seconds=10)))
+    state.average([torch.ones(5)])
+    if rank == 1:
+        time.sleep(9)
+    if rank == 2:
+        dist.barrier()
+        return None
+    result = error_of(state.average, [torch.ones(5)])
+    dist.barrier()
+    return result
+
+
+def test_who_came_late_is_not_named_with_who_did_not_come():
+    first, second, _ = run_workers(come_late, 3)
+    for kind, message, _ in (first, second):
+        assert kind is dist.DistBackendError and "; rank 2 has not come to it" in message, message
+
+
+def fail_long_ago(rank):
+    """Rank 0 has an error of its own and corrects itself; later rank 1 has one. What rank 0 hears."""
+    state = rt.TopKState(0.1, process_group=dist.new_group(timeout=TIMEOUT))
+    state.average([torch.ones(50)])
+    if rank == 0:
+        error_of(state.average, ["no tensor"])
+    for _ in range(2):
+        state.average([torch.ones(50)])
+    result = error_of(state.average, [torch.ones(50 if rank == 0 else 7)])
+    dist.barrier()
+    return result
+
+
+def test_an_error_of_another_rank_is_heard_whatever_this_one_did_before():
+    (kind, message, seconds), _ = run_workers(fail_long_ago, 2)
+    assert kind is dist.DistBackendError and "rank 1 failed: rank 1: average: expected '0' of shape [50]" in message and seconds < WITHIN
+
+
 def leave_out_where_gloo_is_first(rank):
     """As "skip", but gloo's own limit passes a moment before that of the exchange."""
     options = groups._options

@@ -19,7 +19,7 @@ import restarts
 import torch
 import torch.distributed as dist
 from cycles import run as run_cycles
-from processes import run_workers, run_workers_and_report
+from processes import error_of, run_workers, run_workers_and_report
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_state
 
@@ -224,7 +224,7 @@ def test_when_a_workers_process_ends_the_others_name_it_within_seconds(moment, r
     survivors = run_workers_and_report(lose_rank_1, ranks, moment)
     _, killed = survivors.pop(1)
     assert f"exit code -{signal.SIGALRM if moment == 'having waited' else signal.SIGKILL}" in killed
-    named = "one of rank 1, 2, which have said nothing since, may have ended" if moment == "one is slow" else "rank 1 has said nothing since and may have ended"
+    named = "one of ranks 1, 2, which have said nothing since, may have ended" if moment == "one is slow" else "rank 1 has said nothing since and may have ended"
     for succeeded, result in survivors:
         assert succeeded, result
         error, seconds = result
@@ -252,6 +252,38 @@ def test_when_the_process_that_serves_the_store_ends_the_error_says_so():
         address = f"tcp://127.0.0.1:{found.getsockname()[1]}"
     _, (succeeded, error) = run_workers_and_report(lose_the_store, 2, address)
     assert succeeded and ("rank 0 has said nothing since" in error or "rank 0 as a rule, may have ended" in error), error
+
+
+STORE_TIMEOUT = timedelta(seconds=5)
+
+
+def stop_the_store(rank, address, folder):
+    """Rank 0, whose process serves the store, stops for as long as the other needs; what the other's calls say, and how long they took."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=STORE_TIMEOUT)
+    state, saved = rt.TopKState(0.1), rt.TopKState(0.1)
+    for each in (state, saved):
+        each.average([torch.ones(50)])
+    if rank == 0:
+        subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(25); os.kill({os.getpid()}, {signal.SIGCONT})"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return None
+    found = [error_of(state.average, [torch.ones(50)]), error_of(rt.save, saved, None, folder)]
+    start = time.monotonic()
+    state.close()
+    return *found, time.monotonic() - start
+
+
+def test_a_store_that_stopped_answering_holds_nobody_beyond_the_timeout(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{found.getsockname()[1]}"
+    _, (succeeded, result) = run_workers_and_report(stop_the_store, 2, address, tmp_path / "checkpoint")
+    assert succeeded, result
+    *calls, closing = result
+    for _, message, seconds in calls:
+        assert "rank 0 as a rule, may have ended or stopped" in message and seconds < 9, message
+    assert closing < 3
 
 
 # Again and again

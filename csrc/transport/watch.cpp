@@ -6,13 +6,23 @@
 #include <utility>
 
 namespace regtopk {
+namespace {
+
+constexpr const char* kNoStore = "no answer of the group's store; the process that serves it, rank 0 as a rule, may have ended or stopped";
+
+std::string name(const std::vector<int64_t>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
+  return text;
+}
+
+}  // namespace
 
 Watch::Watch(
     c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t ranks, std::chrono::milliseconds timeout,
     std::function<std::string()> own_calls)
-    : store_(std::move(store)),
+    : board_(std::move(store), rank, ranks, std::min<std::chrono::milliseconds>(std::chrono::seconds(2), timeout / 5)),
       rank_(rank),
-      ranks_(ranks),
       patience_(std::min<std::chrono::milliseconds>(std::chrono::seconds(2), timeout / 5)),
       own_calls_(std::move(own_calls)) {}
 
@@ -20,7 +30,7 @@ int64_t Watch::begin() {
   const std::lock_guard lock(mutex_);
   if (last_.kind == "failed") {
     try {
-      publish({begun_, "goes on", ""});
+      publish(begun_, "goes on", "");
     } catch (const std::exception&) {
       // As in contradiction().
     }
@@ -28,79 +38,94 @@ int64_t Watch::begin() {
   return begun_++;
 }
 
-void Watch::publish(const Record& record) {
-  last_ = record;
+void Watch::publish(int64_t number, const std::string& kind, const std::string& text) {
+  const auto failed = failures_.find(number);
+  last_ = {number, kind, text, own_calls_(), failed == failures_.end() ? 0 : failed->second, ++beats_};
   std::ostringstream lines;
-  lines << record.number << '\n' << record.kind << '\n' << own_calls_() << '\n' << failures_ << '\n' << ++beats_ << '\n' << record.text;
-  const std::string words = lines.str();
-  store_->set("waits/" + std::to_string(rank_), std::vector<uint8_t>(words.begin(), words.end()));
+  lines << last_.number << '\n' << last_.kind << '\n' << last_.calls << '\n' << last_.failures << '\n' << last_.beat << '\n' << last_.text;
+  board_.write(lines.str());
 }
 
-std::string Watch::written_by(int64_t other) const {
-  const std::string key = "waits/" + std::to_string(other);
-  if (!store_->check({key})) return "";
-  const std::vector<uint8_t> record = store_->get(key);
-  return {record.begin(), record.end()};
+std::optional<Watch::Record> Watch::parse(const std::string& written) {
+  if (written.empty()) return std::nullopt;
+  std::istringstream lines(written);
+  std::string number, failures, beat;
+  Record record;
+  for (std::string* line : {&number, &record.kind, &record.calls, &failures, &beat}) std::getline(lines, *line);
+  std::getline(lines, record.text, '\0');
+  record.number = std::stoll(number);
+  record.failures = std::stoll(failures);
+  record.beat = std::stoll(beat);
+  return record;
 }
 
-std::map<int64_t, std::string> Watch::written() const {
-  std::map<int64_t, std::string> records;
-  for (int64_t other = 0; other < ranks_; ++other) {
-    if (other != rank_) records[other] = written_by(other);
-  }
-  return records;
+void Watch::say(int64_t number, const std::string& activity) {
+  const std::lock_guard lock(mutex_);
+  if (!found_.empty()) return;
+  const bool is_new = number > last_.number || (number == last_.number && last_.kind == "goes on");
+  if (is_new) publish(number, "waits", activity);
+  else publish(last_.number, last_.kind, last_.text);  // the same again is a sign of life
 }
 
-std::string Watch::contradiction(int64_t number, const std::string& activity) {
-  try {
-    int64_t own_failures = 0;
-    {
-      const std::lock_guard lock(mutex_);
-      if (!found_.empty()) return found_;
-      own_failures = failures_;
-      const bool is_new = number > last_.number || (number == last_.number && last_.kind == "goes on");
-      publish(is_new ? Record{number, "waits", activity} : last_);  // the same again is a sign of life
-    }
-    for (int64_t other = 0; other < ranks_; ++other) {
-      if (other == rank_) continue;
-      const std::string record = written_by(other);
-      if (record.empty()) continue;
-      std::istringstream lines(record);
-      std::string its_number, kind, its_calls, its_failures, beat, text;
-      for (std::string* line : {&its_number, &kind, &its_calls, &its_failures, &beat}) std::getline(lines, *line);
-      std::getline(lines, text, '\0');
-      const bool has_lost = kind == "lost";
-      if (!has_lost && (its_number != std::to_string(number) || kind == "goes on")) continue;
-      if (kind == "waits" && text == activity) continue;
-      if (kind == "failed" && std::stoll(its_failures) <= own_failures) continue;  // as this rank did; it has not gone on yet
-      std::ostringstream words;
-      if (has_lost) {
-        words << text;
-      } else {
-        words << "rank " << other << (kind == "failed" ? " failed: " : " in ") << text << " (after " << its_calls << "), and rank " << rank_
-              << " in " << activity << " (after " << own_calls_() << "); make the same calls on every rank";
-      }
-      const std::lock_guard lock(mutex_);
-      found_ = words.str();
-      return found_;
-    }
-  } catch (const std::exception&) {
-    // Without a store there is no more to find out than that nobody answers.
+std::string Watch::look(int64_t number, const std::string& activity, const std::map<int64_t, std::string>& written) {
+  const std::lock_guard lock(mutex_);
+  if (!found_.empty()) return found_;
+  const auto failed = failures_.find(number);
+  const int64_t own_failures = failed == failures_.end() ? 0 : failed->second;
+  for (const auto& [other, words] : written) {
+    const std::optional<Record> record = parse(words);
+    if (!record) continue;
+    const bool has_lost = record->kind == "lost";
+    if (!has_lost && (record->number != number || record->kind == "goes on")) continue;
+    if (record->kind == "waits" && record->text == activity) continue;
+    if (record->kind == "failed" && record->failures <= own_failures) continue;  // as this rank did; it has not gone on yet
+    found_ = has_lost ? record->text
+                      : "rank " + std::to_string(other) + (record->kind == "failed" ? " failed: " : " in ") + record->text + " (after " +
+                            record->calls + "), and rank " + std::to_string(rank_) + " in " + activity + " (after " + own_calls_() +
+                            "); make the same calls on every rank";
+    return found_;
   }
   return "";
 }
 
-std::string Watch::absent(int64_t number) {
-  std::string ranks;
+std::string Watch::contradiction(int64_t number, const std::string& activity) {
   try {
-    for (const auto& [other, record] : written()) {
-      if (!record.empty() && std::stoll(record) >= number) continue;
-      ranks += (ranks.empty() ? "; rank " : ", ") + std::to_string(other);
+    say(number, activity);
+    return look(number, activity, board_.read());
+  } catch (const std::exception&) {
+    // Without a store there is no more to find out than that nobody answers.
+    const std::lock_guard lock(mutex_);
+    return found_;
+  }
+}
+
+std::string Watch::absent(int64_t number) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (absent_) return *absent_;
+  }
+  const std::string found = find_absent(number);
+  const std::lock_guard lock(mutex_);
+  absent_ = found;
+  return found;
+}
+
+std::string Watch::find_absent(int64_t number) {
+  const auto until = std::chrono::steady_clock::now() + patience_ + interval();
+  try {
+    while (true) {
+      std::vector<int64_t> ranks;
+      for (const auto& [other, words] : board_.read()) {
+        const std::optional<Record> record = parse(words);
+        if (!record || record->number < number || (record->number == number && record->kind == "failed")) ranks.push_back(other);
+      }
+      if (ranks.empty()) return "";
+      if (std::chrono::steady_clock::now() >= until) return "; " + name(ranks) + (ranks.size() == 1 ? " has" : " have") + " not come to it";
+      std::this_thread::sleep_for(interval() / 2);
     }
   } catch (const std::exception&) {
-    return "";  // as in contradiction()
+    return std::string("; ") + kNoStore;
   }
-  return ranks.empty() ? "" : ranks + " has not come to it";
 }
 
 std::string Watch::gone(int64_t number, const std::string& activity) {
@@ -111,26 +136,29 @@ std::string Watch::gone(int64_t number, const std::string& activity) {
   const auto until = std::chrono::steady_clock::now() + patience_ + interval();  // who began to wait a moment later says so by then
   std::string found;
   try {
-    const std::map<int64_t, std::string> before = written();
+    const std::map<int64_t, std::string> before = board_.read();
     std::map<int64_t, std::string> silent = before;
     while (true) {
-      found = contradiction(number, activity);
-      for (const auto& [other, record] : written()) {
+      say(number, activity);
+      const std::map<int64_t, std::string> written = board_.read();
+      found = look(number, activity, written);
+      for (const auto& [other, record] : written) {
         if (record != before.at(other)) silent.erase(other);
       }
       if (!found.empty() || silent.empty() || std::chrono::steady_clock::now() >= until) break;
       std::this_thread::sleep_for(interval() / 2);
     }
     if (found.empty() && !silent.empty()) {
-      for (const auto& [other, record] : silent) found += (found.empty() ? "rank " : ", ") + std::to_string(other);
-      found = silent.size() == 1 ? found + " has said nothing since and may have ended"
-                                 : "one of " + found + ", which have said nothing since, may have ended";
+      std::vector<int64_t> ranks;
+      for (const auto& [other, record] : silent) ranks.push_back(other);
+      found = ranks.size() == 1 ? name(ranks) + " has said nothing since and may have ended"
+                                : "one of " + name(ranks) + ", which have said nothing since, may have ended";
       const std::lock_guard lock(mutex_);
       found_ = found;
-      publish({number, "lost", found});
+      publish(number, "lost", found);
     }
   } catch (const std::exception&) {
-    if (found.empty()) found = "no answer of the group's store; the process that serves it, rank 0 as a rule, may have ended";
+    if (found.empty()) found = kNoStore;
   }
   const std::lock_guard lock(mutex_);
   gone_ = found;
@@ -140,8 +168,9 @@ std::string Watch::gone(int64_t number, const std::string& activity) {
 void Watch::announce_failure(const std::string& why) {
   try {
     const std::lock_guard lock(mutex_);
-    ++failures_;
-    publish({begun_, "failed", why});
+    failures_.erase(failures_.begin(), failures_.lower_bound(begun_ - kRemembered));
+    ++failures_[begun_];
+    publish(begun_, "failed", why);
   } catch (const std::exception&) {
     // The others will find out by their timeout.
   }

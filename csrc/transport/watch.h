@@ -6,8 +6,6 @@
 // the others wait in. A rank that is merely late has written nothing; one whose process has ended writes nothing any more.
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Store.hpp>
-
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -15,6 +13,9 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "board.h"
 
 namespace regtopk {
 
@@ -33,8 +34,8 @@ class Watch {
   int64_t begin();
   // Says that this rank waits in that activity, and returns what contradicts it on another rank, in words; empty if nothing does.
   std::string contradiction(int64_t number, const std::string& activity);
-  // Who has never said that it waits in that activity, or in a later one, in words; empty where everybody has. After a timeout: a
-  // rank that came to it has waited long enough to say so.
+  // Who has never said that it waits in that activity, or in a later one, in words; empty where everybody has. After a timeout; who came
+  // to it a moment ago has the time to say so. Once, as gone().
   std::string absent(int64_t number);
   // Where a collective has ended with an error: waits for a sign of life of every other rank, which has the same error or still waits.
   // Returns what contradicts that activity, or else who gives no sign, in words, and tells the others; empty where all do. Once: later
@@ -45,22 +46,29 @@ class Watch {
 
  private:
   struct Record {
-    int64_t number;
-    std::string kind, text;
+    int64_t number = -1;
+    std::string kind = "", text = "", calls = "";
+    int64_t failures = 0, beat = 0;
   };
-  void publish(const Record& record);
-  // What another rank has written last, empty where nothing; of all of them, by rank. Raises what the store raises.
-  std::string written_by(int64_t other) const;
-  std::map<int64_t, std::string> written() const;
+  std::string find_absent(int64_t number);
+  static std::optional<Record> parse(const std::string& written);
+  void publish(int64_t number, const std::string& kind, const std::string& text);
+  // What contradicts that activity among what the others have written.
+  std::string look(int64_t number, const std::string& activity, const std::map<int64_t, std::string>& written);
+  // Says that this rank waits in that activity.
+  void say(int64_t number, const std::string& activity);
 
-  const c10::intrusive_ptr<c10d::Store> store_;
-  const int64_t rank_, ranks_;
+  static constexpr int64_t kRemembered = 1000;  // activities: more than are ever pending at once
+
+  Board board_;
+  const int64_t rank_;
   const std::chrono::milliseconds patience_;
   const std::function<std::string()> own_calls_;
   std::mutex mutex_;
-  int64_t begun_ = 0, beats_ = 0, failures_ = 0;
-  Record last_{-1, "", ""};               // of this rank; "failed" is of the activity begun_
-  std::optional<std::string> gone_;       // what gone() has found out
+  int64_t begun_ = 0, beats_ = 0;
+  std::map<int64_t, int64_t> failures_;   // of this rank, instead of the activities with those numbers
+  Record last_;                           // of this rank; "failed" is of the activity begun_
+  std::optional<std::string> absent_, gone_;  // what those have found out
   std::string found_;                     // what contradicts; the record that the others need to see stays as it is then
 };
 
