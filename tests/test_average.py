@@ -572,6 +572,36 @@ def test_ranks_that_give_other_things_later_are_an_error_within_seconds(case):
             assert "agreement on a bucket and its options" in message or "closed" in message.lower(), message
 
 
+def take_other_turns(rank, case, async_op, second):
+    """Lists that took turns before; then rank 1 takes another one than rank 0, and both go on as before. The errors, and what is held."""
+    state = rt.TopKState(0.1)
+    lists = {"a": [torch.full((500,), 1.0 + rank)], "b": [torch.full((3000,), 1.0 + rank), torch.ones(7, dtype=second)]}
+
+    def average(which):
+        work = state.average(lists[which], [which + str(place) for place in range(len(lists[which]))], async_op=async_op)
+        return work.wait() if async_op else work
+
+    for _ in range(2):
+        average("a"), average("b")
+    if rank == 1 and case == "an error before":
+        error_of(state.average, [torch.ones(3)], ["a0"])  # of another shape: this rank leaves the list out
+    result = error_of(average, "b" if rank == 1 else "a")
+    after = [error_of(average, which) for which in "ab"]
+    return result, after, sum(part.double().sum().item() for part in residuals_of(state).values())
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+@pytest.mark.parametrize("second, dtype", [(torch.float32, "Float"), (torch.float64, "Double")])
+@pytest.mark.parametrize("case", ["another turn", "an error before"])
+def test_lists_of_unequal_size_that_meet_are_an_error_on_every_rank_and_both_go_on(case, second, dtype, async_op):
+    results = run_workers(take_other_turns, 2, case, async_op, second)
+    for rank, ((kind, message, seconds), after, held_back) in enumerate(results):
+        assert kind is ValueError and seconds < WITHIN
+        assert message.startswith(f"rank {rank}: average: expected the same tensors on every rank, got a0 of shape [500]")
+        assert "b0 of shape [3000] and dtype Float, b1 of shape [7] and dtype " + dtype + " on rank 1; average the same lists in the same order" in message
+        assert [each[0] for each in after] == [None, None] and held_back > 0
+
+
 def come_late(rank):
     """Rank 1 comes late, rank 2 never; what the others hear."""
     state = rt.TopKState(0.1, process_group=dist.new_group(timeout=datetime.timedelta(seconds=10)))

@@ -202,3 +202,39 @@ def test_a_state_of_another_group_than_the_models_is_refused(entry):
     for rank, (kind, message, _) in enumerate(run_workers(use_a_state_of_another_group, 2, entry)):
         assert kind is ValueError, message
         assert f"expected a state for the model's ranks [0, 1], got one for [{rank}]" in message
+
+
+def leave_a_step_half_done(rank, entry):
+    """On rank 1 something of the script's own fails behind the first bucket, and it goes on with the next step; the first error of each."""
+    group = dist.new_group(timeout=TIMEOUT)
+    state = make_state("topk", 0.25, process_group=group)
+    module = Given(4000, 24)
+
+    def begin():
+        ddp = DistributedDataParallel(module, process_group=group, bucket_cap_mb=1e-4, init_sync=False)
+        register(ddp, state, entry)
+        return ddp
+
+    def train(ddp, steps):
+        for step in steps:
+            ddp(integers(4000, 24, seed=10 * step + rank)).backward()
+
+    ddp = begin()
+    train(ddp, range(3))
+    if rank == 1:
+
+        def fail(gradient):
+            raise RuntimeError("out of memory")
+
+        hook = module.parts[0].register_hook(fail)
+        assert error_of(train, ddp, [3])[1] == "out of memory"
+        hook.remove()
+        ddp = begin()
+    return error_of(train, ddp, [3])
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_step_that_a_rank_leaves_half_done_is_an_error_on_both_though_it_goes_on(entry):
+    for rank, (kind, message, seconds) in enumerate(run_workers(leave_a_step_half_done, 2, entry)):
+        assert kind is dist.DistBackendError and seconds < WITHIN, message
+        assert message.startswith(f"rank {rank}: sparse_hook: expected ") and "in the agreement on a bucket" in message

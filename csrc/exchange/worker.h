@@ -58,6 +58,8 @@ struct Bucket {
   double scale;        // what its gradients were multiplied by
   bool keeps = true;   // whether there are residuals to keep for it: not for sparse tensors
   bool dense = false;  // by the user's rule: it sends all its entries
+  uint64_t list = 0;       // of tensors, which come when the caller says so and not when a model does: which one
+  bool is_whole_list = false;
 };
 
 class Worker {

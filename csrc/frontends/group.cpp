@@ -12,6 +12,7 @@
 #include "../exchange/own_support.h"
 #include "../exchange/shared_support.h"
 #include "../exchange/two_levels.h"
+#include "../transport/compare.h"
 
 namespace regtopk {
 namespace {
@@ -34,6 +35,20 @@ std::string describe_measured(const Worker& worker) {
   std::string text;
   for (const double number : worker.density_control.settled()) text += round_trip(number) + " ";
   return worker.options.adaptive ? text + round_trip(worker.density()) : "none";
+}
+
+constexpr const char* kTurns = "; average the same lists in the same order on every rank";
+
+// "a of shape [3] and dtype Float, b of ..., ..."
+std::string in_words(const Fingerprint& description) {
+  constexpr size_t kShown = 4;
+  std::string text;
+  size_t count = 0;
+  for (const auto& [name, value] : description) {
+    if (!name.starts_with("tensor ")) continue;
+    if (++count <= kShown) text += (count > 1 ? ", " : "") + value;
+  }
+  return count > kShown ? c10::str(text, ", and ", count - kShown, " more") : text;
 }
 
 // The same on every rank, unless one lies elsewhere on its host than levels take it to lie.
@@ -211,7 +226,8 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
     if (!average.is_same(given)) average.copy_(given);
     const double bytes = dense::send(*worker_, plan.get(), average);
     moved.fail = [] {};
-    return transport_->exchange(
+    return move(
+        bucket,
         {{{Transport::Collective::Kind::kAllReduce, average},
           [worker = worker_, average, bytes] { dense::receive(*worker, average, bytes); }}},
         std::move(moved));
@@ -219,12 +235,45 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
   if (worker_->options.host_ranks > 1) {
     two_levels::Way way = two_levels::way(worker_, plan, bucket.layout, given, average);
     moved.fail = std::move(way.fail);
-    return transport_->exchange(std::move(way.stages), std::move(moved));
+    return move(bucket, std::move(way.stages), std::move(moved));
   }
   const bool shared = is_shared(*worker_, *plan);
   const Sent sent = (shared ? shared_support::choose_or_keep : own_support::send)(*worker_, *plan, given, absent);
   moved.fail = [worker = worker_, plan, sent] { fail(*worker, *plan, sent.payload); };
-  return transport_->exchange((shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
+  return move(bucket, (shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
+}
+
+bool GroupExchange::is_out_of_turn(int64_t hash) {
+  const int64_t turn =
+      static_cast<int64_t>(static_cast<uint64_t>(std::exchange(previous_, hash)) * 0x100000001b3ull ^ static_cast<uint64_t>(hash));
+  return turns_.insert(turn).second;
+}
+
+bool GroupExchange::begin_list(uint64_t list, bool is_whole) {
+  all_are_whole_ = all_are_whole_ && is_whole;
+  if (all_are_whole_ || lists_->size() < 2) return all_are_whole_;
+  const auto known = lists_->find(list);
+  agree(transport(), caller_, {{c10::str("tensors", kTurns), known == lists_->end() ? "others" : known->second}});
+  return false;
+}
+
+GroupExchange::FuturePtr GroupExchange::move(const Bucket& bucket, std::vector<Transport::Stage> stages, Transport::Bucket moved) {
+  if (bucket.is_whole_list && lists_->size() > 1) {
+    const auto check = [lists = lists_, who = worker_->who](const std::vector<int64_t>& numbers) {
+      const auto different = std::find_if(numbers.begin(), numbers.end(), [&](int64_t each) { return each != numbers.front(); });
+      if (different == numbers.end()) return;
+      const auto describe = [&](int64_t each) {
+        const auto known = lists->find(static_cast<uint64_t>(each));
+        return known == lists->end() ? "others" : known->second;
+      };
+      C10_THROW_ERROR(
+          ValueError, c10::str(
+                          who, ": expected the same tensors on every rank, got ", describe(numbers.front()), " on rank 0 and ",
+                          describe(*different), " on rank ", different - numbers.begin(), kTurns));
+    };
+    stages.insert(stages.begin(), compare(static_cast<int64_t>(bucket.list), transport_->workers(), check));
+  }
+  return transport_->exchange(std::move(stages), std::move(moved));
 }
 
 std::shared_ptr<Plan> GroupExchange::enter(
@@ -259,13 +308,16 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
     forget_agreements();
   }
   if (plan != nullptr && plan->numel > 0 && worker_->options.host_ranks == 1) advise(*plan);
-  if (plan == nullptr || plan->agreed_version != options_version_) {
-    const int64_t hash = bucket.layout.hash() + (plan != nullptr ? 0 : 1);
-    if (!agreed_.contains(hash)) {
-      agree_on(bucket, hash, describe());
-      agreed_.insert(hash);
+  const bool is_known = plan != nullptr && worker_->options.host_ranks == 1;  // else the plan is of a part
+  const int64_t hash = is_known ? plan->hash : bucket.layout.hash() + (plan != nullptr ? 0 : 1);
+  if (is_out_of_turn(hash) || !agreed_.contains(hash)) {
+    const Fingerprint description = describe();
+    agree_on(bucket, hash, description);
+    agreed_.insert(hash);
+    if (bucket.list != 0 && !lists_->contains(bucket.list)) {
+      lists_ = std::make_shared<Lists>(*lists_);
+      lists_->emplace(bucket.list, in_words(description));
     }
-    if (plan != nullptr) plan->agreed_version = options_version_;
   }
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
   if (worker_->options.schedule && worker_->density() != agreed_density_) {
@@ -331,8 +383,9 @@ void GroupExchange::advise(const Plan& plan) {
 }
 
 void GroupExchange::forget_agreements() {
-  ++options_version_;
   agreed_.clear();
+  turns_.clear();
+  lists_ = std::make_shared<Lists>();
 }
 
 void GroupExchange::set_dense(bool dense) {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "../exchange/agreement.h"
@@ -44,6 +45,11 @@ class GroupExchange {
   // A step of one bucket that has no entries: it is compared, counted and judged as others, and nothing travels.
   void exchange_nothing(const Bucket& bucket, const Worker::MakeOwners& owners, const std::function<Fingerprint()>& describe);
 
+  // Of lists that take turns, ranks compare which one this is: on its way, where each of them is one bucket, of which it returns whether that
+  // is so; else here.
+  bool begin_list(uint64_t list, bool is_whole);
+  void end_list() { previous_ = 0; }
+
   // Dense all-reduce instead of payloads, and back; residuals stay. Takes effect at the next bucket, on all ranks or none.
   void set_dense(bool dense);
   // Says that the last step was not applied: what was sent in it returns.
@@ -69,6 +75,10 @@ class GroupExchange {
   FuturePtr exchange_as_one(
       const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
       const std::function<Fingerprint()>& describe, bool absent);
+  FuturePtr move(const Bucket& bucket, std::vector<Transport::Stage> stages, Transport::Bucket moved);
+  // Whether a bucket comes behind another one than ever before: where a rank has left a step half done, or has other buckets than the others,
+  // payloads of unequal size would meet.
+  bool is_out_of_turn(int64_t hash);
   // Says once where a bucket would send less with all its entries.
   void advise(const Plan& plan);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
@@ -91,8 +101,13 @@ class GroupExchange {
   bool advised_ = false;
   double agreed_density_;                // NaN before the first step of a schedule
   std::pair<uint64_t, int64_t> alone_;   // what this rank may have done alone, at the beginning of the last step
-  int64_t options_version_ = 0;
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
+  std::unordered_set<int64_t> turns_;   // and which of them came behind which, hashed together
+  int64_t previous_ = 0;                // of those, the last one; 0 between lists
+  using Lists = std::unordered_map<uint64_t, std::string>;
+  bool all_are_whole_ = true;
+  std::shared_ptr<Lists> lists_ =
+      std::make_shared<Lists>();  // that were agreed on, in words; shared with pending buckets, and replaced instead of changed
 };
 
 }  // namespace regtopk

@@ -45,7 +45,7 @@ std::vector<Group> group_by_dtype(const std::vector<at::Tensor>& tensors, const 
     auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& each) { return each.bucket.layout.dtype == dtype; });
     if (group == groups.end()) {
       const int64_t index = static_cast<int64_t>(groups.size());
-      groups.push_back({{.layout = {{}, dtype, tensors[i].device(), mark}, .index = index, .scale = scale}, {}});
+      groups.push_back({{.layout = {{}, dtype, tensors[i].device(), mark}, .index = index, .scale = scale, .list = mark}, {}});
       group = groups.end() - 1;
     }
     group->bucket.layout.spans.push_back({keys[i], tensors[i].numel()});
@@ -191,11 +191,14 @@ std::shared_ptr<Average> TensorsExchange::average(
     return lines;
   };
 
+  const auto has_none = [](const Group& group) { return group.bucket.layout.numel() == 0; };
+  // As one bucket: its message can say which list it is of. A device's stream can't be called back.
+  const bool is_whole = groups.size() == 1 && tensors.front().is_cpu() && !worker.options.dense_rule;
+  groups.front().bucket.is_whole_list = exchange_->begin_list(groups.front().bucket.list, is_whole);
   exchange_->worker().steps.end();
   const auto result = std::make_shared<Average>();
   result->averages_.resize(tensors.size());
   const auto owners_of = [](const Group& group) { return [count = group.places.size()] { return std::vector<Owner>(count); }; };
-  const auto has_none = [](const Group& group) { return group.bucket.layout.numel() == 0; };
   if (std::all_of(groups.begin(), groups.end(), has_none))
     exchange_->exchange_nothing(groups.front().bucket, owners_of(groups.front()), describe);
   for (size_t index = 0; index < groups.size(); ++index) {
@@ -230,6 +233,7 @@ std::shared_ptr<Average> TensorsExchange::average(
       result->averages_[place] = part;
     }
   }
+  exchange_->end_list();
   for (const at::Tensor& each : out) {  // written below what would count it
     if (!each.is_inference()) each.unsafeGetTensorImpl()->bump_version();
   }

@@ -46,7 +46,6 @@ struct Plan {
   bool in_vain = false;   // `sent` reached nobody and must return to the residual
 
   int64_t round = -1;     // of the last bucket exchanged on this plan
-  int64_t agreed_version = -1;  // of the options that all ranks agreed on for this layout
 
   // A bucket comes, and all of the step before has been waited for, on its stream.
   void begin(int64_t of_round) {

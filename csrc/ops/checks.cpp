@@ -230,7 +230,9 @@ PayloadLayout check_own_payload(const char* who, const char* name, const at::Ten
 
 void raise_payload_error(const char* who, const PayloadError& error, int64_t rank) {
   // Zeros are what a rank sends that can't go on with a step, so that nobody waits for it.
-  const char* const why = error.field == "magic" && error.got == "0" ? ", as a rank sends that has an error of its own" : "";
+  const char* const why = error.field == "magic" && error.got == "0" ? ", as a rank sends that has an error of its own"
+                          : error.field == "plan" ? ": it sent another bucket; make the same calls in the same order on every rank"
+                                                  : "";
   C10_THROW_ERROR(
       ValueError,
       c10::str(who, ": expected ", error.field, " ", error.expected, " in the payload of rank ", rank, ", got ", error.got, why));

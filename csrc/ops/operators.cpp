@@ -40,7 +40,9 @@ std::string describe_status(int64_t status, int64_t first, int64_t stride) {
     case PayloadField::kStep:
       return c10::str("expected this rank's step in the payload of rank ", rank, ", got another");
     case PayloadField::kPlan:
-      return c10::str("expected this rank's plan in the payload of rank ", rank, ", got another");
+      return c10::str(
+          "expected this rank's plan in the payload of rank ", rank,
+          ", got another: it sent another bucket; make the same calls in the same order on every rank");
     case PayloadField::kTileStarts:
       return c10::str("expected valid tile starts in the payload of rank ", rank, ", got others");
     case PayloadField::kSupport:

@@ -129,7 +129,7 @@ void GlooTransport::open_stages(const std::vector<Stage>& stages) {
 
 Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket bucket) {
   const auto course = std::make_shared<Course>();
-  const Collective& first = stages.front().collective;
+  const Collective& first = std::find_if(stages.begin(), stages.end(), [](const Stage& stage) { return !stage.fails_alike; })->collective;
   course->activity = first.kind == Collective::Kind::kAllReduce ? kAllReduce : kExchange;
   // Ranks of which each takes another for the leader would wait for one another.
   if (first.kind == Collective::Kind::kBroadcast) course->activity += c10::str(" that rank ", first.root, " leads");
@@ -180,6 +180,7 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
       } catch (...) {
         course->error = std::current_exception();
       }
+      if (course->error && course->stages[stage].fails_alike) std::rethrow_exception(course->error);
       if (stage + 1 < course->stages.size()) {
         if (course->error) course->stages[stage + 1].collective.input.zero_();
         const auto transport = weak.lock();

@@ -33,6 +33,7 @@ class Transport {
   struct Stage {
     Collective collective;
     std::function<void()> then;  // when it has arrived
+    bool fails_alike = false;    // what it throws it throws on every rank: none goes on to the next stage
   };
   struct Bucket {
     at::Tensor result;           // what the future holds in the end
