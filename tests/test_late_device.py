@@ -5,6 +5,7 @@ These are tests of other files, run once more with processes whose tensors are o
 the CPU.
 """
 
+import gc
 from functools import partial
 
 import processes
@@ -107,6 +108,7 @@ def drop_states(rank, support):
         if round_ % 3:
             state.close()
         del ddp, state
+        gc.collect()
         results.append([part.detach().clone() for part in module.parts])
     return results
 
@@ -119,3 +121,25 @@ def test_states_that_are_let_go_of_at_once(support, pace, monkeypatch):
     expected = processes.run_workers(drop_states, 2, support)
     assert all(map(torch.equal, sum(here[0], []), sum(expected[0], [])))
     assert all(map(torch.equal, sum(here[0], []), sum(here[1], [])))
+
+
+def let_go_of_averages(rank, leader):
+    """What comes of averages of which nobody waits for the first, nor keeps their results; and of the next ones of that state and of another."""
+    state = rt.TopKState(0.2, support="leader" if leader else "own")
+    for step in range(4):
+        state.average(integers(3000, 40, seed=10 * step + rank), async_op=True)
+    last = state.average(integers(3000, 40, seed=100 + rank))
+    other = rt.RegTopKState(0.2)
+    for step in range(2):
+        other.average(integers(3000, 40, seed=10 * step + rank), async_op=True)
+    del state, other
+    gc.collect()
+    return last
+
+
+@pytest.mark.parametrize("leader, pace", [*((leader, pace) for leader in (False, True) for pace in PACES), (False, "seconds")])
+def test_averages_that_nobody_waits_for(leader, pace, monkeypatch):
+    here = processes.run_workers(let_go_of_averages, 2, leader)
+    monkeypatch.setattr(processes, "preparation", None)
+    (expected, _) = processes.run_workers(let_go_of_averages, 2, leader)
+    assert all(map(torch.equal, here[0], expected)) and all(map(torch.equal, *here))

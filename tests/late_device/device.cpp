@@ -187,7 +187,7 @@ void any(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
     host.push_back(changed(arguments[i], on_host));
     if (!is_written(schema.arguments()[i]) || !arguments[i].isTensor() || !is_late(arguments[i].toTensor())) continue;
     const at::Tensor written = arguments[i].toTensor();
-    if (written.numel() > 0) continue;
+    if (written.numel() > 0 || schema.name().ends_with('_')) continue;
     to_resize.emplace_back(written, at::empty({0}, written.options().device(c10::kCPU)));
     host.back() = to_resize.back().second;
   }
