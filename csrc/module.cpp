@@ -288,7 +288,8 @@ PYBIND11_MODULE(_C, module) {
           release_gil())
       .def("statistics", [](GroupExchange& exchange) { return statistics_of(exchange.worker()); })
       .def("last_step", [](const GroupExchange& exchange) { return exchange.worker().steps.step(); })
-      .def("times_given", [](const GroupExchange& exchange) { return exchange.worker().times_given(); })
+      .def(
+          "times_given", [](const GroupExchange& exchange) { return exchange.worker().times_given(); }, release_gil())
       .def(
           "check", [](GroupExchange& exchange) { exchange.idle_worker().hear(/*wait=*/true); }, release_gil())
       .def(

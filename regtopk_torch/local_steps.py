@@ -104,6 +104,7 @@ class LocalSteps:
         self._common = [parameter.detach().clone() for parameter in self._own]
         self._steps = self._void_rounds = 0
         self._compared = False  # the ranks have, what must be equal
+        self._half_applied = False  # a round is, and common weights are not those of the other ranks
         self._pending: _Round | None = None  # the round that is not applied yet; the memory of the differences is its own
         if outer != "sgd" and not callable(outer):
             found = repr(outer) if isinstance(outer, str) else type(outer).__name__
@@ -150,6 +151,7 @@ class LocalSteps:
     def _step(self):
         if _served[self._state]() is not self:
             self._fail("LocalSteps: expected a state of its own, got one for which other LocalSteps were made since; construct a state for each")
+        self._check_applied()
         if not self._compared:
             self._exchange.use("average")
             self._exchange.agree(self._terms(), "LocalSteps")
@@ -175,7 +177,7 @@ class LocalSteps:
         given_before = self._exchange.times_given()
         try:
             work = self._state._average(fragment.given, fragment.names, fragment.given)
-        except Exception:
+        except BaseException:
             self._return(fragment, given_before)
             raise
         return _Round(fragment, self._steps + self.delay, work, given_before=given_before)
@@ -193,6 +195,13 @@ class LocalSteps:
         if added:
             self._fail(f"LocalSteps: expected {added[0]} to require no gradient, as at first, got one that does; construct other LocalSteps for a model that has changed")
 
+    def _check_applied(self):
+        if self._half_applied:
+            self._fail(
+                "LocalSteps: expected the round before to be applied on this rank as on the others, got one that an exception ended, in the outer optimizer or while it "
+                "was waited for; load a checkpoint on every rank, or construct other LocalSteps"
+            )
+
     def _fail(self, why):
         """Raise ValueError, and tell the ranks that wait for this one."""
         self._exchange.use("average")
@@ -203,15 +212,18 @@ class LocalSteps:
     @torch.no_grad()
     def _apply(self, pending):
         self._pending, fragment = None, pending.fragment
+        self._half_applied = True
         try:
             is_void = pending.wait()
         except Exception:
             self._return(fragment, pending.given_before)
+            self._half_applied = False
             raise
         start = fragment.start if self.delay else fragment.own
         if is_void:
             self._move_origin(fragment)
             self._void_rounds += 1
+            self._half_applied = False
             self._say_what_does_not_end(fragment)
             return False
         fragment.origin, fragment.void_in_a_row = None, 0
@@ -227,20 +239,25 @@ class LocalSteps:
             torch._foreach_add_(fragment.own, fragment.common)
         else:
             torch._foreach_copy_(fragment.own, fragment.common)
+        self._half_applied = False
         if self._buffers == "average" and fragment is self._fragments[-1]:
             self._average_buffers()
         return True
 
-    def _move_origin(self, fragment):
-        """What was given is held back by the state: the next round gives what comes from here on. But for what is not finite, which nothing holds."""
-        start = fragment.start if self.delay else fragment.own
-        given = [before - here for before, here in zip(fragment.before, start, strict=True)]
-        fragment.origin = [torch.where(d.isfinite(), here, before) for d, here, before in zip(given, start, fragment.before, strict=True)]
+    def _move_origin(self, fragment, names=None):
+        """What was given, of all parameters or these, is held back by the state: the next round gives what comes from here on. But for what is not finite, which nothing holds."""
+        start, origin = fragment.start if self.delay else fragment.own, []
+        for name, here, before in zip(fragment.names, start, fragment.before, strict=True):
+            is_held = names is None or name in names
+            origin.append(torch.where((before - here).isfinite(), here, before) if is_held else before.clone())
+        fragment.origin = origin
 
     def _return(self, fragment, given_before):
         """After an error, whose round comes to nobody: what the state had taken by then it holds, else it is still to be given."""
-        if self._exchange.times_given() != given_before:
-            self._move_origin(fragment)
+        now, forms = self._exchange.times_given(), self._state._forms
+        held = {name for name in fragment.names if name in forms and now.get(forms[name].key, 0) != given_before.get(forms[name].key, 0)}
+        if held:
+            self._move_origin(fragment, held)
 
     def _say_what_does_not_end(self, fragment):
         """One that is not finite in a worker's weights makes its rounds void until they are: no average would bring that to an end."""
@@ -263,7 +280,8 @@ class LocalSteps:
         total = torch.cat([buffer.detach().flatten().to("cpu", torch.float64) for buffer in buffers])
         exchange.add_up(total, "average", "the average of buffers")
         for buffer, average in zip(buffers, total.div_(exchange.workers()).split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(average.view_as(buffer))
+            average = average.view_as(buffer).to(buffer)
+            buffer.copy_(torch.where(average.isfinite(), average, buffer))  # one worker's that is not finite stays its own
 
     def _terms(self):
         """What must be equal on every rank, for the ranks to compare."""
@@ -378,7 +396,7 @@ class LocalSteps:
             for fragment in void:
                 fragment.origin = [origins[name].to(own.device, copy=True) for name, own in zip(fragment.names, fragment.own, strict=True)]
             self._steps, self._void_rounds = saved["step"], saved["void_rounds"]
-            self._compared, self._pending = False, None
+            self._compared, self._pending, self._half_applied = False, None, False
             if begun is not None:
                 for part, memory in (("average", begun.given), ("start", begun.start)):
                     torch._foreach_copy_(memory, list(pending[part].values()))
@@ -405,7 +423,7 @@ class _Fragment:
 class _Round:
     """A round that has begun."""
 
-    def __init__(self, fragment, due, work, is_void=None, given_before=0):
+    def __init__(self, fragment, due, work, is_void=None, given_before=None):
         self.fragment, self.due, self.given_before = fragment, due, given_before
         self._work, self._is_void = work, is_void
 

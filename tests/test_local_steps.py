@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import batch, loss_of, make_model, make_optimizer, make_state
 
 import regtopk_torch as rt
-from regtopk_torch.local_steps import _cut
+from regtopk_torch.local_steps import _cut, _Round
 
 STEPS, DENSITY = 12, 0.05
 NESTEROV = functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -491,6 +491,93 @@ def test_local_steps_of_another_number_of_ranks_are_refused(tmp_path, lone):
     run_workers(save_local_steps, 2, tmp_path)
     with pytest.raises(rt.CheckpointError, match="expected LocalSteps of 1 ranks, as there are now, got those of 2"):
         rt.load(make_local_steps(), None, tmp_path)
+
+
+def lose_rounds_of_two_dtypes(rank, dense):
+    """What of the weights' ways since is in no book, after each round that came to nobody: neither held back nor still to be given."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"a": nn.Parameter(torch.randn(300)), "b": nn.Parameter(torch.randn(200, dtype=torch.float32 if dense else torch.float64))})
+    state = rt.TopKState(0.1, dense=(lambda name, numel: name == "b") if dense else "never")
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), 1.0), state, every=1)
+
+    def train(step):
+        with torch.no_grad():
+            for name, weights in model.items():
+                weights += torch.randn(weights.shape, generator=torch.Generator().manual_seed(10 * step + rank)).to(weights) / 8
+
+    def books():
+        saved = local.state_dict()
+        held, origin, common = saved["state"]["parameters"], saved["origin"], saved["common"]
+        return {name: held[name]["residual"].double() + origin.get(name, common[name]).double() - weights.detach().double() for name, weights in model.items()}
+
+    for step in range(2):
+        train(step)
+        local.step()
+    before, start = books(), {name: weights.detach().double().clone() for name, weights in model.items()}
+    if rank == 1:
+        local._state.close()
+        dist.barrier()
+        return [], []
+    missing, errors = [], []
+    for step in range(2, 5):
+        train(step)
+        errors.append(error_of(local.step)[1])
+        now = books()
+        missing.append(max((before[name] + start[name] - weights.detach().double() - now[name]).abs().max().item() for name, weights in model.items()))
+    dist.barrier()
+    return missing, errors
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_rounds_of_several_buckets_were_given_is_held_back_or_given_later(dense):
+    (missing, errors), _ = run_workers(lose_rounds_of_two_dtypes, 2, dense)
+    assert len(errors) == 3 and all(errors) and max(missing) < 1e-6
+
+
+def fail_in_a_round(rank, where):
+    """The errors of steps, in one of which something of the script's own fails on rank 1."""
+    model = nn.Linear(30, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), 1.0), rt.TopKState(0.5), every=1, outer=functools.partial(torch.optim.SGD, lr=0.5))
+    errors = []
+    for step in range(3):
+        with torch.no_grad():
+            model.weight += 1 + rank
+        if rank == 1 and step == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                interrupted = KeyboardInterrupt("enough")
+                if where == "outer":
+                    patch.setattr(local.outer, "step", lambda: (_ for _ in ()).throw(RuntimeError("of the outer optimizer's own")))
+                else:
+                    patch.setattr(_Round, "wait", lambda self: (_ for _ in ()).throw(interrupted))
+                try:
+                    local.step()
+                except (KeyboardInterrupt, RuntimeError) as error:
+                    errors.append(str(error))
+        else:
+            errors.append(error_of(local.step)[1])
+    dist.barrier()
+    return errors
+
+
+@pytest.mark.parametrize("where, own", [("outer", "of the outer optimizer's own"), ("wait", "enough")])
+def test_a_round_that_one_rank_did_not_apply_is_an_error_of_the_next_one_on_every_rank(where, own):
+    here, there = run_workers(fail_in_a_round, 2, where)
+    assert there[1] == own and "rank 1: LocalSteps: expected the round before to be applied on this rank as on the others" in there[2]
+    assert here[:2] == ["", ""] and "rank 1 failed: rank 1: LocalSteps: expected the round before to be applied" in here[2]
+
+
+def average_a_buffer_that_is_not_finite(rank):
+    model = Weights([0.0])
+    local = rt.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), rt.TopKState(1.0), 1, buffers="average")
+    model.mean += torch.tensor([torch.nan if rank == 1 else 1.0, 2.0 * rank])
+    local.step()
+    return model.mean.tolist()
+
+
+def test_an_entry_of_a_buffer_that_is_not_finite_stays_its_workers_own():
+    here, there = run_workers(average_a_buffer_that_is_not_finite, 2)
+    assert here == [1.0, 1.0] and there[1] == 1.0 and math.isnan(there[0])
 
 
 def lose_a_round(rank, by):

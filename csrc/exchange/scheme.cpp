@@ -45,7 +45,7 @@ Sent compress(Worker& worker, Plan& plan, const at::Tensor& gradient, bool choos
   compress_(
       gradient, plan.residual, sent.payload, optional(plan.sent), optional(plan.feedback), plan.shared, optional(plan.applied),
       worker.report.counters(), selection_of(worker, plan), stamp_of(worker, plan), plan.sent_round, choose);
-  worker.note_given();
+  ++plan.times_given;
   if (absent) mark_absent_(sent.payload);
   return sent;
 }

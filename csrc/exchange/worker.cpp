@@ -176,6 +176,15 @@ Worker::DenseBuckets Worker::dense_buckets() const {
   return dense_buckets_;
 }
 
+std::map<ParameterKey, int64_t> Worker::times_given() {
+  const auto lock = hold_plans();
+  std::map<ParameterKey, int64_t> times;
+  for (const auto& plan : store_.plans()) {
+    for (const Span& span : plan->layout.spans) times[span.key] += plan->times_given;
+  }
+  return times;
+}
+
 void Worker::note_applied(const AppliedKeys& applied) {
   // A device has not yet said whether it is void.
   if (!applied || (report.device().is_cpu() && !steps.is_void())) return;

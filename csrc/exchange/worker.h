@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -118,9 +119,8 @@ class Worker {
   void replace_pieces(Pieces pieces, int64_t step, const std::vector<double>& density_state);
   void clear(const std::vector<ParameterKey>& keys);
 
-  // Of a bucket, what a step gives is in the residual from here on, whatever becomes of the bucket. Any thread.
-  void note_given() { ++times_given_; }
-  int64_t times_given() const { return times_given_; }
+  // How often what a step gave has come into a parameter's residual, whatever became of the bucket then. Any thread.
+  std::map<ParameterKey, int64_t> times_given();
 
   // What this rank alone did, for its messages.
   void did(Deed deed) { deed_ = next_deed(deed_, deed); }
@@ -163,7 +163,6 @@ class Worker {
   std::unordered_map<ParameterKey, Ruled> ruled_;
   std::unordered_set<ParameterKey> seen_;  // in this step, of buckets that keep nothing
   std::atomic<uint64_t> deed_ = 0;
-  std::atomic<int64_t> times_given_ = 0;
 };
 
 }  // namespace regtopk

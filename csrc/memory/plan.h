@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -46,6 +47,7 @@ struct Plan {
   bool in_vain = false;   // `sent` reached nobody and must return to the residual
 
   int64_t round = -1;     // of the last bucket exchanged on this plan
+  std::atomic<int64_t> times_given = 0;  // how often what a step gave has come into the residual
 
   // A bucket comes, and all of the step before has been waited for, on its stream.
   void begin(int64_t of_round) {
