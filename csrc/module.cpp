@@ -338,7 +338,7 @@ PYBIND11_MODULE(_C, module) {
             exchange.transport().add_up(tensor, caller, activity);
           },
           release_gil())
-      .def("close", &GroupExchange::close, release_gil());
+      .def("close", [](GroupExchange& exchange) { exchange.close(/*tells=*/true); }, release_gil());
 
   py::class_<Average, std::shared_ptr<Average>>(module, "Average", "An average that may be on its way.")
       .def(

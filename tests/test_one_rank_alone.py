@@ -204,6 +204,24 @@ def test_a_state_of_another_group_than_the_models_is_refused(entry):
         assert f"expected a state for the model's ranks [0, 1], got one for [{rank}]" in message
 
 
+def close_alone(rank, what):
+    state = rt.TopKState(0.25, process_group=dist.new_group(timeout=TIMEOUT))
+    state.average([torch.ones(50)])
+    if rank == 1:
+        state.close() if what == "close" else state.regroup(dist.group.WORLD)
+        dist.barrier()
+        return None
+    result = error_of(state.average, [torch.ones(50)])
+    dist.barrier()
+    return result
+
+
+@pytest.mark.parametrize("what", ["close", "regroup"])
+def test_a_rank_that_closes_its_state_is_named_and_not_taken_for_dead(what):
+    (kind, message, seconds), _ = run_workers(close_alone, 2, what)
+    assert kind is dist.DistBackendError and "rank 1 has closed its state (after " in message and seconds < WITHIN
+
+
 def leave_a_step_half_done(rank, entry):
     """On rank 1 something of the script's own fails behind the first bucket, and it goes on with the next step; the first error of each."""
     group = dist.new_group(timeout=TIMEOUT)

@@ -243,10 +243,13 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
   return move(bucket, (shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
 }
 
-bool GroupExchange::is_out_of_turn(int64_t hash) {
+bool GroupExchange::is_out_of_turn(int64_t hash, bool begins, bool is_new) {
+  // Behind a step of which all has been agreed on, no rank has left a bucket of it out.
+  const bool is_second_step = begins && std::exchange(all_are_new_, true);
+  all_are_new_ = all_are_new_ && is_new;
   const int64_t turn =
       static_cast<int64_t>(static_cast<uint64_t>(std::exchange(previous_, hash)) * 0x100000001b3ull ^ static_cast<uint64_t>(hash));
-  return turns_.insert(turn).second;
+  return turns_.insert(turn).second && !is_second_step;
 }
 
 bool GroupExchange::begin_list(uint64_t list, bool is_whole) {
@@ -310,7 +313,8 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
   if (plan != nullptr && plan->numel > 0 && worker_->options.host_ranks == 1) advise(*plan);
   const bool is_known = plan != nullptr && worker_->options.host_ranks == 1;  // else the plan is of a part
   const int64_t hash = is_known ? plan->hash : bucket.layout.hash() + (plan != nullptr ? 0 : 1);
-  if (is_out_of_turn(hash) || !agreed_.contains(hash)) {
+  const bool is_new = !agreed_.contains(hash);
+  if (is_out_of_turn(hash, begins, is_new) || is_new) {
     const Fingerprint description = describe();
     agree_on(bucket, hash, description);
     agreed_.insert(hash);
@@ -401,15 +405,17 @@ void GroupExchange::skipped(Deed deed) {
   worker_->did(deed);
 }
 
-void GroupExchange::close() {
+void GroupExchange::close(bool tells) {
   std::shared_ptr<Transport> transport;
   decltype(owner_.open) open;  // both let go of without the lock, by one of those that close at once
   decltype(owner_.scale) scale;
   {
     const std::lock_guard lock(open_mutex_);
+    tells = tells && !std::exchange(closed_, true);
     closed_ = true;
     transport = transport_;
   }
+  if (transport && tells) transport->announce_close();
   if (transport) transport->close();
   const std::lock_guard lock(open_mutex_);
   open.swap(owner_.open);

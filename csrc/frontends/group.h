@@ -64,8 +64,9 @@ class GroupExchange {
   std::shared_ptr<Worker> keep_worker() const { return worker_; }
   bool is_open() const { return transport_ != nullptr; }
 
-  // Fails what is pending, gives the groups back and refuses further buckets. The GIL must not be held. Idempotent.
-  void close();
+  // Fails what is pending, gives the groups back and refuses further buckets. The GIL must not be held. Idempotent. Ranks that wait for this
+  // one are told, if it is not the end of the process, where the group's store may be gone.
+  void close(bool tells = false);
 
  private:
   // The dense parameters of a bucket and the others, as two buckets with copies of their parts.
@@ -78,7 +79,7 @@ class GroupExchange {
   FuturePtr move(const Bucket& bucket, std::vector<Transport::Stage> stages, Transport::Bucket moved);
   // Whether a bucket comes behind another one than ever before: where a rank has left a step half done, or has other buckets than the others,
   // payloads of unequal size would meet.
-  bool is_out_of_turn(int64_t hash);
+  bool is_out_of_turn(int64_t hash, bool begins, bool is_new);
   // Says once where a bucket would send less with all its entries.
   void advise(const Plan& plan);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
@@ -104,6 +105,7 @@ class GroupExchange {
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
   std::unordered_set<int64_t> turns_;   // and which of them came behind which, hashed together
   int64_t previous_ = 0;                // of those, the last one; 0 between lists
+  bool all_are_new_ = false;            // buckets of the step under way
   using Lists = std::unordered_map<uint64_t, std::string>;
   bool all_are_whole_ = true;
   std::shared_ptr<Lists> lists_ =

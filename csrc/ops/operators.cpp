@@ -61,7 +61,7 @@ bool has_kernels(at::Device device) {
   if (device.is_cpu()) return true;
   if (device.is_cuda()) return has_cuda_kernels();
   static const auto compress = c10::Dispatcher::singleton().findSchemaOrThrow("regtopk::compress_", "");
-  return compress.hasKernelForDispatchKey(at::TensorOptions().device(device).computeDispatchKey());
+  return device.is_privateuseone() && compress.hasKernelForDispatchKey(at::TensorOptions().device(device).computeDispatchKey());
 }
 
 void compress_(

@@ -115,8 +115,8 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& payload, int64_t num
 
 // Whether this build has kernels for CUDA devices.
 bool has_cuda_kernels();
-// Whether the operators take tensors of such a device: the CPU, CUDA where this build has kernels for it, and those that another library has
-// registered implementations for.
+// Whether the operators take tensors of such a device: the CPU, CUDA where this build has kernels for it, and torch's PrivateUse1 where
+// another library has registered implementations for it.
 bool has_kernels(at::Device device);
 // What a device's statuses (library.cpp) say, in words: `expected ..., got ...`, by the ranks of the job, where this one is at `place` on
 // that host; empty if nothing.

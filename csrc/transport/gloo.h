@@ -57,6 +57,7 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override;
   void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) override;
   void announce_failure(const std::string& why) override { watch_->announce_failure(why); }
+  void announce_close() override { watch_->announce_close(); }
   void wait_idle() override;
   void close() override;
 

@@ -51,6 +51,7 @@ class StreamTransport final : public Transport {
     gloo_->add_up(tensor, caller, activity);
   }
   void announce_failure(const std::string& why) override { gloo_->announce_failure(why); }
+  void announce_close() override { gloo_->announce_close(); }
   void wait_idle() override;
   void close() override;
 

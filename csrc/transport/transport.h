@@ -62,6 +62,8 @@ class Transport {
 
   // Says to the other ranks why this one does not take part in what they are about to do.
   virtual void announce_failure(const std::string& why) = 0;
+  // Says to the other ranks that this one takes part in nothing any more.
+  virtual void announce_close() = 0;
   // Waits until no bucket is pending; raises DistBackendError if one still is after the timeout.
   virtual void wait_idle() = 0;
   // Fails what is pending and lets go of everything. Idempotent.

@@ -75,14 +75,17 @@ std::string Watch::look(int64_t number, const std::string& activity, const std::
   for (const auto& [other, words] : written) {
     const std::optional<Record> record = parse(words);
     if (!record) continue;
-    const bool has_lost = record->kind == "lost";
-    if (!has_lost && (record->number != number || record->kind == "goes on")) continue;
+    const bool has_lost = record->kind == "lost", has_closed = record->kind == "closed" && record->number <= number;
+    if (!has_lost && !has_closed && (record->number != number || record->kind == "goes on" || record->kind == "closed")) continue;
     if (record->kind == "waits" && record->text == activity) continue;
     if (record->kind == "failed" && record->failures <= own_failures) continue;  // as this rank did; it has not gone on yet
     found_ = has_lost ? record->text
-                      : "rank " + std::to_string(other) + (record->kind == "failed" ? " failed: " : " in ") + record->text + " (after " +
-                            record->calls + "), and rank " + std::to_string(rank_) + " in " + activity + " (after " + own_calls_() +
-                            "); make the same calls on every rank";
+                      : "rank " + std::to_string(other) +
+                            (has_closed                 ? " has closed its state"
+                             : record->kind == "failed" ? " failed: "
+                                                        : " in ") +
+                            record->text + " (after " + record->calls + "), and rank " + std::to_string(rank_) + " in " + activity +
+                            " (after " + own_calls_() + "); make the same calls on every rank";
     return found_;
   }
   return "";
@@ -173,6 +176,15 @@ void Watch::announce_failure(const std::string& why) {
     publish(begun_, "failed", why);
   } catch (const std::exception&) {
     // The others will find out by their timeout.
+  }
+}
+
+void Watch::announce_close() {
+  try {
+    const std::lock_guard lock(mutex_);
+    if (begun_ > 0 && found_.empty() && last_.kind != "failed") publish(begun_, "closed", "");
+  } catch (const std::exception&) {
+    // As in announce_failure().
   }
 }
 
