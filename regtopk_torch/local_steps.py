@@ -58,7 +58,7 @@ class LocalSteps:
         outer (str or callable): "sgd": the average is subtracted, learning rate 1. Or what makes a torch optimizer of a list of
             parameters, the common weights, whose gradient is the average: `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9,
             nesterov=True)`. It is the attribute `outer` then. It steps in every round, on the round's fragment.
-        buffers (str): "keep": each worker keeps its own; "average": those of floating point are averaged, all entries, with the last
+        buffers (str): "keep": each worker keeps its own; "average": those of floating point are averaged, all entries whose average is finite, with the last
             fragment, unless that round is void. Integer ones are each worker's own.
         fragments (int): F, by which `every` can be divided, at most one for each parameter: whole parameters in the model's order,
             about equal in entries.
