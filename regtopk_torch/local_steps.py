@@ -19,6 +19,11 @@ VOID_ROUNDS = 3  # running, of a fragment, are more than an accident
 _served: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # state: the last LocalSteps made for it
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+NOT_APPLIED = (
+    "expected the round before to be applied on this rank as on the others, got one that an exception ended, in the outer optimizer or while it was waited for; "
+    "load a checkpoint on every rank, or construct other LocalSteps"
+)
+
 
 class LocalSteps:
     """Every `every` optimizer steps, average what they did: `local.step()` behind each `optimizer.step()`.
@@ -197,10 +202,7 @@ class LocalSteps:
 
     def _check_applied(self):
         if self._half_applied:
-            self._fail(
-                "LocalSteps: expected the round before to be applied on this rank as on the others, got one that an exception ended, in the outer optimizer or while it "
-                "was waited for; load a checkpoint on every rank, or construct other LocalSteps"
-            )
+            self._fail(f"LocalSteps: {NOT_APPLIED}")
 
     def _fail(self, why):
         """Raise ValueError, and tell the ranks that wait for this one."""
@@ -304,6 +306,8 @@ class LocalSteps:
         The model, which is a worker's own between rounds, and its optimizer are saved beside it, on each rank; or
         `rt.save(local, None, directory)` saves all of that for all ranks. Call it between steps, on every rank; no collective.
         """
+        if self._half_applied:
+            raise ValueError(f"LocalSteps: {NOT_APPLIED}")
         pending = None
         if self._pending is not None:
             try:

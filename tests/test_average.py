@@ -587,7 +587,7 @@ def take_other_turns(rank, case, async_op, second):
         error_of(state.average, [torch.ones(3)], ["a0"])  # of another shape: this rank leaves the list out
     result = error_of(average, "b" if rank == 1 else "a")
     after = [error_of(average, which) for which in "ab"]
-    return result, after, sum(part.double().sum().item() for part in residuals_of(state).values())
+    return result, after, sum(part.double().sum().item() for part in residuals_of(state).values() if part is not None)
 
 
 @pytest.mark.parametrize("async_op", [False, True])
@@ -600,6 +600,30 @@ def test_lists_of_unequal_size_that_meet_are_an_error_on_every_rank_and_both_go_
         assert message.startswith(f"rank {rank}: average: expected the same tensors on every rank, got a0 of shape [500]")
         assert "b0 of shape [3000] and dtype Float, b1 of shape [7] and dtype " + dtype + " on rank 1; average the same lists in the same order" in message
         assert [each[0] for each in after] == [None, None] and held_back > 0
+
+
+def begin_with_other_lists(rank, kind, after):
+    """After `after` turns of two lists, which are forgotten then, each rank first takes another list, which is refused; then all take the same."""
+    state = rt.TopKState(0.1)
+    lists = {"a": [torch.full((500,), 1.0 + rank)], "b": [torch.full((3000,), 1.0 + rank)], "c": [torch.ones(9)]}
+    lists["mixed"] = [torch.ones(4), torch.ones(5, dtype=torch.float64)]
+
+    def average(which):
+        return state.average(lists[which], [which + str(place) for place in range(len(lists[which]))])
+
+    for _ in range(after):
+        average("a"), average("b")
+    state.pause()
+    state.resume()
+    refused = error_of(average, "a" if rank == 0 else kind)
+    return refused, [error_of(average, which)[1] for which in "abccabbaca"], sum(part.double().sum().item() for part in residuals_of(state).values() if part is not None)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("kind", ["b", "mixed"])
+def test_ranks_that_were_refused_other_lists_go_on_alike(kind, after):
+    for (refused, _, seconds), later, held_back in run_workers(begin_with_other_lists, 2, kind, after):
+        assert refused is ValueError and seconds < WITHIN and later == [""] * 10 and held_back > 0
 
 
 def come_late(rank):

@@ -556,6 +556,7 @@ def fail_in_a_round(rank, where):
                     errors.append(str(error))
         else:
             errors.append(error_of(local.step)[1])
+    errors.append(error_of(local.state_dict)[1])
     dist.barrier()
     return errors
 
@@ -564,6 +565,7 @@ def fail_in_a_round(rank, where):
 def test_a_round_that_one_rank_did_not_apply_is_an_error_of_the_next_one_on_every_rank(where, own):
     here, there = run_workers(fail_in_a_round, 2, where)
     assert there[1] == own and "rank 1: LocalSteps: expected the round before to be applied on this rank as on the others" in there[2]
+    assert "expected the round before to be applied" in there[3] and here[3] == "", "half a round is not saved as if it were whole"
     assert here[:2] == ["", ""] and "rank 1 failed: rank 1: LocalSteps: expected the round before to be applied" in here[2]
 
 

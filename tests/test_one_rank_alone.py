@@ -216,6 +216,29 @@ def close_alone(rank, what):
     return result
 
 
+def close_with_one_pending(rank):
+    """Of lists that take turns, rank 1 begins one and closes its state; what rank 0 hears, which comes to it later."""
+    state = rt.TopKState(0.25, process_group=dist.new_group(timeout=TIMEOUT))
+    for _ in range(2):
+        for name in "ab":
+            state.average([torch.ones(50)], [name])
+    if rank == 1:
+        state.average([torch.ones(50)], ["a"], async_op=True)
+        state.close()
+        dist.barrier()
+        dist.barrier()
+        return None
+    dist.barrier()
+    result = error_of(state.average, [torch.ones(50)], ["a"])
+    dist.barrier()
+    return result
+
+
+def test_a_rank_that_closes_with_an_average_under_way_is_named_within_seconds():
+    (kind, message, seconds), _ = run_workers(close_with_one_pending, 2)
+    assert kind is dist.DistBackendError and "rank 1 has closed its state (after " in message and seconds < WITHIN
+
+
 @pytest.mark.parametrize("what", ["close", "regroup"])
 def test_a_rank_that_closes_its_state_is_named_and_not_taken_for_dead(what):
     (kind, message, seconds), _ = run_workers(close_alone, 2, what)

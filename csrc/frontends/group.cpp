@@ -243,20 +243,11 @@ GroupExchange::FuturePtr GroupExchange::exchange_as_one(
   return move(bucket, (shared ? shared_support::stages : own_support::stages)(worker_, plan, sent, average), std::move(moved));
 }
 
-bool GroupExchange::is_out_of_turn(int64_t hash, bool begins, bool is_new) {
-  // Behind a step of which all has been agreed on, no rank has left a bucket of it out.
-  const bool is_second_step = begins && std::exchange(all_are_new_, true);
-  all_are_new_ = all_are_new_ && is_new;
-  const int64_t turn =
-      static_cast<int64_t>(static_cast<uint64_t>(std::exchange(previous_, hash)) * 0x100000001b3ull ^ static_cast<uint64_t>(hash));
-  return turns_.insert(turn).second && !is_second_step;
-}
-
 bool GroupExchange::begin_list(uint64_t list, bool is_whole) {
-  all_are_whole_ = all_are_whole_ && is_whole;
-  if (all_are_whole_ || lists_->size() < 2) return all_are_whole_;
+  const bool all_are_whole = std::all_of(lists_->begin(), lists_->end(), [](const auto& each) { return each.second.is_whole; });
+  if (all_are_whole || lists_->size() < 2) return all_are_whole && is_whole;
   const auto known = lists_->find(list);
-  agree(transport(), caller_, {{c10::str("tensors", kTurns), known == lists_->end() ? "others" : known->second}});
+  agree(transport(), caller_, {{c10::str("tensors", kTurns), known == lists_->end() ? "others" : known->second.words}});
   return false;
 }
 
@@ -267,7 +258,7 @@ GroupExchange::FuturePtr GroupExchange::move(const Bucket& bucket, std::vector<T
       if (different == numbers.end()) return;
       const auto describe = [&](int64_t each) {
         const auto known = lists->find(static_cast<uint64_t>(each));
-        return known == lists->end() ? "others" : known->second;
+        return known == lists->end() ? "others" : known->second.words;
       };
       C10_THROW_ERROR(
           ValueError, c10::str(
@@ -314,15 +305,22 @@ void GroupExchange::agree_before(const Bucket& bucket, Plan* plan, bool begins, 
   const bool is_known = plan != nullptr && worker_->options.host_ranks == 1;  // else the plan is of a part
   const int64_t hash = is_known ? plan->hash : bucket.layout.hash() + (plan != nullptr ? 0 : 1);
   const bool is_new = !agreed_.contains(hash);
-  if (is_out_of_turn(hash, begins, is_new) || is_new) {
+  const auto turn = static_cast<int64_t>(static_cast<uint64_t>(previous_) * 0x100000001b3ull ^ static_cast<uint64_t>(hash));
+  // Behind a step of which all has been agreed on, no rank has left a bucket of it out.
+  const bool is_in_turn = (begins && all_are_new_) || turns_.contains(turn);
+  const bool others_are_new = begins || all_are_new_;
+  previous_ = 0, all_are_new_ = false;  // and stay that where the ranks do not agree
+  if (is_new || !is_in_turn) {
     const Fingerprint description = describe();
     agree_on(bucket, hash, description);
     agreed_.insert(hash);
     if (bucket.list != 0 && !lists_->contains(bucket.list)) {
       lists_ = std::make_shared<Lists>(*lists_);
-      lists_->emplace(bucket.list, in_words(description));
+      lists_->emplace(bucket.list, List{in_words(description), bucket.is_whole_list});
     }
   }
+  turns_.insert(turn);
+  previous_ = hash, all_are_new_ = others_are_new && is_new;
   // Payloads of unequal size would end the processes: where the density changes all ranks compare it before any is sent.
   if (worker_->options.schedule && worker_->density() != agreed_density_) {
     agree(

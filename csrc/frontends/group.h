@@ -77,9 +77,6 @@ class GroupExchange {
       const Bucket& bucket, const at::Tensor& gradient, const at::Tensor& average, const Worker::MakeOwners& owners,
       const std::function<Fingerprint()>& describe, bool absent);
   FuturePtr move(const Bucket& bucket, std::vector<Transport::Stage> stages, Transport::Bucket moved);
-  // Whether a bucket comes behind another one than ever before: where a rank has left a step half done, or has other buckets than the others,
-  // payloads of unequal size would meet.
-  bool is_out_of_turn(int64_t hash, bool begins, bool is_new);
   // Says once where a bucket would send less with all its entries.
   void advise(const Plan& plan);
   // The plan for the bucket, on which all ranks have agreed; null where it keeps nothing.
@@ -103,11 +100,17 @@ class GroupExchange {
   double agreed_density_;                // NaN before the first step of a schedule
   std::pair<uint64_t, int64_t> alone_;   // what this rank may have done alone, at the beginning of the last step
   std::unordered_set<int64_t> agreed_;  // layouts and kinds of bucket, hashed, that were agreed on under these options
-  std::unordered_set<int64_t> turns_;   // and which of them came behind which, hashed together
-  int64_t previous_ = 0;                // of those, the last one; 0 between lists
-  bool all_are_new_ = false;            // buckets of the step under way
-  using Lists = std::unordered_map<uint64_t, std::string>;
-  bool all_are_whole_ = true;
+  // And which of them came behind which, hashed together. One that comes behind another than ever before is agreed on anew: where a rank has
+  // left a step half done, or has other buckets than the others, payloads of unequal size would meet. All of this is equal on ranks that have
+  // agreed so far.
+  std::unordered_set<int64_t> turns_;
+  int64_t previous_ = 0;  // the last bucket; 0 between lists
+  bool all_are_new_ = false;  // buckets of the step under way
+  struct List {
+    std::string words;
+    bool is_whole;
+  };
+  using Lists = std::unordered_map<uint64_t, List>;
   std::shared_ptr<Lists> lists_ =
       std::make_shared<Lists>();  // that were agreed on, in words; shared with pending buckets, and replaced instead of changed
 };

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
+#include <limits>
 #include <list>
 #include <mutex>
 #include <utility>
@@ -139,24 +140,44 @@ Transport::FuturePtr GlooTransport::exchange(std::vector<Stage> stages, Bucket b
       c10::TensorType::get(), device.is_cpu() ? std::vector<at::Device>() : std::vector<at::Device>{device});
   course->stages = std::move(stages);
   course->bucket = std::move(bucket);
+  if (course->stages.size() > 1) unfinished_->add(course->number);
   try {
     open_stages(course->stages);
     issue(course, 0);
   } catch (...) {
+    unfinished_->remove(course->number);
     course->bucket.fail();
     throw;
   }
   return course->result;
 }
 
+void GlooTransport::Unfinished::add(int64_t number) {
+  const std::lock_guard lock(mutex_);
+  numbers_.insert(number);
+}
+
+void GlooTransport::Unfinished::remove(int64_t number) {
+  const std::lock_guard lock(mutex_);
+  numbers_.erase(number);
+}
+
+int64_t GlooTransport::Unfinished::first() const {
+  const std::lock_guard lock(mutex_);
+  return numbers_.empty() ? std::numeric_limits<int64_t>::max() : *numbers_.begin();
+}
+
+void GlooTransport::announce_close() { watch_->announce_close(unfinished_->first()); }
+
 void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
   const Collective& collective = course->stages[stage].collective;
   GroupPtr group = open([&](const Groups& groups) { return groups.stages.at({stage, collective.among}); });
   const WorkPtr work = begin(*group, collective);
+  if (stage > 0 && stage + 1 == course->stages.size()) unfinished_->remove(course->number);
   const Completer::Clock::time_point issued = Completer::Clock::now();
   const FuturePtr arrival = work->getFuture();
   const auto complete = [=, weak = weak_from_this(), who = who_, workers = workers_, timeout = timeout_, watch = watch_, failure = failure_,
-                         under_way = under_way_](Completer::Outcome outcome, const std::string& why) {
+                         under_way = under_way_, unfinished = unfinished_](Completer::Outcome outcome, const std::string& why) {
     const at::NoGradGuard no_grad;
     const Bucket& bucket = course->bucket;
     const at::OptionalDeviceGuard guard(bucket.result.device());  // on its default stream, which gloo's copies are ordered with
@@ -194,6 +215,7 @@ void GlooTransport::issue(const std::shared_ptr<Course>& course, size_t stage) {
       course->result->markCompleted(bucket.result);
     } catch (...) {
       if (!finished) {
+        unfinished->remove(course->number);
         bucket.fail();
         under_way->note(bucket.result, bucket.keeps);
         course->result->setError(std::current_exception());

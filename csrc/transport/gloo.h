@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -57,7 +58,7 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   std::vector<std::string> gather_texts(const std::string& own, const std::string& caller, const std::string& activity) override;
   void add_up(const at::Tensor& tensor, const std::string& caller, const std::string& activity) override;
   void announce_failure(const std::string& why) override { watch_->announce_failure(why); }
-  void announce_close() override { watch_->announce_close(); }
+  void announce_close() override;
   void wait_idle() override;
   void close() override;
 
@@ -97,6 +98,18 @@ class GlooTransport final : public Transport, public std::enable_shared_from_thi
   void refuse_if_failed() const;
   static void note(Failure& failure, const std::string& why);
   const std::shared_ptr<Failure> failure_ = std::make_shared<Failure>();
+  // Activities of which this rank has stages still to begin.
+  class Unfinished {
+   public:
+    void add(int64_t number);
+    void remove(int64_t number);
+    int64_t first() const;  // the largest number where there is none
+
+   private:
+    mutable std::mutex mutex_;
+    std::set<int64_t> numbers_;
+  };
+  const std::shared_ptr<Unfinished> unfinished_ = std::make_shared<Unfinished>();  // shared with pending tasks
   // What was done to a device's buckets follows on the device's default stream.
   const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();  // shared with pending tasks
   Completer completer_;

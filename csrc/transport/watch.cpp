@@ -179,10 +179,10 @@ void Watch::announce_failure(const std::string& why) {
   }
 }
 
-void Watch::announce_close() {
+void Watch::announce_close(int64_t unfinished) {
   try {
     const std::lock_guard lock(mutex_);
-    if (begun_ > 0 && found_.empty() && last_.kind != "failed") publish(begun_, "closed", "");
+    if (begun_ > 0 && found_.empty() && last_.kind != "failed") publish(std::min(begun_, unfinished), "closed", "");
   } catch (const std::exception&) {
     // As in announce_failure().
   }

@@ -43,8 +43,8 @@ class Watch {
   std::string gone(int64_t number, const std::string& activity);
   // Says that this rank failed instead of beginning the next activity.
   void announce_failure(const std::string& why);
-  // Says that this rank begins no activity any more.
-  void announce_close();
+  // Says that this rank begins no activity any more, and does not end those from `unfinished` on.
+  void announce_close(int64_t unfinished);
 
  private:
   struct Record {
