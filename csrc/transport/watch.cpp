@@ -21,9 +21,9 @@ std::string name(const std::vector<int64_t>& ranks) {
 Watch::Watch(
     c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t ranks, std::chrono::milliseconds timeout,
     std::function<std::string()> own_calls)
-    : board_(std::move(store), rank, ranks, std::min<std::chrono::milliseconds>(std::chrono::seconds(2), timeout / 5)),
-      rank_(rank),
+    : rank_(rank),
       patience_(std::min<std::chrono::milliseconds>(std::chrono::seconds(2), timeout / 5)),
+      board_(std::move(store), rank, ranks, patience_),
       own_calls_(std::move(own_calls)) {}
 
 int64_t Watch::begin() {

@@ -62,9 +62,9 @@ class Watch {
 
   static constexpr int64_t kRemembered = 1000;  // activities: more than are ever pending at once
 
-  Board board_;
   const int64_t rank_;
   const std::chrono::milliseconds patience_;
+  Board board_;
   const std::function<std::string()> own_calls_;
   std::mutex mutex_;
   int64_t begun_ = 0, beats_ = 0;

@@ -27,7 +27,7 @@ PACES = {"even": (0, 0, 0), "hook": (2000, 0, 0), "futures": (0, 2000, 0), "coll
 
 
 def build():
-    """Return (path of the module, path of the operators); compile them (about 2 min) if a source or torch has changed."""
+    """Return (path of the module, path of the operators); compile them if a source or torch has changed."""
     from torch.utils import cpp_extension
 
     emulation, operators = host.build(), host.build_operators()
@@ -79,6 +79,5 @@ def _python_module(device):
     module = types.ModuleType("torch.late")
     module.__dict__.update(
         is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1, current_device=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None, device=lambda device: contextlib.nullcontext(),
-        set_pace=device.set_pace,
     )  # fmt: skip
     return module
